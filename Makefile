@@ -1,13 +1,66 @@
-# Placeholder head; the full file is written by the packaging part.
+# The commands of the project. `make help` lists them.
+#
+# Everything runs in .venv, an editable install: Python edits are live, and a change of C++ or of pyproject.toml makes the
+# next target reinstall (an editable install alone would keep the old extension).
+
+PYTHON ?= $(shell bash tools/find_python.sh)
 PY := .venv/bin/python
-SITE := $(shell $(PY) -c "import site; print(site.getsitepackages()[0])")
+ALGO ?= grpo
+EXTENSION_SOURCES := $(wildcard kernels/csrc/*) CMakeLists.txt pyproject.toml
+# PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
+RUN := PYTHONSAFEPATH=1 $(PY)
 
-.PHONY: ext links
-links:
-	mkdir -p $(SITE)/zerokl
-	for room in rollout weight_sync kernels integrations; do ln -sfn $(CURDIR)/$$room $(SITE)/zerokl/$$room; done
+.PHONY: help demo demo-tiny test test-slow test-long dev lint format bench package-check clean
 
-ext: links
-	PATH=$(abspath .venv/bin):$$PATH cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_MAKE_PROGRAM=$(abspath .venv/bin/ninja) > /dev/null
-	PATH=$(abspath .venv/bin):$$PATH cmake --build build/dev
-	cp build/dev/_cpu.*.so kernels/cpu/
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: .venv/.installed-demo ## GRPO on the real SmolLM2-135M-Instruct, on the CPU
+	$(RUN) examples/demo.py
+
+demo-tiny: .venv/.installed-demo ## the same loop on a tiny model that visibly learns (ALGO=grpo or ppo)
+	$(RUN) examples/demo_tiny.py --algo $(ALGO)
+
+test: .venv/.installed-test ## the test suite
+	$(RUN) -m pytest -m "not slow and not long"
+
+test-slow: .venv/.installed-test ## heavier forms, minutes each
+	$(RUN) -m pytest -m "slow and not long"
+
+test-long: .venv/.installed-test ## the full sizes
+	$(RUN) -m pytest -m long
+
+dev: .venv/.installed-test .venv/.installed-demo .venv/.installed-dev ## everything a developer needs; rebuilds the extension
+
+lint: .venv/.installed-test .venv/.installed-dev .links/zerokl ## ruff, mypy and the import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	MYPYPATH=.links .venv/bin/mypy -p zerokl.kernels -p zerokl.weight_sync -p zerokl.rollout -p zerokl.integrations
+	PYTHONPATH=.links .venv/bin/lint-imports
+
+format: .venv/.installed-dev ## let ruff lay out the code
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/.installed-test ## the main benchmark: decode and prefill against the machine's peaks
+	$(RUN) benchmarks/cpu_decode.py --json
+
+package-check: .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
+	$(RUN) -m pytest -m package tests/packaging
+
+clean: ## forget the environment and all builds
+	rm -rf .venv build dist .links
+
+.venv/bin/python:
+	@bash tools/check_system.sh "$(PYTHON)"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+
+.venv/.installed-%: .venv/bin/python $(EXTENSION_SOURCES)
+	$(PY) -m pip install --quiet --editable ".[$(if $(filter dev,$*),dev,cpu,$*)]"
+	@touch $@
+
+# mypy and import-linter read the rooms under their installed names.
+.links/zerokl:
+	mkdir -p $@
+	for room in rollout weight_sync kernels integrations; do ln -sfn ../../$$room $@/$$room; done

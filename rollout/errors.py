@@ -1,0 +1,15 @@
+"""Errors of a running engine. A user's bad argument is a ValueError or TypeError instead and changes nothing."""
+
+from __future__ import annotations
+
+
+class WorkerError(RuntimeError):
+    """The worker cannot go on (its process died, its link broke); `__cause__` holds what is known."""
+
+
+class EngineFailedError(RuntimeError):
+    """A step failed; every request in flight got this error and the engine serves no more. `__cause__` is the reason."""
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed before or while the call ran."""

@@ -1,0 +1,195 @@
+"""The worker: whoever owns weights and KV pool and runs steps, in this process or in one of its own.
+
+The engine's loop thread is the only caller of a worker, so an implementation needs no locks. Life of a worker:
+
+    made (no weights) -> stage_weights(folder, 0) -> commit_weights() -> execute() ... -> close()
+
+A new set of weights is staged beside the live one (read, verified, packed) and becomes live at `commit_weights`, between
+two steps. Anything that goes wrong before the commit leaves the live weights as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.ops import SampleResult, StepInputs
+from zerokl.rollout.errors import WorkerError
+
+if TYPE_CHECKING:
+    from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.model_runner import ModelRunner
+    from zerokl.weight_sync import PublishedWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorWeights:
+    """Weights given as arrays of the calling process, read before `stage_weights` returns.
+
+    `tensors` maps Hugging Face names to float32 arrays; anything `np.from_dlpack` or `np.asarray` takes will do.
+    """
+
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderWeights:
+    """Weights in a Hugging Face style folder of safetensors files."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedWeights:
+    """Weights that a trainer published (`zerokl.weight_sync.WeightPublisher`); mapped, not copied, by the worker."""
+
+    published: PublishedWeights
+
+
+WeightSource = TensorWeights | FolderWeights | SharedWeights
+"""Where a set of weights comes from."""
+
+
+class Worker(Protocol):
+    """One rank. Methods are called by one thread at a time and return when the work is done.
+
+    Raises `zerokl.rollout.errors.WorkerError` from any method once the worker cannot go on. A ValueError (bad weights,
+    unknown name) is the caller's fault and leaves the worker as it was.
+    """
+
+    def execute(self, inputs: StepInputs) -> SampleResult:
+        """Run one step with the weight set `inputs.policy`. The arrays returned are the caller's to keep.
+
+        Raises ValueError when no weight set has that name, FloatingPointError when logits are not finite.
+        """
+        ...
+
+    def stage_weights(self, source: WeightSource, version: int) -> None:
+        """Read, verify and pack a complete set of weights beside the live one. Replaces what was staged before.
+
+        Raises ValueError naming the tensors that are missing, extra or misshapen; nothing is staged then.
+        """
+        ...
+
+    def commit_weights(self) -> None:
+        """Make the staged weights the live "policy". Cannot fail once staging succeeded."""
+        ...
+
+    def discard_staged(self) -> None:
+        """Drop the staged weights, if any."""
+        ...
+
+    def pin_weights(self, name: str) -> None:
+        """Keep the live weights under `name` as well, whatever is committed later; an earlier pin of it is replaced."""
+        ...
+
+    def drop_weights(self, name: str) -> None:
+        """Forget a pinned set. Raises ValueError for an unknown name."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for people and logs: process id, threads, memory in bytes, weight versions by name."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; idempotent. The worker answers nothing afterwards."""
+        ...
+
+
+class LocalWorker:
+    """A worker inside the calling process, around a ModelRunner."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Read `config.model`'s config.json and allocate the KV pool. Raises ValueError for an unusable model folder."""
+        # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
+        from zerokl.rollout.model_runner import ModelRunner
+        from zerokl.rollout.models.config import ModelConfig
+
+        self._model_config = ModelConfig.from_json(config.model)
+        self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
+        self._num_threads = config.num_threads
+        self._staged_version: int | None = None
+        self._versions: dict[str, int] = {}
+
+    def execute(self, inputs: StepInputs) -> SampleResult:
+        return self._live_runner().execute(inputs)
+
+    def stage_weights(self, source: WeightSource, version: int) -> None:
+        runner = self._live_runner()
+        self.discard_staged()
+        if isinstance(source, TensorWeights):
+            runner.stage({name: as_array(tensor) for name, tensor in source.tensors.items()})
+        elif isinstance(source, FolderWeights):
+            from zerokl.rollout.models.loader import load_tensors
+
+            runner.stage(load_tensors(source.path, self._model_config))
+        else:
+            from zerokl.weight_sync import WeightReceiver
+
+            with WeightReceiver.open(source.published) as tensors:
+                runner.stage(tensors)
+        self._staged_version = version
+
+    def commit_weights(self) -> None:
+        assert self._staged_version is not None, "commit without staged weights"
+        self._live_runner().commit()
+        self._versions["policy"] = self._staged_version
+        self._staged_version = None
+
+    def discard_staged(self) -> None:
+        if self._staged_version is not None:
+            self._live_runner().discard_staged()
+            self._staged_version = None
+
+    def pin_weights(self, name: str) -> None:
+        self._live_runner().pin(name)
+        self._versions[name] = self._versions["policy"]
+
+    def drop_weights(self, name: str) -> None:
+        if name == "policy" or name not in self._versions:
+            raise ValueError(f"drop_weights: no pinned weights named {name!r}; pinned: {sorted(self._versions)}")
+        self._live_runner().drop(name)
+        del self._versions[name]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "inprocess",
+            "pid": os.getpid(),
+            "num_threads": self._num_threads,
+            "python_threads": threading.active_count(),
+            "versions": dict(self._versions),
+        }
+
+    def close(self) -> None:
+        self._runner = None
+        self._staged_version = None
+
+    def _live_runner(self) -> ModelRunner:
+        if self._runner is None:
+            raise WorkerError("the worker is closed")
+        return self._runner
+
+
+def as_array(tensor: Any) -> NDArray[Any]:
+    """A NumPy view of a tensor (Paddle's through DLPack, without a copy) or the array itself."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if hasattr(tensor, "__dlpack__"):
+        # A Paddle parameter refuses to export itself while it wants gradients.
+        return np.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor)
+    return np.asarray(tensor)
+
+
+def make_worker(config: EngineConfig) -> Worker:
+    """The worker that `config.worker` names: "inprocess" or "process"."""
+    if config.worker == "process":
+        from zerokl.rollout.worker_link import RemoteWorker
+
+        return RemoteWorker(config)
+    return LocalWorker(config)

@@ -54,27 +54,76 @@ inline vf vfma(vf a, vf b, vf c) {
 }
 inline float sfma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
+// Comparisons (lanes of -1 or 0) and selection. GCC takes 64-byte ones apart into scalars where registers are narrower, so
+// there they are done by register. As in vmax, NaN compares false.
+#if defined(ZK_ISA_avx512)
+inline vi vless(vf a, vf b) { return a < b; }
+inline vi vequal(vf a, vf b) { return a == b; }
+inline vf vselect(vi mask, vf a, vf b) { return mask ? a : b; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+#else
+#if defined(ZK_ISA_avx2)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+typedef float rf __attribute__((vector_size(REGISTER)));
+typedef int32_t ri __attribute__((vector_size(REGISTER)));
 
-// Fixed tree over the lanes: halves are folded 8, 4, 2, 1.
+template <class Op>
+inline vi by_register(vf a, vf b, Op op) {
+  constexpr int COUNT = 64 / REGISTER;
+  rf x[COUNT], y[COUNT];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  ri out[COUNT];
+  for (int i = 0; i < COUNT; ++i) out[i] = op(x[i], y[i]);
+  vi joined;
+  std::memcpy(&joined, out, sizeof joined);
+  return joined;
+}
+inline vi vless(vf a, vf b) { return by_register(a, b, [](rf x, rf y) { return x < y; }); }
+inline vi vequal(vf a, vf b) { return by_register(a, b, [](rf x, rf y) { return x == y; }); }
+inline vf vselect(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+inline vf vmax(vf a, vf b) { return (vf)by_register(a, b, [](rf x, rf y) { return (ri)(x > y ? x : y); }); }
+#endif
+
+// Fixed tree over the lanes: halves are folded 8, 4, 2, 1. Written in halves that fit registers: an array of 16 costs ten
+// times the instructions.
 inline float reduce_sum(vf v) {
-  float a[LANES];
-  std::memcpy(a, &v, sizeof a);
-  for (int width = LANES / 2; width >= 1; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] = a[i] + a[i + width];
-  return a[0];
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  v4 c, d;
+  std::memcpy(&a, &v, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&v) + 32, 32);
+  a = a + b;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  c = c + d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
 }
 inline float reduce_max(vf v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  v4 c, d;
+  std::memcpy(&a, &v, 32);
+  std::memcpy(&b, reinterpret_cast<const char*>(&v) + 32, 32);
+  a = a > b ? a : b;
+  std::memcpy(&c, &a, 16);
+  std::memcpy(&d, reinterpret_cast<const char*>(&a) + 16, 16);
+  c = c > d ? c : d;
+  const float x = c[0] > c[2] ? c[0] : c[2], y = c[1] > c[3] ? c[1] : c[3];
+  return x > y ? x : y;
 }
 
 // e^x in float32: x = n ln2 + r, Cody-Waite reduction in two fused steps, then a degree-6 polynomial on r (minimax fit of
 // Cephes' expf, S. Moshier), then 2^n in two exact factors. Below -87.3 the result is 0, above 88.72 infinity.
 inline vf vexp(vf x) {
   const vf lo = vset(-87.3f), hi = vset(88.72f);
-  vf clamped = x < lo ? lo : (x > hi ? hi : x);
+  const vi under = vless(x, lo), over = vless(hi, x);
+  vf clamped = vselect(under, lo, vselect(over, hi, x));
   vf magic = vset(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   vf n = (vfma(clamped, vset(1.44269504088896341f), magic)) - magic;
   vf r = vfma(n, vset(-0.693359375f), clamped);
@@ -91,9 +140,9 @@ inline vf vexp(vf x) {
   vi e1 = e >> 1, e2 = e - e1;  // 2^n as 2^e1 * 2^e2, so that n = 128 does not overflow early
   vf s1 = (vf)((e1 + 127) << 23), s2 = (vf)((e2 + 127) << 23);
   vf y = (p * s1) * s2;
-  y = x < lo ? vset(0.0f) : y;
-  y = x > hi ? vset(__builtin_inff()) : y;
-  return x != x ? x : y;
+  y = vselect(under, vset(0.0f), y);
+  y = vselect(over, vset(__builtin_inff()), y);
+  return vselect(vequal(x, x), y, x);
 }
 inline float sexp(float x) { return vexp(vset(x))[0]; }
 

@@ -1,0 +1,159 @@
+// The inner loops of linear.cpp: a register tile of rows x PANEL columns over one segment, and transposition.
+// Included once per instruction set; internal to that translation unit, like simd.h.
+#pragma once
+
+#include "linear.h"
+#include "simd.h"
+
+namespace {
+
+using zk::LINEAR_K_SEGMENT;
+using zk::PANEL;
+
+// The machine's own vectors, for code that must live in registers. MAX_TILE_ROWS x GROUP accumulators, GROUP weights and one
+// broadcast input fill the register file.
+#if defined(ZK_ISA_avx512)
+#define MAX_TILE_ROWS 14
+constexpr int WIDTH = 16, GROUP = 2;
+#elif defined(ZK_ISA_avx2)
+#define MAX_TILE_ROWS 6
+constexpr int WIDTH = 8, GROUP = 2;
+#else
+#define MAX_TILE_ROWS 4
+constexpr int WIDTH = 4, GROUP = 4;
+#endif
+typedef float nv __attribute__((vector_size(4 * WIDTH), aligned(4 * WIDTH)));
+typedef float nvu __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+inline nv nload(const float* p) { return *reinterpret_cast<const nvu*>(p); }
+inline void nstore(float* p, nv v) { *reinterpret_cast<nvu*>(p) = v; }
+
+inline nv nsplat(float x) {
+#if defined(ZK_ISA_avx512)
+  return (nv)_mm512_set1_ps(x);
+#elif defined(ZK_ISA_avx2)
+  return (nv)_mm256_set1_ps(x);
+#else
+  return nv{x, x, x, x};
+#endif
+}
+
+inline nv nfma(nv a, nv b, nv c) {
+#if defined(ZK_ISA_avx512)
+  return (nv)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(ZK_ISA_avx2)
+  return (nv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < WIDTH; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// Distance between rows of a packed segment of inputs; 17 cache lines, so that rows do not compete for a cache set.
+constexpr int64_t ROW_STRIDE = LINEAR_K_SEGMENT + 16;
+// Packed weights are fetched this far ahead of their use: a whole segment, about the time that all row tiles take.
+constexpr int64_t AHEAD = LINEAR_K_SEGMENT * PANEL;
+constexpr int BLOCK = 4;                           // inner indices between two prefetches
+constexpr int LINES = BLOCK * PANEL / 16;          // cache lines of weights in a block
+
+// Which of a block's lines a tile prefetches: the tiles over one segment share the work.
+struct Prefetch {
+  int first, end;
+};
+
+// sums[R, PANEL] = or += x[R, length] w[length, PANEL]: the partial sums of one segment, each from 0 and in order.
+template <int R>
+void tile(const float* x, const float* w, int length, float* sums, bool first_segment, Prefetch prefetch) {
+  for (int column = 0; column < PANEL; column += GROUP * WIDTH) {
+    nv acc[R][GROUP] = {};
+    auto step = [&](int k) __attribute__((always_inline)) {
+      nv weights[GROUP];
+      for (int g = 0; g < GROUP; ++g) weights[g] = nload(w + k * PANEL + column + g * WIDTH);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const nv input = nsplat(x[r * ROW_STRIDE + k]);
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUP; ++g) acc[r][g] = nfma(input, weights[g], acc[r][g]);
+      }
+    };
+    int k = 0;
+    for (; k + BLOCK <= length; k += BLOCK) {
+      for (int line = prefetch.first; line < prefetch.end; ++line)
+        __builtin_prefetch(w + k * PANEL + AHEAD + line * 16, 0, 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < BLOCK; ++i) step(k + i);
+    }
+    for (; k < length; ++k) step(k);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUP; ++g) {
+        float* sum = sums + r * PANEL + column + g * WIDTH;
+        nstore(sum, first_segment ? acc[r][g] : nload(sum) + acc[r][g]);
+      }
+    prefetch = Prefetch{0, 0};
+  }
+}
+
+using TileFunction = void (*)(const float*, const float*, int, float*, bool, Prefetch);
+constexpr TileFunction TILES[] = {
+    nullptr, tile<1>, tile<2>, tile<3>, tile<4>,
+#if MAX_TILE_ROWS > 4
+    tile<5>, tile<6>,
+#endif
+#if MAX_TILE_ROWS > 6
+    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>, tile<13>, tile<14>,
+#endif
+};
+
+// to[c * to_stride + r] = from[r * from_stride + c] for a block of WIDTH x WIDTH, in registers: in round h, neighbours h
+// rows apart swap their off-diagonal squares of h x h.
+#if defined(ZK_ISA_avx512) || defined(ZK_ISA_avx2)
+typedef int32_t ni __attribute__((vector_size(4 * WIDTH)));
+
+template <int H>
+inline void swap_squares(nv (&rows)[WIDTH]) {
+  ni upper, lower;  // element numbers in the pair (a, b): b's start at WIDTH
+  for (int i = 0; i < WIDTH; ++i) {
+    const bool second = (i & H) != 0;
+    upper[i] = second ? WIDTH + i - H : i;
+    lower[i] = second ? WIDTH + i : i + H;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < WIDTH; ++r) {
+    if (r & H) continue;
+    const nv a = rows[r], b = rows[r + H];
+    rows[r] = __builtin_shuffle(a, b, upper);
+    rows[r + H] = __builtin_shuffle(a, b, lower);
+  }
+}
+
+inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  nv rows[WIDTH];
+#pragma GCC unroll 16
+  for (int r = 0; r < WIDTH; ++r) rows[r] = nload(from + r * from_stride);
+  if constexpr (WIDTH == 16) swap_squares<8>(rows);
+  swap_squares<4>(rows);
+  swap_squares<2>(rows);
+  swap_squares<1>(rows);
+#pragma GCC unroll 16
+  for (int r = 0; r < WIDTH; ++r) nstore(to + r * to_stride, rows[r]);
+}
+#else
+inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int r = 0; r < WIDTH; ++r)
+    for (int c = 0; c < WIDTH; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+}
+#endif
+
+// to[c * to_stride + r] = from[r * from_stride + c] for any rows x columns.
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  const int64_t whole_rows = rows / WIDTH * WIDTH, whole_columns = columns / WIDTH * WIDTH;
+  for (int64_t c = 0; c < whole_columns; c += WIDTH)
+    for (int64_t r = 0; r < whole_rows; r += WIDTH)
+      transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+}  // namespace

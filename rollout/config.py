@@ -1,0 +1,103 @@
+"""Options of an engine: immutable, checked when made, completed from the model by `resolve`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_int
+
+WorkerKind = Literal["inprocess", "process"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of a `RolloutEngine`. A bad value raises ValueError naming field, value and bound."""
+
+    model: str
+    """Folder with config.json and safetensors files in Hugging Face layout."""
+    tokenizer: str | None = None
+    """Path of tokenizer.json or of the folder that holds it. None: the model folder's, if there is one."""
+    max_model_len: int | None = None
+    """Prompt and output tokens of a request at most. None: the model's max_position_embeddings."""
+    block_size: int = 16
+    """Tokens per KV block: a multiple of 8 in [8, 128]. Changes no output bit."""
+    num_blocks: int | None = None
+    """KV blocks in the pool. None: as many as fit kv_cache_bytes."""
+    kv_cache_bytes: int = GIB
+    """Bytes for the KV pool where num_blocks is None."""
+    max_num_seqs: int = 128
+    """Requests that run at the same time at most."""
+    max_num_batched_tokens: int = 2048
+    """Tokens computed per step at most, a hard cap; a longer prompt is computed in chunks. Changes no output bit."""
+    enable_prefix_caching: bool = True
+    """Reuse KV blocks between prompts with equal beginnings. The n samples of one prompt share its blocks either way."""
+    seed: int = 0
+    """In [0, 2^64): seeds of requests without their own are derived from it."""
+    num_threads: int | None = None
+    """Threads of the CPU kernels. None: the cores this process may use."""
+    worker: WorkerKind = "inprocess"
+    """"inprocess" runs the model in the caller's process, "process" in a child process."""
+    device: str = "cpu"
+    """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
+
+    def __post_init__(self) -> None:
+        self._set("model", _path("model", self.model))
+        if self.tokenizer is not None:
+            self._set("tokenizer", _path("tokenizer", self.tokenizer))
+        for name in ("kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+            self._set(name, check_int(name, getattr(self, name), 1))
+        for name in ("max_model_len", "num_blocks", "num_threads"):
+            value = getattr(self, name)
+            if value is not None:
+                self._set(name, check_int(name, value, 2 if name == "max_model_len" else 1))
+        self._set("seed", check_int("seed", self.seed, 0, UINT64_LIMIT - 1))
+        self._set("block_size", check_int("block_size", self.block_size, 8, 128))
+        if self.block_size % 8:
+            raise ValueError(f"block_size must be a multiple of 8 in [8, 128], got {self.block_size}")
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        if self.worker not in get_args(WorkerKind):
+            raise ValueError(f"worker must be one of {get_args(WorkerKind)}, got {self.worker!r}")
+        if not isinstance(self.device, str) or not self.device:
+            raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From a mapping of options; an unknown or missing one raises ValueError naming it and the known ones."""
+        return build_options(cls, [field.name for field in dataclasses.fields(cls)], options)
+
+    def resolve(self, *, max_position_embeddings: int, kv_bytes_per_token: int) -> EngineConfig:
+        """A config with `max_model_len` and `num_blocks` filled in from the model.
+
+        `kv_bytes_per_token` counts keys and values of all layers. Raises ValueError where max_model_len is over the
+        model's positions or the pool would not hold one block.
+        """
+        max_model_len = max_position_embeddings if self.max_model_len is None else self.max_model_len
+        if max_model_len > max_position_embeddings:
+            raise ValueError(
+                f"max_model_len must be <= the model's max_position_embeddings ({max_position_embeddings}), got {max_model_len}"
+            )
+        block_bytes = kv_bytes_per_token * self.block_size
+        num_blocks = self.kv_cache_bytes // block_bytes if self.num_blocks is None else self.num_blocks
+        if num_blocks < 1:
+            raise ValueError(
+                f"kv_cache_bytes must hold at least one KV block ({block_bytes} bytes), got {self.kv_cache_bytes}"
+            )
+        return dataclasses.replace(self, max_model_len=max_model_len, num_blocks=num_blocks)
+
+
+def _path(name: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError(f"{name} must be a path, got {value!r}")
+    path = os.fspath(value)
+    if not isinstance(path, str):
+        raise ValueError(f"{name} must be a text path, got {value!r}")
+    return path

@@ -1,0 +1,138 @@
+"""What callers hand to the engine's loop thread, and the versions of the weights that it keeps.
+
+Two kinds of work travel in one ordered queue: a `Call` (requests to run) and an `Exclusive` (a change that must find no
+request in flight). What was submitted before an Exclusive finishes before it; what came later waits until it is applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from zerokl.rollout.request import Request
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.worker import Worker, WeightSource
+
+POLICY = "policy"
+"""Name of the live weight set."""
+
+
+class Call:
+    """The requests of one generate or score call. The future resolves to them, finished, in the order given.
+
+    `groups` holds the requests of each id that `abort` knows: the n samples of a prompt, or the one scored sequence.
+    """
+
+    __slots__ = ("aborted", "future", "groups", "num_left", "texts")
+
+    def __init__(self, groups: dict[str, list[Request]]) -> None:
+        assert groups and all(groups.values()), "a call without requests has nothing to wait for"
+        self.groups = groups
+        self.num_left = sum(len(group) for group in groups.values())
+        self.aborted: set[str] = set()
+        """Ids aborted before the call was taken up."""
+        self.texts: dict[str, str] = {}
+        """Request id -> text before the stop string, for requests that one ended."""
+        self.future: Future[list[Request]] = Future()
+        # A waiting coroutine that is cancelled would otherwise cancel the future under the loop's hands.
+        self.future.set_running_or_notify_cancel()
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests, group by group."""
+        return [request for group in self.groups.values() for request in group]
+
+
+class Exclusive:
+    """A change applied when no request is in flight.
+
+    `prepare` runs as soon as the queue reaches the change, while earlier requests are still running; if it raises, the
+    change is off and nothing was held up. `apply` runs after them; its result resolves the future. `discard` undoes
+    `prepare` when the caller cancels the future in between.
+    """
+
+    __slots__ = ("apply", "discard", "future", "prepare")
+
+    def __init__(
+        self,
+        apply: Callable[[], Any],
+        prepare: Callable[[], None] = lambda: None,
+        discard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.prepare = prepare
+        self.apply = apply
+        self.discard = discard
+        self.future: Future[Any] = Future()
+
+
+class WeightSets:
+    """Names, versions and epochs of the weight sets that worker and scheduler hold. Runs on the loop thread.
+
+    A version is the user's number, an epoch is ours: it never repeats, and stands for the weights in every KV cache key.
+    A pin shares the epoch of the weights that it keeps, and with it their cached prefixes.
+    """
+
+    def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
+        self._worker = worker
+        self._scheduler = scheduler
+        self._epoch = 0
+        self._staged: int | None = None
+        self.versions: dict[str, int] = {}
+        self.seconds = {"stage": 0.0, "commit": 0.0}
+        """Seconds spent on weights since the engine started."""
+        self.num_updates = 0
+
+    def load_first(self, source: WeightSource) -> None:
+        """Version 0, before the first step."""
+        self._worker.stage_weights(source, 0)
+        self._staged = 0
+        self.commit()
+        self.num_updates = 0
+
+    def stage(self, source: WeightSource, version: int | None) -> None:
+        """Have the worker prepare the next version. Raises ValueError unless `version` is above the live one."""
+        live = self.versions[POLICY]
+        version = live + 1 if version is None else version
+        if version <= live:
+            raise ValueError(f"version must be above the live version {live}, got {version}")
+        start = time.perf_counter()
+        self._worker.stage_weights(source, version)
+        self._staged = version
+        self.seconds["stage"] += time.perf_counter() - start
+
+    def commit(self) -> int:
+        """Make the staged version live; returns it."""
+        assert self._staged is not None, "commit without a staged version"
+        start = time.perf_counter()
+        self._worker.commit_weights()
+        version, self._staged = self._staged, None
+        self._epoch += 1
+        self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version)
+        self.versions = {**self.versions, POLICY: version}
+        self.seconds["commit"] += time.perf_counter() - start
+        self.num_updates += 1
+        return version
+
+    def discard(self) -> None:
+        """Forget the staged version."""
+        self._worker.discard_staged()
+        self._staged = None
+
+    def pin(self, name: str) -> int:
+        """Keep the live weights as `name`; returns their version."""
+        self._worker.pin_weights(name)
+        version = self.versions[POLICY]
+        self._scheduler.set_weights(name, epoch=self._epoch, version=version)
+        self.versions = {**self.versions, name: version}
+        return version
+
+    def drop(self, name: str) -> None:
+        """Forget a pinned set. Raises ValueError for an unknown name and for the policy itself."""
+        if name == POLICY or name not in self.versions:
+            pinned = sorted(set(self.versions) - {POLICY})
+            raise ValueError(f"drop_weights: name must be a pinned set, one of {pinned}, got {name!r}")
+        self._worker.drop_weights(name)
+        self._scheduler.drop_weights(name)
+        self.versions = {key: version for key, version in self.versions.items() if key != name}

@@ -1,0 +1,308 @@
+"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and worker.
+
+    callers --(Call | Exclusive)--> inbox --+
+    callers --(small actions)----> urgent --+--> [ urgent, inbox, one step ]* --> futures
+
+The thread waits on a condition while there is nothing to do. States: running -> failed or closed; neither is left again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from zerokl.kernels.ops import SampleResult
+from zerokl.rollout.control import Call, Exclusive, WeightSets
+from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.request import Request
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.step_inputs import build_step_inputs
+from zerokl.rollout.step_plan import StepPlan
+from zerokl.rollout.stop import StopStrings
+from zerokl.rollout.worker import Worker
+
+EngineState = Literal["running", "draining", "failed", "closed"]
+Result = TypeVar("Result")
+
+
+class EngineLoop:
+    """Owns the loop thread from `start` to `close`. Public methods may be called from any thread."""
+
+    def __init__(
+        self, scheduler: Scheduler, worker: Worker, weights: WeightSets, stop_strings: StopStrings, block_size: int
+    ) -> None:
+        self._scheduler = scheduler
+        self._worker = worker
+        self._weights = weights
+        self._stop_strings = stop_strings
+        self._block_size = block_size
+        self._wake = threading.Condition()
+        # Guarded by _wake, as are _closing, _ended and _open:
+        self._inbox: deque[Call | Exclusive] = deque()
+        self._urgent: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._closing = False
+        self._ended: Literal["failed", "closed"] | None = None
+        self._open: dict[str, Call] = {}
+        """Abort id -> call, from submission to resolution."""
+        # The loop thread's own:
+        self._running: dict[str, Call] = {}
+        """Request id -> call, for the scheduler's requests."""
+        self._draining: Exclusive | None = None
+        self.cause: BaseException | None = None
+        """What made the engine fail."""
+        self._thread = threading.Thread(target=self._run, name="zerokl-engine-loop", daemon=True)
+
+    # -- any thread -----------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Start the thread; the worker is the thread's from here on, closing included."""
+        self._thread.start()
+
+    @property
+    def state(self) -> EngineState:
+        """What the loop is about."""
+        return self._ended or ("draining" if self._draining is not None else "running")
+
+    @property
+    def num_held(self) -> int:
+        """Calls and changes in the inbox, not yet taken up."""
+        return len(self._inbox)
+
+    def submit(self, item: Call | Exclusive) -> None:
+        """Queue a call or a change. Raises ValueError if an id of the call is in use, EngineFailedError, EngineClosedError."""
+        with self._wake:
+            self._check_alive()
+            if isinstance(item, Call):
+                taken = next((name for name in item.groups if name in self._open), None)
+                if taken is not None:
+                    raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
+                self._open.update(dict.fromkeys(item.groups, item))
+            self._inbox.append(item)
+            self._wake.notify()
+
+    def at_boundary(self, action: Callable[[], Result]) -> Future[Result]:
+        """Run a short action on the loop thread before its next step, ahead of all that is queued."""
+        future: Future[Result] = Future()
+        future.set_running_or_notify_cancel()
+        with self._wake:
+            self._check_alive()
+            self._urgent.append((action, future))
+            self._wake.notify()
+        return future
+
+    def abort(self, ids: Collection[str] | None) -> Future[int]:
+        """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
+        return self.at_boundary(lambda: self._abort(ids))
+
+    def close(self) -> None:
+        """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        # A forgotten engine may be collected by the loop thread itself.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check_alive(self) -> None:
+        if self._ended == "failed":
+            raise EngineFailedError(f"the engine has failed: {self.cause!r}") from self.cause
+        if self._ended == "closed" or self._closing:
+            raise EngineClosedError("the engine is closed")
+
+    # -- the loop thread ------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._run_urgent()
+                self._take_inbox()
+                if self._scheduler.num_unfinished:
+                    self._step()
+        except Exception as error:  # noqa: BLE001 - whatever ends the loop, the callers that wait must hear of it
+            self._end("failed", error)
+        else:
+            self._end("closed", None)
+        finally:
+            with contextlib.suppress(WorkerError):
+                self._worker.close()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when that is to end."""
+        with self._wake:
+            # A change that drains needs no wake-up of its own: it is applied as soon as nothing is unfinished.
+            self._wake.wait_for(
+                lambda: bool(self._closing or self._urgent or self._inbox or self._scheduler.num_unfinished)
+            )
+            return not self._closing
+
+    def _run_urgent(self) -> None:
+        while self._urgent:
+            action, future = self._urgent[0]
+            _settle(future, action)
+            self._urgent.popleft()
+
+    def _take_inbox(self) -> None:
+        while True:
+            if self._draining is not None and not self._apply_change():
+                return
+            with self._wake:
+                if not self._inbox:
+                    return
+                item = self._inbox.popleft()
+            if isinstance(item, Call):
+                self._add(item)
+            else:
+                self._begin_change(item)
+
+    def _begin_change(self, change: Exclusive) -> None:
+        self._draining = change
+        try:
+            change.prepare()
+        except WorkerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - bad weights, a missing file, too little memory: the caller's to see
+            change.discard()
+            self._draining = None
+            if change.future.set_running_or_notify_cancel():
+                change.future.set_exception(error)
+
+    def _apply_change(self) -> bool:
+        """Apply or drop the change that is due; False while requests must still finish before it."""
+        change = self._draining
+        assert change is not None
+        if self._scheduler.num_unfinished and not change.future.cancelled():
+            return False
+        if change.future.set_running_or_notify_cancel():
+            _settle(change.future, change.apply)
+        else:
+            change.discard()
+        self._draining = None
+        return True
+
+    def _add(self, call: Call) -> None:
+        added: list[Request] = []
+        try:
+            for request in call.requests:
+                self._scheduler.add(request)
+                added.append(request)
+        except ValueError as error:  # the weight set was dropped since the call was checked
+            for request in added:
+                self._scheduler.abort(request.request_id)
+            self._close_call(call)
+            call.future.set_exception(error)
+            return
+        self._running.update((request.request_id, call) for request in added)
+        for name in call.aborted:
+            self._abort_group(call.groups[name])
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        assert plan is not None, "unfinished requests and nothing to run"
+        result = self._worker.execute(build_step_inputs(plan, self._scheduler.requests, self._block_size))
+        _check_finite(plan, result)
+        for request in self._scheduler.update(plan, result):
+            self._deliver(request)
+
+    def _deliver(self, request: Request) -> None:
+        call = self._running.pop(request.request_id)
+        text = self._stop_strings.take_text(request)
+        if text is not None:
+            call.texts[request.request_id] = text
+        call.num_left -= 1
+        if not call.num_left:
+            self._close_call(call)
+            call.future.set_result(call.requests)
+
+    def _close_call(self, call: Call) -> None:
+        with self._wake:
+            for name in call.groups:
+                del self._open[name]
+
+    def _abort(self, ids: Collection[str] | None) -> int:
+        with self._wake:
+            wanted = [
+                (name, self._open[name]) for name in (ids if ids is not None else self._open) if name in self._open
+            ]
+        num_aborted = 0
+        for name, call in wanted:
+            group = call.groups[name]
+            if any(request.request_id in self._running for request in group):
+                num_aborted += self._abort_group(group)
+            elif not any(request.is_finished for request in group):
+                call.aborted.add(name)
+                num_aborted += len(group)
+        self._take_up_aborted()
+        return num_aborted
+
+    def _abort_group(self, group: list[Request]) -> int:
+        aborted = [self._scheduler.abort(request.request_id) for request in group]
+        finished = [request for request in aborted if request is not None]
+        for request in finished:
+            self._deliver(request)
+        return len(finished)
+
+    def _take_up_aborted(self) -> None:
+        """Answer held calls that were aborted as a whole: they need not wait for a change before them."""
+        with self._wake:
+            items = list(self._inbox)
+            done = [item for item in items if isinstance(item, Call) and len(item.aborted) == len(item.groups)]
+            if done:
+                self._inbox = deque(item for item in items if item not in done)
+        for call in done:
+            self._add(call)
+
+    def _end(self, state: Literal["failed", "closed"], error: BaseException | None) -> None:
+        with self._wake:
+            self.cause = error
+            self._ended = state
+            futures: list[Future[Any]] = [call.future for call in set(self._open.values())]
+            changes = [item for item in self._inbox if isinstance(item, Exclusive)]
+            if self._draining is not None:
+                changes.append(self._draining)
+            futures += [future for _, future in self._urgent]
+            self._inbox.clear()
+            self._urgent.clear()
+            self._open.clear()
+        self._draining = None
+        futures += [change.future for change in changes if not _cancelled(change.future)]
+        for future in futures:
+            future.set_exception(_ending(state, error))
+
+
+def _settle(future: Future[Any], action: Callable[[], Any]) -> None:
+    """Run the action and resolve the future. A ValueError is the caller's; anything else also ends the loop."""
+    try:
+        result = action()
+    except ValueError as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _cancelled(future: Future[Any]) -> bool:
+    """Whether the caller gave up on it; if not, it can no longer."""
+    return not (future.running() or future.set_running_or_notify_cancel())
+
+
+def _ending(state: Literal["failed", "closed"], error: BaseException | None) -> Exception:
+    if state == "closed":
+        return EngineClosedError("the engine was closed while the call was in flight")
+    failure = EngineFailedError(f"the engine has failed: {error!r}")
+    failure.__cause__ = error
+    return failure
+
+
+def _check_finite(plan: StepPlan, result: SampleResult) -> None:
+    """Raise FloatingPointError when a row's probabilities are not numbers: the weights or the kernels are broken."""
+    bad = np.flatnonzero(np.isnan(result.policy_logprobs) | np.isnan(result.logprobs))
+    if bad.size:
+        row = int(bad[0])
+        entry = next(entry for entry in plan.entries if entry.first_row <= row < entry.first_row + entry.num_rows)
+        raise FloatingPointError(
+            f"step {plan.step}: {bad.size} of {plan.num_rows} rows have NaN logprobs, the first in request "
+            f"{entry.request_id!r} (weights {plan.policy!r} version {plan.policy_version})"
+        )

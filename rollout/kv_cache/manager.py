@@ -1,0 +1,170 @@
+"""The one owner of KV blocks: tables of requests, sharing of prefixes, conservation of blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from zerokl.rollout.kv_cache.block_pool import BlockPool
+from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, block_key, root_key
+from zerokl.rollout.request import Request
+
+SPARE_TABLE_ENTRIES = 8
+
+
+class KVCacheManager:
+    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `needs_...`) change nothing.
+
+    The table of a request, in positions (B = block size):
+
+        |-- matched at admission --|-- computed here --|-- allocated, not computed yet --|
+        0                    k * B             num_computed_tokens            num_blocks * B
+
+    The first range is shared and read only: computation starts at a block boundary, so no shared block is ever
+    written. Full blocks of the second range are published under their content once a step's result is in.
+    All tokens known at admission get their blocks at once; afterwards only sampling makes a table grow.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        """With `enable_prefix_caching` off, blocks are shared within a group of samples only."""
+        self.block_size = block_size
+        self._enable_prefix_caching = enable_prefix_caching
+        self._prefixes = PrefixCache()
+        self._pool = BlockPool(num_blocks, on_evict=self._prefixes.forget)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out now, those with cached content included."""
+        return self._pool.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks with published content, in use or not."""
+        return len(self._prefixes)
+
+    # -- admission ----------------------------------------------------------------------------------------------------
+    def match(self, request: Request, weight_epoch: int) -> list[int]:
+        """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
+
+        So at least one token is left to compute. Only memoised keys of the request change.
+        """
+        if not self._shares(request):
+            return []
+        self._set_root(request, weight_epoch)
+        limit = request.next_row // self.block_size
+        matched: list[int] = []
+        for index in range(limit):
+            block = self._prefixes.find(self._key(request, index), self._block_tokens(request, index))
+            if block is None:
+                break
+            matched.append(block)
+        return matched
+
+    def can_admit(self, request: Request, matched: list[int], reserve: int) -> bool:
+        """Whether all known tokens of the request fit and `reserve` blocks stay free for those that run."""
+        new_blocks = self._blocks_for(request.compute_target) - len(matched)
+        woken = sum(not self._pool.is_used(block) for block in matched)
+        return new_blocks + woken + reserve <= self._pool.num_free
+
+    def admit(self, request: Request, matched: list[int]) -> None:
+        """Build the table: matched blocks, then new ones for the rest; sets `num_computed_tokens` to what was matched."""
+        assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
+        for block in matched:  # before any allocation, which might evict them
+            self._pool.share(block)
+        total = self._blocks_for(request.compute_target)
+        fresh = [self._pool.allocate() for _ in range(total - len(matched))]
+        request.block_table = np.array(matched + fresh + [0] * SPARE_TABLE_ENTRIES, np.int32)
+        request.num_blocks = total
+        request.num_published_blocks = len(matched)
+        request.num_computed_tokens = len(matched) * self.block_size
+
+    # -- growth and results -------------------------------------------------------------------------------------------
+    def needs_block(self, request: Request) -> bool:
+        """Whether the table is too short for the tokens known by now."""
+        return request.compute_target > request.num_blocks * self.block_size
+
+    def can_grow(self) -> bool:
+        return self._pool.num_free > 0
+
+    def grow(self, request: Request) -> None:
+        """One more block at the end of the table."""
+        if request.num_blocks == len(request.block_table):
+            request.block_table = np.concatenate([request.block_table, np.zeros_like(request.block_table)])
+        request.block_table[request.num_blocks] = self._pool.allocate()
+        request.num_blocks += 1
+
+    def publish(self, request: Request) -> None:
+        """Make full blocks that were computed since the last call available to others."""
+        num_full = request.num_computed_tokens // self.block_size
+        if num_full == request.num_published_blocks or not self._shares(request):
+            return
+        blocks = request.block_table[:num_full].tolist()
+        for index in range(request.num_published_blocks, num_full):
+            self._prefixes.insert(self._key(request, index), self._block_tokens(request, index), blocks[index])
+        request.num_published_blocks = num_full
+
+    def release(self, request: Request) -> None:
+        """Take all blocks back. Published ones keep their content until they are needed."""
+        blocks = request.block_table[: request.num_blocks].tolist()
+        for block in reversed(blocks):  # the end of a chain goes idle first and is evicted first: its head serves more
+            self._pool.release(block, keep=block in self._prefixes)
+        request.num_blocks = 0
+        request.num_published_blocks = 0
+
+    # -- sharing --------------------------------------------------------------------------------------------------------
+    def shareable_tokens(self, request: Request) -> int:
+        """Tokens of the prompt that samples of the request's group can take from one of them; 0 without a group."""
+        if request.group_id is None:
+            return 0
+        return (request.num_prompt_tokens - 1) // self.block_size * self.block_size
+
+    def reset(self) -> None:
+        """Forget all cached prefixes. Requests keep the blocks they hold."""
+        self._prefixes.clear()
+        self._pool.discard_idle()
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Assert conservation: free + idle + used blocks are all blocks, and tables of `requests` explain every reference."""
+        references: Counter[int] = Counter()
+        for request in requests:
+            blocks = request.block_table[: request.num_blocks].tolist()
+            assert len(set(blocks)) == len(blocks), f"{request.request_id} holds a block twice"
+            held = request.num_blocks * self.block_size
+            assert request.num_computed_tokens <= held, f"{request.request_id} has computed tokens outside its blocks"
+            references.update(blocks)
+        self._pool.check_integrity(references)
+        self._prefixes.check_integrity()
+        idle = sum(block in self._prefixes and not self._pool.is_used(block) for block in range(self.num_blocks))
+        assert idle == self._pool.num_idle, "an idle block without content, or content of a free block"
+
+    def _shares(self, request: Request) -> bool:
+        return self._enable_prefix_caching or request.group_id is not None
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _block_tokens(self, request: Request, index: int) -> bytes:
+        begin = index * self.block_size
+        return request.token_ids[begin : begin + self.block_size].tobytes()
+
+    def _set_root(self, request: Request, weight_epoch: int) -> None:
+        salt = "" if self._enable_prefix_caching else f"group {request.group_id}"
+        root = root_key(weight_epoch, salt)
+        if request.key_root != root:
+            request.key_root = root
+            request.block_keys.clear()
+
+    def _key(self, request: Request, index: int) -> bytes:
+        """Key of the request's block `index`, whose tokens are known; keys of earlier blocks are made on the way."""
+        keys = request.block_keys
+        while len(keys) <= index:
+            parent = keys[-1] if keys else request.key_root
+            assert parent is not None, f"{request.request_id} was never matched"
+            keys.append(block_key(parent, self._block_tokens(request, len(keys))))
+        return keys[index]

@@ -1,0 +1,148 @@
+"""Runs steps of one model on one device: owns the ops, the KV pool and the named sets of weights.
+
+    made -> stage(tensors, version) -> commit() -> execute() ... stage(...) -> commit() -> execute() ...
+
+Staging packs a complete set beside the live one; committing only moves a reference, so it cannot fail and a step sees
+one set from beginning to end. Each set carries an epoch that never repeats, beside its publisher's version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zerokl.kernels.dispatch import get_ops
+from zerokl.kernels.ops import DecoderParams, SampleResult, StepInputs
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.loader import check_tensors
+from zerokl.rollout.models.rope import rope_table
+
+if TYPE_CHECKING:
+    from zerokl.rollout.config import EngineConfig
+
+LIVE = "policy"
+"""Name of the set that `commit` replaces."""
+
+
+class NonFiniteLogitsError(FloatingPointError):
+    """Rows of a step whose logits hold a NaN or an infinity: nothing can be drawn from them."""
+
+    def __init__(self, step: int, policy: str, rows: list[int]) -> None:
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        super().__init__(f"step {step}: logits of weights {policy!r} are not finite in logit rows {shown}")
+        self.step = step
+        self.policy = policy
+        self.rows = rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSet:
+    """Packed weights, never changed after they were made."""
+
+    version: int
+    """As given by whoever staged it."""
+    epoch: int
+    """Counts the sets that this runner has staged; the key for anything computed from this set."""
+    params: DecoderParams[Any]
+
+
+class ModelRunner:
+    """One model, one KV pool, several sets of weights. Calls come from one thread at a time."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
+        """Make the ops and allocate the KV pool; no weights yet.
+
+        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks` and `max_model_len`
+        count.
+        """
+        assert config.num_blocks is not None, "an unresolved EngineConfig"
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        self._config = model_config
+        self._spec = DecoderSpec.from_config(model_config)
+        self._ops = get_ops(config.device, num_threads)
+        self._pool = self._ops.kv_pool(
+            model_config.num_hidden_layers, config.num_blocks, config.block_size, self._spec.attention
+        )
+        positions = config.max_model_len or model_config.max_position_embeddings
+        self._rope = self._ops.tensor(rope_table(model_config.rope, model_config.head_dim, positions))
+        self._epochs = count(1)
+        self._staged: WeightSet | None = None
+        self._sets: dict[str, WeightSet] = {}
+
+    @property
+    def weight_sets(self) -> Mapping[str, WeightSet]:
+        """The committed sets by name: "policy" once there was a commit, and the pinned ones."""
+        return dict(self._sets)
+
+    def execute(self, inputs: StepInputs) -> SampleResult:
+        """Run one step with the set `inputs.policy`; the result has a row per logit row and is the caller's to keep.
+
+        Raises ValueError when there is no such set, NonFiniteLogitsError naming step and rows when a distribution is
+        broken (keys and values of the step are written then).
+        """
+        weights = self._sets.get(inputs.policy)
+        if weights is None:
+            raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
+        hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
+        if not len(inputs.logit_rows):
+            return _no_rows(inputs.sampling.want_raw)
+        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
+        if result.tokens.min() < 0:
+            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
+        return result
+
+    def stage(self, tensors: Mapping[str, Any], version: int = 0) -> None:
+        """Pack a complete set of weights beside the live one, in place of what was staged before.
+
+        `tensors` maps Hugging Face names to float32 NumPy arrays (read-only ones will do, and a mapping that reads on
+        access, such as `models.loader.open_tensors` gives, keeps the peak of memory low). Everything kept is a copy:
+        the sources may be overwritten afterwards. Raises ValueError naming missing, extra or misshapen tensors;
+        nothing is staged then.
+        """
+        self._staged = None
+        check_tensors(tensors, self._config)
+        params = build_params(self._ops, self._config, tensors, self._rope, keep=self._ops.tensor)
+        self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
+
+    def commit(self) -> None:
+        """Make the staged set the live one, from the next step on."""
+        assert self._staged is not None, "commit without staged weights"
+        self._sets[LIVE], self._staged = self._staged, None
+
+    def discard_staged(self) -> None:
+        """Forget the staged set, if there is one."""
+        self._staged = None
+
+    def pin(self, name: str) -> None:
+        """Keep the live set under `name` too, without a copy; replaces an earlier pin of that name.
+
+        Raises ValueError for the name of the live set itself, or before the first commit.
+        """
+        if name == LIVE or not name:
+            raise ValueError(f"pin: name must be non-empty and not {LIVE!r}, got {name!r}")
+        if LIVE not in self._sets:
+            raise ValueError(f"pin: there are no live weights yet to keep as {name!r}")
+        self._sets[name] = self._sets[LIVE]
+
+    def drop(self, name: str) -> None:
+        """Forget a pinned set. Raises ValueError if there is none of that name, and for the live set."""
+        if name == LIVE or name not in self._sets:
+            raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
+        del self._sets[name]
+
+
+def _no_rows(want_raw: bool) -> SampleResult:
+    none = np.zeros(0, np.float32)
+    return SampleResult(
+        tokens=np.zeros(0, np.int32),
+        logprobs=none,
+        policy_logprobs=none,
+        entropy=none,
+        raw_logprobs=none if want_raw else None,
+    )

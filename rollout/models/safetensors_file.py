@@ -1,0 +1,113 @@
+"""Reading one safetensors file, with bfloat16 and float16 widened exactly to float32.
+
+The library's NumPy front end knows no bfloat16 and its `deserialize` wants the whole file in memory, so the (small)
+format is read here: 8 bytes of little-endian header length, a JSON header name -> {dtype, shape, data_offsets}, data.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor lies: bytes [start, start + nbytes) of `file`."""
+
+    file: Path
+    name: str
+    dtype: str
+    """F32, F16 or BF16."""
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _STORED_DTYPES[self.dtype].itemsize
+
+    def read(self) -> NDArray[np.float32]:
+        """A fresh C-contiguous float32 array. Raises ValueError naming the file if it has become shorter."""
+        stored = np.fromfile(self.file, _STORED_DTYPES[self.dtype], count=math.prod(self.shape), offset=self.start)
+        if stored.size != math.prod(self.shape):
+            raise ValueError(f"{self.file}: ends inside tensor {self.name!r}")
+        return widen(stored.reshape(self.shape), bfloat16=self.dtype == "BF16")
+
+
+def widen(stored: NDArray[Any], *, bfloat16: bool = False) -> NDArray[np.float32]:
+    """float32 values of float32 (as it is), float16 or, with `bfloat16`, uint16 patterns. Exact."""
+    if not bfloat16:
+        return stored.astype(np.float32, copy=False)
+    # bfloat16 is the upper half of a float32
+    wide = stored.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, in its order. Raises ValueError naming the file if it is no sound safetensors file."""
+    size = _size(file)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{file}: not a safetensors file, or cut short: header of {length} bytes in a file of {size}"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: the safetensors header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: the safetensors header must be an object, got {type(header).__name__}")
+    data_start = 8 + length
+    tensors = {
+        name: _stored_tensor(file, name, entry, data_start, size - data_start)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=data_start)
+    if end != size:
+        raise ValueError(f"{file}: tensors end at byte {end}, but the file has {size}")
+    return tensors
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+
+
+def _stored_tensor(file: Path, name: str, entry: Any, data_start: int, data_size: int) -> StoredTensor:
+    if not (isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}):
+        raise ValueError(f"{file}: header entry {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _STORED_DTYPES:
+        raise ValueError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(_STORED_DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{file}: header entry {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    tensor = StoredTensor(file=file, name=name, dtype=dtype, shape=tuple(shape), start=data_start + offsets[0])
+    if offsets[1] - offsets[0] != tensor.nbytes or offsets[1] > data_size:
+        raise ValueError(
+            f"{file}: {name} {dtype}{list(shape)} needs {tensor.nbytes} bytes within {data_size}, "
+            f"has data_offsets {offsets}"
+        )
+    return tensor
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -1,0 +1,77 @@
+"""The record that a caller gets for each sampled continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.rollout.request import FinishReason, Request
+from zerokl.rollout.sampling_params import SamplingParams
+
+LogprobsDefinition = Literal["processed_logprobs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """One sampled continuation of N tokens after a prompt of P; row i of each array belongs to token_ids[i]."""
+
+    prompt_token_ids: NDArray[np.int32]
+    """[P]"""
+    token_ids: NDArray[np.int32]
+    """[N], tokens that the policy sampled and no others; a stop token is among them."""
+    text: str | None
+    """Text of token_ids, cut before the stop string if one ended it; None without a tokenizer."""
+    logprobs: NDArray[np.float32]
+    """[N], under the distribution sampled from; see `logprobs_definition`. 0.0 at temperature 0."""
+    policy_logprobs: NDArray[np.float32]
+    """[N], under softmax(logits / temperature), without bias, penalties or truncation."""
+    entropy: NDArray[np.float32]
+    """[N], nats, of the same distribution as policy_logprobs."""
+    raw_logprobs: NDArray[np.float32] | None
+    """[N], under softmax(logits); None unless `SamplingParams.raw_logprobs` is set."""
+    policy_versions: NDArray[np.int64]
+    """[N], version of the weights that sampled each token."""
+    finish_reason: FinishReason
+    """"stop": a stop token or string; "length": max_tokens; "abort": ended by the caller."""
+    stop_reason: int | str | None
+    """The stop token id or stop string; None for other reasons."""
+    num_cached_tokens: int
+    """Tokens of the prompt whose keys and values came from the prefix cache."""
+    num_preemptions: int
+    """Times the request lost its KV blocks and was computed again."""
+    seed: int
+    """Key of the random numbers; with the same weights, prompt and parameters it gives the same tokens."""
+    sample_index: int
+    """Which of the n samples of its prompt."""
+    prompt_index: int
+    """Which prompt of the call."""
+    sampling_params: SamplingParams
+    logprobs_definition: LogprobsDefinition = "processed_logprobs"
+    """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
+
+    @classmethod
+    def from_request(cls, request: Request, text: str | None = None) -> Rollout:
+        """The record of a finished generate request; arrays are copies of exact length."""
+        assert request.finish_reason is not None, request.request_id
+        raw = request.raw_logprobs
+        return cls(
+            prompt_token_ids=request.prompt_token_ids.copy(),
+            token_ids=request.output_token_ids.copy(),
+            text=text,
+            logprobs=request.logprobs.copy(),
+            policy_logprobs=request.policy_logprobs.copy(),
+            entropy=request.entropy.copy(),
+            raw_logprobs=None if raw is None else raw.copy(),
+            policy_versions=request.policy_versions.copy(),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
+            seed=request.seed,
+            sample_index=request.sample_index,
+            prompt_index=request.prompt_index,
+            sampling_params=request.sampling_params,
+        )

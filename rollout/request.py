@@ -1,0 +1,337 @@
+"""One sequence on its way through the engine: its tokens, its results and how far it has been computed."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from zerokl.kernels.ops import SampleResult
+from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.sampling_state import SamplingState
+
+RequestKind = Literal["generate", "score"]
+FinishReason = Literal["stop", "length", "abort"]
+
+FIRST_OUTPUT_CAPACITY = 64
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands. Preemption leads from RUNNING back to WAITING."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """A sequence to continue (generate) or whose given tokens are to be rated (score).
+
+    Both are one thing to the scheduler: `num_computed_tokens` catches up with `compute_target`, and from position
+    `next_row` on each computed token yields one row of results. Index ranges over the tokens of a request:
+
+        generate  |-- prompt --|-- output --|          the row at the last token gives the next output token
+        score     |-- prompt --|-- forced tokens --|   the row at p rates token p + 1; the last token is not computed
+                  0            num_prompt_tokens       num_tokens
+
+    `num_output_tokens` counts results collected so far: for a score request they cover a prefix of the forced tokens.
+    Results outlive a preemption; only keys and values are computed again, to the same bits.
+
+    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results.
+    """
+
+    __slots__ = (
+        "_entropy",
+        "_logprobs",
+        "_policy_logprobs",
+        "_raw_logprobs",
+        "_tokens",
+        "_versions",
+        "arrival",
+        "block_keys",
+        "block_table",
+        "compute_target",
+        "finish_reason",
+        "group_id",
+        "in_flight_step",
+        "key_root",
+        "kind",
+        "num_blocks",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_output_tokens",
+        "num_overtaken",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_published_blocks",
+        "num_tokens",
+        "policy",
+        "prompt_index",
+        "request_id",
+        "sample_index",
+        "sampling",
+        "sampling_params",
+        "seed",
+        "status",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        kind: RequestKind,
+        tokens: NDArray[np.int32],
+        num_prompt_tokens: int,
+        sampling_params: SamplingParams,
+        *,
+        seed: int,
+        sample_index: int,
+        prompt_index: int,
+        group_id: str | None,
+        policy: str,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        """Use `Request.generate` or `Request.score`."""
+        self.request_id = request_id
+        self.kind: RequestKind = kind
+        self.sampling_params = sampling_params
+        self.seed = seed
+        self.sample_index = sample_index
+        self.prompt_index = prompt_index
+        self.group_id = group_id
+        self.policy = policy
+        self.sampling = SamplingState(
+            sampling_params,
+            tokens[:num_prompt_tokens],
+            seed=seed,
+            sample_index=sample_index,
+            eos_token_ids=eos_token_ids,
+        )
+
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = len(tokens)
+        self.num_output_tokens = 0
+        self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
+        self._allocate_results(tokens)
+
+        self.status = RequestStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.arrival = -1
+        self.num_overtaken = 0
+        self.in_flight_step = -1
+
+        self.block_table: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.num_blocks = 0
+        self.num_published_blocks = 0
+        self.block_keys: list[bytes] = []
+        self.key_root: bytes | None = None
+
+    @classmethod
+    def generate(
+        cls,
+        request_id: str,
+        prompt_token_ids: ArrayLike,
+        sampling_params: SamplingParams,
+        *,
+        seed: int,
+        sample_index: int = 0,
+        prompt_index: int = 0,
+        group_id: str | None = None,
+        policy: str = "policy",
+        eos_token_ids: Iterable[int] = (),
+    ) -> Request:
+        """A request to sample up to `sampling_params.max_tokens` tokens after a prompt of P >= 1 token ids.
+
+        Requests with one `group_id` must have one and the same prompt and policy; they share its KV blocks.
+        Raises ValueError for a prompt that is empty or not a sequence of integers.
+        """
+        prompt = as_token_ids("prompt_token_ids", prompt_token_ids)
+        return cls(
+            request_id,
+            "generate",
+            prompt,
+            len(prompt),
+            sampling_params,
+            seed=seed,
+            sample_index=sample_index,
+            prompt_index=prompt_index,
+            group_id=group_id,
+            policy=policy,
+            eos_token_ids=eos_token_ids,
+        )
+
+    @classmethod
+    def score(
+        cls,
+        request_id: str,
+        token_ids: ArrayLike,
+        *,
+        score_start: int = 1,
+        sampling_params: SamplingParams | None = None,
+        policy: str = "policy",
+        eos_token_ids: Iterable[int] = (),
+    ) -> Request:
+        """A request for the logprobs of tokens score_start .. len - 1, each given the tokens before it.
+
+        Tokens before `score_start` count as the prompt for penalties and min_tokens. Raises ValueError unless
+        1 <= score_start < len(token_ids).
+        """
+        tokens = as_token_ids("token_ids", token_ids)
+        if not 1 <= score_start < len(tokens):
+            raise ValueError(
+                f"score_start must be in [1, {len(tokens) - 1}] for {len(tokens)} token_ids, got {score_start}"
+            )
+        return cls(
+            request_id,
+            "score",
+            tokens,
+            score_start,
+            sampling_params or SamplingParams(),
+            seed=0,
+            sample_index=0,
+            prompt_index=0,
+            group_id=None,
+            policy=policy,
+            eos_token_ids=eos_token_ids,
+        )
+
+    # -- tokens and results -----------------------------------------------------------------------------------------
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[num_tokens] int32 view: prompt and output, or all tokens to score."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def prompt_token_ids(self) -> NDArray[np.int32]:
+        """[num_prompt_tokens] int32 view."""
+        return self._tokens[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> NDArray[np.int32]:
+        """[num_output_tokens] int32 view: sampled tokens, or the forced tokens scored so far."""
+        return self._tokens[self.num_prompt_tokens : self.num_prompt_tokens + self.num_output_tokens]
+
+    @property
+    def logprobs(self) -> NDArray[np.float32]:
+        """[num_output_tokens] view, under the distribution sampled from."""
+        return self._logprobs[: self.num_output_tokens]
+
+    @property
+    def policy_logprobs(self) -> NDArray[np.float32]:
+        """[num_output_tokens] view, under softmax(logits / temperature)."""
+        return self._policy_logprobs[: self.num_output_tokens]
+
+    @property
+    def entropy(self) -> NDArray[np.float32]:
+        """[num_output_tokens] view, nats, of softmax(logits / temperature)."""
+        return self._entropy[: self.num_output_tokens]
+
+    @property
+    def raw_logprobs(self) -> NDArray[np.float32] | None:
+        """[num_output_tokens] view, under softmax(logits); None unless asked for."""
+        return None if self._raw_logprobs is None else self._raw_logprobs[: self.num_output_tokens]
+
+    @property
+    def policy_versions(self) -> NDArray[np.int64]:
+        """[num_output_tokens] view: version of the weights that gave each result."""
+        return self._versions[: self.num_output_tokens]
+
+    @property
+    def next_row(self) -> int:
+        """Position of the first token whose row of results is still wanted; keys before it may come from the cache."""
+        return self.num_prompt_tokens + self.num_output_tokens - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def record(self, result: SampleResult, first_row: int, num_rows: int, policy_version: int) -> None:
+        """Take rows first_row .. first_row + num_rows of a step's result; a generate request grows by its token."""
+        begin, end = self.num_output_tokens, self.num_output_tokens + num_rows
+        if end > len(self._logprobs):
+            self._grow(2 * end)
+        rows = slice(first_row, first_row + num_rows)
+        self._logprobs[begin:end] = result.logprobs[rows]
+        self._policy_logprobs[begin:end] = result.policy_logprobs[rows]
+        self._entropy[begin:end] = result.entropy[rows]
+        self._versions[begin:end] = policy_version
+        if self._raw_logprobs is not None:
+            assert result.raw_logprobs is not None, "raw logprobs were asked for"
+            self._raw_logprobs[begin:end] = result.raw_logprobs[rows]
+        self.num_output_tokens = end
+        if self.kind == "generate":
+            self._tokens[self.num_tokens : self.num_tokens + num_rows] = result.tokens[rows]
+            self.num_tokens += num_rows
+            self.compute_target = self.num_tokens
+        if self.sampling.history is not None:
+            for token in self._tokens[self.num_prompt_tokens + begin : self.num_prompt_tokens + end].tolist():
+                self.sampling.history.append(token)
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Mark as finished; tokens and results so far stay readable."""
+        assert self.status is not RequestStatus.FINISHED, self.request_id
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+
+    def _allocate_results(self, tokens: NDArray[np.int32]) -> None:
+        if self.kind == "generate":
+            capacity = min(self.sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
+            self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])
+        else:
+            capacity = len(tokens) - self.num_prompt_tokens
+            self._tokens = tokens.copy()
+        self._logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
+        self._policy_logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
+        self._entropy: NDArray[np.float32] = np.zeros(capacity, np.float32)
+        self._versions: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._raw_logprobs: NDArray[np.float32] | None = (
+            np.zeros(capacity, np.float32) if self.sampling_params.raw_logprobs else None
+        )
+
+    def _grow(self, capacity: int) -> None:
+        assert self.kind == "generate", "the results of a score request have their final size from the start"
+        capacity = min(capacity, self.sampling_params.max_tokens)
+        self._tokens = _enlarged(self._tokens, self.num_prompt_tokens + capacity)
+        self._logprobs = _enlarged(self._logprobs, capacity)
+        self._policy_logprobs = _enlarged(self._policy_logprobs, capacity)
+        self._entropy = _enlarged(self._entropy, capacity)
+        self._versions = _enlarged(self._versions, capacity)
+        if self._raw_logprobs is not None:
+            self._raw_logprobs = _enlarged(self._raw_logprobs, capacity)
+
+
+def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
+    """`token_ids` as int32[N], N >= 1. Raises ValueError naming `name` for anything but a flat sequence of int32 values."""
+    array: NDArray[Any] = np.asarray(token_ids)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} must be a non-empty flat sequence of integers, got shape {array.shape} of dtype {array.dtype}"
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must hold token ids in [0, 2**31), got {low if low < 0 else high}")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
+    """The seed in [0, 2^64) of a request that brings none: a hash, so that near inputs give unrelated streams.
+
+    It depends on no arrival order: the same calls to an engine with the same seed draw the same random numbers.
+    """
+    words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")
+
+
+def _enlarged(array: NDArray[Any], size: int) -> NDArray[Any]:
+    larger = np.zeros(size, array.dtype)
+    larger[: len(array)] = array
+    return larger

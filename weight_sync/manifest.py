@@ -1,0 +1,236 @@
+"""What a published set of weights consists of: names, shapes, dtypes, places and checksums. Pure data, no I/O.
+
+A manifest travels beside the bytes it describes and is all that a receiver trusts. It is validated whenever one is
+made, by code or from the wire: a `Manifest` that exists is well-formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+from zerokl.weight_sync.errors import ManifestError
+
+FORMAT_VERSION = 1
+"""Raised with every change of the encoded form; a receiver refuses any other."""
+
+ALIGNMENT = 64
+"""Bytes; every tensor starts on a cache line, which also suits the widest vector load."""
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    f"{kind}{bits}": np.dtype(f"{kind}{bits}")
+    for kind, widths in {"float": (64, 32, 16), "int": (64, 32, 16, 8), "uint": (64, 32, 16, 8)}.items()
+    for bits in widths
+}
+"""Element types that may be published, in the machine's byte order (publisher and receiver share the machine)."""
+
+_MAX_INT = 2**63 - 1
+_MAX_NAME = 1024
+_LISTED = 8
+"""Names quoted in one error message; the rest is a count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor: what it is and where in the segment its C-contiguous bytes lie.
+
+    Raises ManifestError when a field is out of bounds.
+    """
+
+    name: str
+    """Hugging Face name; any text of 1 to 1024 characters."""
+    dtype: str
+    """A key of DTYPES."""
+    shape: tuple[int, ...]
+    """Zero-size and zero-dimensional tensors are allowed."""
+    offset: int
+    """Bytes from the start of the segment, a multiple of 64."""
+    checksum: int = 0
+    """xxh3_64 of the bytes, with seed 0."""
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if self.dtype not in DTYPES:
+            raise ManifestError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(self.shape, tuple) or not all(_is_int(size, _MAX_INT) for size in self.shape):
+            raise ManifestError(f"tensor {self.name!r}: shape {self.shape!r} is not a tuple of sizes from 0")
+        if not _is_int(self.offset, _MAX_INT) or self.offset % ALIGNMENT:
+            raise ManifestError(f"tensor {self.name!r}: offset {self.offset!r} is not a multiple of {ALIGNMENT} from 0")
+        if not _is_int(self.checksum, 2**64 - 1):
+            raise ManifestError(f"tensor {self.name!r}: checksum {self.checksum!r} is not an unsigned 64-bit integer")
+
+    @property
+    def nbytes(self) -> int:
+        """Size without the padding to the next tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestDiff:
+    """How a manifest differs from what a model expects; empty (false) when it does not."""
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """(name, shape in the manifest, shape expected)"""
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.extra or self.misshapen)
+
+    def describe(self) -> str:
+        """One line that names the first few tensors of each kind."""
+        wrong = [f"{name!r} has shape {got}, expected {expected}" for name, got, expected in self.misshapen[:_LISTED]]
+        parts = [
+            _listing("missing", [repr(name) for name in self.missing[:_LISTED]], len(self.missing)),
+            _listing("extra", [repr(name) for name in self.extra[:_LISTED]], len(self.extra)),
+            _listing("misshapen", wrong, len(self.misshapen)),
+        ]
+        return "; ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A complete set of tensors of one version. Raises ManifestError when tensors repeat, overlap or do not fit."""
+
+    version: int
+    """Policy version, from 0."""
+    tensors: tuple[TensorSpec, ...]
+    """By ascending offset."""
+    total_bytes: int
+    """Size that the segment must have at least."""
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.version, _MAX_INT):
+            raise ManifestError(f"version {self.version!r} is not an integer from 0 to 2**63 - 1")
+        if not _is_int(self.total_bytes, _MAX_INT):
+            raise ManifestError(f"total_bytes {self.total_bytes!r} is not an integer from 0 to 2**63 - 1")
+        names: set[str] = set()
+        end = 0
+        for spec in self.tensors:
+            if spec.name in names:
+                raise ManifestError(f"tensor {spec.name!r} is listed twice")
+            if spec.offset < end:
+                raise ManifestError(f"tensor {spec.name!r}: offset {spec.offset}, but the one before ends at {end}")
+            names.add(spec.name)
+            end = spec.offset + spec.nbytes
+            if end > self.total_bytes:
+                raise ManifestError(f"tensor {spec.name!r}: ends at byte {end}, beyond total_bytes {self.total_bytes}")
+
+    def diff(self, expected: Mapping[str, tuple[int, ...]]) -> ManifestDiff:
+        """Compare names, both ways, and shapes with those of a model."""
+        given = {spec.name: spec.shape for spec in self.tensors}
+        return ManifestDiff(
+            missing=tuple(name for name in expected if name not in given),
+            extra=tuple(name for name in given if name not in expected),
+            misshapen=tuple(
+                (name, shape, tuple(expected[name]))
+                for name, shape in given.items()
+                if name in expected and shape != tuple(expected[name])
+            ),
+        )
+
+    def require(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ManifestError naming the tensors that are missing, extra or misshapen, if any."""
+        difference = self.diff(expected)
+        if difference:
+            raise ManifestError(f"version {self.version} does not fit the model: {difference.describe()}")
+
+    def to_bytes(self) -> bytes:
+        """Encode as msgpack [format version, version, total_bytes, rows of name, dtype, shape, offset, checksum]."""
+        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum) for spec in self.tensors]
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.version, self.total_bytes, rows))
+        return encoded
+
+    @staticmethod
+    def from_bytes(encoded: bytes) -> Manifest:
+        """Inverse of `to_bytes`. Raises ManifestError for anything else than its output, whatever the bytes."""
+        version, total_bytes, rows = _unpack(encoded, "manifest", 3)
+        if not isinstance(rows, list):
+            raise ManifestError("manifest: the tensor table is not a list")
+        return Manifest(version=version, total_bytes=total_bytes, tensors=tuple(_spec_from_row(row) for row in rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedWeights:
+    """Where a set of weights lies and what it consists of: all that a receiver on this machine needs to open it."""
+
+    segment: str
+    """Name of the POSIX shared memory segment."""
+    manifest: Manifest
+
+    @property
+    def version(self) -> int:
+        """The manifest's policy version."""
+        return self.manifest.version
+
+    def to_bytes(self) -> bytes:
+        """Encode as msgpack [format version, segment, encoded manifest]."""
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.segment, self.manifest.to_bytes()))
+        return encoded
+
+    @staticmethod
+    def from_bytes(encoded: bytes) -> PublishedWeights:
+        """Inverse of `to_bytes`. Raises ManifestError for anything else than its output."""
+        segment, manifest = _unpack(encoded, "published weights", 2)
+        if not isinstance(segment, str) or not isinstance(manifest, bytes):
+            raise ManifestError("published weights: expected a segment name and an encoded manifest")
+        return PublishedWeights(segment=segment, manifest=Manifest.from_bytes(manifest))
+
+
+def plan_layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:
+    """Place (name, dtype, shape) one after the other, each on a 64-byte boundary; checksums are left 0.
+
+    Returns the specs and the size of the segment in bytes.
+    """
+    specs = []
+    offset = 0
+    for name, dtype, shape in tensors:
+        spec = TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset)
+        specs.append(spec)
+        offset += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(specs), offset
+
+
+def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
+    """Decode a msgpack list [FORMAT_VERSION, field...]; returns the fields."""
+    try:
+        content = msgpack.unpackb(encoded)
+    except (ValueError, msgpack.UnpackException) as error:  # FormatError, ExtraData and bad UTF-8 are ValueErrors
+        raise ManifestError(f"{what}: not msgpack: {error}") from error
+    if not isinstance(content, list) or not content:
+        raise ManifestError(f"{what}: expected a list, got {type(content).__name__}")
+    if content[0] != FORMAT_VERSION:
+        raise ManifestError(f"{what}: format version {content[0]!r} is not {FORMAT_VERSION}")
+    if len(content) != fields + 1:
+        raise ManifestError(f"{what}: expected {fields + 1} fields, got {len(content)}")
+    return content[1:]
+
+
+def _spec_from_row(row: Any) -> TensorSpec:
+    if not isinstance(row, list) or len(row) != 5 or not isinstance(row[1], str) or not isinstance(row[2], list):
+        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum")
+    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4])
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME:
+        raise ManifestError(f"tensor name {name!r:.200} is not a text of 1 to {_MAX_NAME} characters")
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise ManifestError(f"tensor name {name!r:.200} holds a lone surrogate, which has no UTF-8 form")
+
+
+def _is_int(value: object, high: int) -> bool:
+    """Whether value is an integer (True and False are not) from 0 to high."""
+    return type(value) is int and 0 <= value <= high
+
+
+def _listing(kind: str, items: list[str], count: int) -> str:
+    if not count:
+        return ""
+    more = f" and {count - len(items)} more" if count > len(items) else ""
+    return f"{kind}: {', '.join(items)}{more}"

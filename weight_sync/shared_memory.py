@@ -1,0 +1,69 @@
+"""Tensors in a segment: written in place with their checksums, seen by readers without a copy."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from zerokl.weight_sync.errors import ChecksumError
+from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec
+
+_CHUNK_BYTES = 1 << 20
+"""Copied, then hashed while still in the cache; 1 MiB measured fastest on Zen 4, where the hash alone does 30 GB/s."""
+
+
+def write_tensors(
+    memory: mmap.mmap, specs: Iterable[TensorSpec], arrays: Iterable[NDArray[Any]]
+) -> tuple[TensorSpec, ...]:
+    """Copy each array to the place of its spec; returns the specs with the checksums of what the segment now holds.
+
+    Arrays may be strided; shapes and dtypes are the specs'.
+    """
+    return tuple(
+        replace(spec, checksum=_copy_and_hash(_view(memory, spec), array))
+        for spec, array in zip(specs, arrays, strict=True)
+    )
+
+
+def map_tensors(memory: mmap.mmap, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    """Views of the segment by name; read-only if the mapping is. They keep the mapping, and so its lease, alive."""
+    return {spec.name: _view(memory, spec) for spec in manifest.tensors}
+
+
+def verify_checksums(memory: mmap.mmap, manifest: Manifest) -> None:
+    """Raise ChecksumError naming the first tensor whose bytes are not the manifest's."""
+    # Memory views are released here, arrays would live on in the frames of the error's traceback and hold the lease.
+    with memoryview(memory) as whole:
+        for spec in manifest.tensors:
+            with whole[spec.offset : spec.offset + spec.nbytes] as part:
+                actual = xxhash.xxh3_64_intdigest(part)
+            if actual != spec.checksum:
+                raise ChecksumError(
+                    f"tensor {spec.name!r} of version {manifest.version}: checksum {actual:016x} is not the manifest's "
+                    f"{spec.checksum:016x}; the segment was damaged or overwritten by a later publication"
+                )
+
+
+def _view(memory: mmap.mmap, spec: TensorSpec) -> NDArray[Any]:
+    offset = spec.offset if spec.nbytes else 0  # an empty tensor may be placed at the very end, which NumPy refuses
+    view: NDArray[Any] = np.ndarray(spec.shape, DTYPES[spec.dtype], buffer=memory, offset=offset)
+    return view
+
+
+def _copy_and_hash(target: NDArray[Any], source: NDArray[Any]) -> int:
+    if target.nbytes <= _CHUNK_BYTES or not source.flags.c_contiguous:
+        np.copyto(target, source, casting="no")
+        return xxhash.xxh3_64_intdigest(target.data)
+    digest = xxhash.xxh3_64()
+    to_bytes, from_bytes = target.reshape(-1).view(np.uint8), source.reshape(-1).view(np.uint8)
+    for start in range(0, len(to_bytes), _CHUNK_BYTES):
+        chunk = to_bytes[start : start + _CHUNK_BYTES]
+        np.copyto(chunk, from_bytes[start : start + _CHUNK_BYTES])
+        digest.update(chunk.data)
+    return digest.intdigest()

@@ -11,7 +11,7 @@ from zerokl.kernels.ops import AttentionSpec, KVPool, Ops
 
 Array = TypeVar("Array")
 
-DEVICES = ("cpu", "gpu")
+DEVICES = ("cpu", "gpu", "reference")
 
 
 class EngineOps(Ops[Array], Protocol[Array]):
@@ -30,8 +30,8 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
     """The ops of a device, with buffers of their own.
 
     "cpu": NumPy over the C++ extension; `num_threads` is for the whole process (None: leave as is). "gpu": Paddle
-    tensors over Triton kernels, needs the `gpu` extra. Raises ValueError for another name, ImportError if what the
-    device needs is not installed: there is no fallback from one device to another.
+    tensors over Triton kernels, needs the `gpu` extra. "reference": the definition in NumPy float64, slow. Raises
+    ValueError for another name, ImportError if what the device needs is not installed: there is no fallback.
     """
     if device == "cpu":
         from zerokl.kernels.cpu.ops import CpuOps
@@ -42,4 +42,8 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
         from zerokl.kernels.gpu.ops import GpuOps
 
         return GpuOps()
+    if device == "reference":
+        from zerokl.kernels.reference.ops import ReferenceOps
+
+        return ReferenceOps()
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")

@@ -1,1 +1,49 @@
-"""rollout room."""
+"""The engine's room: prompts in, rollouts with exact logprobs out.
+
+Names load on first use: importing this room, or one of its pure modules, loads no kernels.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.engine import RolloutEngine
+    from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+    from zerokl.rollout.outputs import Rollout
+    from zerokl.rollout.sampling_params import SamplingParams
+    from zerokl.rollout.text import Tokenizer
+
+_MODULES = {
+    "EngineClosedError": "errors",
+    "EngineConfig": "config",
+    "EngineFailedError": "errors",
+    "Rollout": "outputs",
+    "RolloutEngine": "engine",
+    "SamplingParams": "sampling_params",
+    "Tokenizer": "text",
+    "WorkerError": "errors",
+}
+
+__all__ = [
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineFailedError",
+    "Rollout",
+    "RolloutEngine",
+    "SamplingParams",
+    "Tokenizer",
+    "WorkerError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

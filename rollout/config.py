@@ -1,4 +1,4 @@
-"""Options of an engine: immutable, checked when made, completed from the model by `resolve`."""
+"""Options of an engine and of its scheduler: immutable, checked when made."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     """Tokens computed per step at most, a hard cap; a longer prompt is computed in chunks. Changes no output bit."""
     enable_prefix_caching: bool = True
-    """Reuse KV blocks between prompts with equal beginnings. The n samples of one prompt share its blocks either way."""
+    """Reuse KV blocks between prompts with equal beginnings. The n samples of a prompt share its blocks either way."""
     seed: int = 0
     """In [0, 2^64): seeds of requests without their own are derived from it."""
     num_threads: int | None = None
@@ -83,7 +83,8 @@ class EngineConfig:
         max_model_len = max_position_embeddings if self.max_model_len is None else self.max_model_len
         if max_model_len > max_position_embeddings:
             raise ValueError(
-                f"max_model_len must be <= the model's max_position_embeddings ({max_position_embeddings}), got {max_model_len}"
+                f"max_model_len must be <= the model's max_position_embeddings ({max_position_embeddings}), "
+                f"got {max_model_len}"
             )
         block_bytes = kv_bytes_per_token * self.block_size
         num_blocks = self.kv_cache_bytes // block_bytes if self.num_blocks is None else self.num_blocks
@@ -92,6 +93,26 @@ class EngineConfig:
                 f"kv_cache_bytes must hold at least one KV block ({block_bytes} bytes), got {self.kv_cache_bytes}"
             )
         return dataclasses.replace(self, max_model_len=max_model_len, num_blocks=num_blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Budgets and fairness constants of one rank."""
+
+    max_num_seqs: int
+    """Requests that run at the same time at most."""
+    max_num_batched_tokens: int
+    """Tokens per step at most, a hard cap."""
+    look_ahead: int = 8
+    """Waiting requests that lack blocks and may be passed over in one step, to try those behind them."""
+    max_overtakes: int = 32
+    """Younger requests that may join before one that lacks blocks; after that it comes next."""
+
+    def __post_init__(self) -> None:
+        check_int("max_num_seqs", self.max_num_seqs, 1)
+        check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        check_int("look_ahead", self.look_ahead, 0)
+        check_int("max_overtakes", self.max_overtakes, 1)
 
 
 def _path(name: str, value: Any) -> str:

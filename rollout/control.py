@@ -1,7 +1,7 @@
 """What callers hand to the engine's loop thread, and the versions of the weights that it keeps.
 
-Two kinds of work travel in one ordered queue: a `Call` (requests to run) and an `Exclusive` (a change that must find no
-request in flight). What was submitted before an Exclusive finishes before it; what came later waits until it is applied.
+Two kinds of work travel in one ordered queue: a `Call` (requests to run) and an `Exclusive` (a change that must find
+no request in flight). What was submitted before an Exclusive finishes before it; what came later waits for it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
+from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.worker import Worker, WeightSource
+from zerokl.rollout.worker import WeightSource, Worker
 
 POLICY = "policy"
 """Name of the live weight set."""
@@ -67,10 +68,34 @@ class Exclusive:
         self.future: Future[Any] = Future()
 
 
+def settle(future: Future[Any], action: Callable[[], Any]) -> None:
+    """Run the action and resolve the future. A ValueError is the caller's; anything else also ends the loop."""
+    try:
+        result = action()
+    except ValueError as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def gave_up(future: Future[Any]) -> bool:
+    """Whether the caller gave up on it; if not, it can no longer."""
+    return not (future.running() or future.set_running_or_notify_cancel())
+
+
+def ending_error(state: Literal["failed", "closed"], error: BaseException | None) -> Exception:
+    """What callers get whose work the end of the loop cut off."""
+    if state == "closed":
+        return EngineClosedError("the engine was closed while the call was in flight")
+    failure = EngineFailedError(f"the engine has failed: {error!r}")
+    failure.__cause__ = error
+    return failure
+
+
 class WeightSets:
     """Names, versions and epochs of the weight sets that worker and scheduler hold. Runs on the loop thread.
 
-    A version is the user's number, an epoch is ours: it never repeats, and stands for the weights in every KV cache key.
+    A version is the user's number; an epoch is ours, never repeats, and stands for the weights in every KV cache key.
     A pin shares the epoch of the weights that it keeps, and with it their cached prefixes.
     """
 
@@ -80,8 +105,8 @@ class WeightSets:
         self._epoch = 0
         self._staged: int | None = None
         self.versions: dict[str, int] = {}
-        self.seconds = {"stage": 0.0, "commit": 0.0}
-        """Seconds spent on weights since the engine started."""
+        self.stage_seconds = 0.0
+        self.commit_seconds = 0.0
         self.num_updates = 0
 
     def load_first(self, source: WeightSource) -> None:
@@ -100,7 +125,7 @@ class WeightSets:
         start = time.perf_counter()
         self._worker.stage_weights(source, version)
         self._staged = version
-        self.seconds["stage"] += time.perf_counter() - start
+        self.stage_seconds += time.perf_counter() - start
 
     def commit(self) -> int:
         """Make the staged version live; returns it."""
@@ -111,7 +136,7 @@ class WeightSets:
         self._epoch += 1
         self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version)
         self.versions = {**self.versions, POLICY: version}
-        self.seconds["commit"] += time.perf_counter() - start
+        self.commit_seconds += time.perf_counter() - start
         self.num_updates += 1
         return version
 

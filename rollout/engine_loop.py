@@ -3,27 +3,24 @@
     callers --(Call | Exclusive)--> inbox --+
     callers --(small actions)----> urgent --+--> [ urgent, inbox, one step ]* --> futures
 
-The thread waits on a condition while there is nothing to do. States: running -> failed or closed; neither is left again.
+The thread waits on a condition while there is nothing to do. `failed` and `closed` are never left again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
-from zerokl.kernels.ops import SampleResult
-from zerokl.rollout.control import Call, Exclusive, WeightSets
+from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
-from zerokl.rollout.step_plan import StepPlan
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.worker import Worker
 
@@ -54,11 +51,16 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
+        self._decode_tokens = 0
+        self._step_seconds = 0.0
+        self._worker_seconds = 0.0
+        self._drain_seconds = 0.0
+        self._drain_start = 0.0
         self.cause: BaseException | None = None
         """What made the engine fail."""
         self._thread = threading.Thread(target=self._run, name="zerokl-engine-loop", daemon=True)
 
-    # -- any thread -----------------------------------------------------------------------------------------------------
+    # -- any thread ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Start the thread; the worker is the thread's from here on, closing included."""
         self._thread.start()
@@ -74,7 +76,7 @@ class EngineLoop:
         return len(self._inbox)
 
     def submit(self, item: Call | Exclusive) -> None:
-        """Queue a call or a change. Raises ValueError if an id of the call is in use, EngineFailedError, EngineClosedError."""
+        """Queue a call or a change. Raises ValueError if an id is in use, EngineFailedError or EngineClosedError."""
         with self._wake:
             self._check_alive()
             if isinstance(item, Call):
@@ -99,6 +101,23 @@ class EngineLoop:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
         return self.at_boundary(lambda: self._abort(ids))
 
+    def metrics(self) -> dict[str, float]:
+        """The scheduler's counters; tokens by kind, calls and changes held, seconds of steps and weights."""
+        scheduler = self._scheduler.metrics()
+        return {
+            **scheduler,
+            "held": self.num_held,
+            "kv_usage": 1.0 - scheduler["free_blocks"] / scheduler["total_blocks"],
+            "prefill_tokens": scheduler["computed_tokens"] - self._decode_tokens,
+            "decode_tokens": self._decode_tokens,
+            "step_seconds": self._step_seconds,
+            "worker_seconds": self._worker_seconds,
+            "weight_updates": self._weights.num_updates,
+            "weight_stage_seconds": self._weights.stage_seconds,
+            "weight_drain_seconds": self._drain_seconds,
+            "weight_commit_seconds": self._weights.commit_seconds,
+        }
+
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
         with self._wake:
@@ -114,7 +133,7 @@ class EngineLoop:
         if self._ended == "closed" or self._closing:
             raise EngineClosedError("the engine is closed")
 
-    # -- the loop thread ------------------------------------------------------------------------------------------------
+    # -- the loop thread ----------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
             while self._wait_for_work():
@@ -142,7 +161,7 @@ class EngineLoop:
     def _run_urgent(self) -> None:
         while self._urgent:
             action, future = self._urgent[0]
-            _settle(future, action)
+            settle(future, action)
             self._urgent.popleft()
 
     def _take_inbox(self) -> None:
@@ -169,6 +188,7 @@ class EngineLoop:
             self._draining = None
             if change.future.set_running_or_notify_cancel():
                 change.future.set_exception(error)
+        self._drain_start = time.perf_counter()
 
     def _apply_change(self) -> bool:
         """Apply or drop the change that is due; False while requests must still finish before it."""
@@ -176,11 +196,13 @@ class EngineLoop:
         assert change is not None
         if self._scheduler.num_unfinished and not change.future.cancelled():
             return False
+        start = time.perf_counter()
         if change.future.set_running_or_notify_cancel():
-            _settle(change.future, change.apply)
+            settle(change.future, change.apply)
         else:
             change.discard()
         self._draining = None
+        self._drain_seconds += start - self._drain_start
         return True
 
     def _add(self, call: Call) -> None:
@@ -200,12 +222,17 @@ class EngineLoop:
             self._abort_group(call.groups[name])
 
     def _step(self) -> None:
+        start = time.perf_counter()
         plan = self._scheduler.plan()
         assert plan is not None, "unfinished requests and nothing to run"
-        result = self._worker.execute(build_step_inputs(plan, self._scheduler.requests, self._block_size))
-        _check_finite(plan, result)
+        inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
+        called = time.perf_counter()
+        result = self._worker.execute(inputs)
+        self._worker_seconds += time.perf_counter() - called
         for request in self._scheduler.update(plan, result):
             self._deliver(request)
+        self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
+        self._step_seconds += time.perf_counter() - start
 
     def _deliver(self, request: Request) -> None:
         call = self._running.pop(request.request_id)
@@ -268,41 +295,6 @@ class EngineLoop:
             self._urgent.clear()
             self._open.clear()
         self._draining = None
-        futures += [change.future for change in changes if not _cancelled(change.future)]
+        futures += [change.future for change in changes if not gave_up(change.future)]
         for future in futures:
-            future.set_exception(_ending(state, error))
-
-
-def _settle(future: Future[Any], action: Callable[[], Any]) -> None:
-    """Run the action and resolve the future. A ValueError is the caller's; anything else also ends the loop."""
-    try:
-        result = action()
-    except ValueError as error:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _cancelled(future: Future[Any]) -> bool:
-    """Whether the caller gave up on it; if not, it can no longer."""
-    return not (future.running() or future.set_running_or_notify_cancel())
-
-
-def _ending(state: Literal["failed", "closed"], error: BaseException | None) -> Exception:
-    if state == "closed":
-        return EngineClosedError("the engine was closed while the call was in flight")
-    failure = EngineFailedError(f"the engine has failed: {error!r}")
-    failure.__cause__ = error
-    return failure
-
-
-def _check_finite(plan: StepPlan, result: SampleResult) -> None:
-    """Raise FloatingPointError when a row's probabilities are not numbers: the weights or the kernels are broken."""
-    bad = np.flatnonzero(np.isnan(result.policy_logprobs) | np.isnan(result.logprobs))
-    if bad.size:
-        row = int(bad[0])
-        entry = next(entry for entry in plan.entries if entry.first_row <= row < entry.first_row + entry.num_rows)
-        raise FloatingPointError(
-            f"step {plan.step}: {bad.size} of {plan.num_rows} rows have NaN logprobs, the first in request "
-            f"{entry.request_id!r} (weights {plan.policy!r} version {plan.policy_version})"
-        )
+            future.set_exception(ending_error(state, error))

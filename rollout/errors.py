@@ -8,7 +8,7 @@ class WorkerError(RuntimeError):
 
 
 class EngineFailedError(RuntimeError):
-    """A step failed; every request in flight got this error and the engine serves no more. `__cause__` is the reason."""
+    """A step failed; requests in flight got this error and the engine serves no more. `__cause__` is the reason."""
 
 
 class EngineClosedError(RuntimeError):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zerokl.kernels.ops import SampleResult
+from zerokl.rollout.results import ResultArrays, enlarged
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
 
@@ -45,12 +46,8 @@ class Request:
     """
 
     __slots__ = (
-        "_entropy",
-        "_logprobs",
-        "_policy_logprobs",
-        "_raw_logprobs",
         "_tokens",
-        "_versions",
+        "admission",
         "arrival",
         "block_keys",
         "block_table",
@@ -72,6 +69,7 @@ class Request:
         "policy",
         "prompt_index",
         "request_id",
+        "results",
         "sample_index",
         "sampling",
         "sampling_params",
@@ -116,7 +114,13 @@ class Request:
         self.num_tokens = len(tokens)
         self.num_output_tokens = 0
         self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
-        self._allocate_results(tokens)
+        if kind == "generate":
+            capacity = min(sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
+            self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])
+        else:
+            capacity = len(tokens) - num_prompt_tokens
+            self._tokens = tokens.copy()
+        self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
 
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -125,6 +129,7 @@ class Request:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.arrival = -1
+        self.admission = -1
         self.num_overtaken = 0
         self.in_flight_step = -1
 
@@ -203,7 +208,7 @@ class Request:
             eos_token_ids=eos_token_ids,
         )
 
-    # -- tokens and results -----------------------------------------------------------------------------------------
+    # -- tokens and results ------------------------------------------------------------------------
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """[num_tokens] int32 view: prompt and output, or all tokens to score."""
@@ -222,27 +227,28 @@ class Request:
     @property
     def logprobs(self) -> NDArray[np.float32]:
         """[num_output_tokens] view, under the distribution sampled from."""
-        return self._logprobs[: self.num_output_tokens]
+        return self.results.logprobs[: self.num_output_tokens]
 
     @property
     def policy_logprobs(self) -> NDArray[np.float32]:
         """[num_output_tokens] view, under softmax(logits / temperature)."""
-        return self._policy_logprobs[: self.num_output_tokens]
+        return self.results.policy_logprobs[: self.num_output_tokens]
 
     @property
     def entropy(self) -> NDArray[np.float32]:
         """[num_output_tokens] view, nats, of softmax(logits / temperature)."""
-        return self._entropy[: self.num_output_tokens]
+        return self.results.entropy[: self.num_output_tokens]
 
     @property
     def raw_logprobs(self) -> NDArray[np.float32] | None:
         """[num_output_tokens] view, under softmax(logits); None unless asked for."""
-        return None if self._raw_logprobs is None else self._raw_logprobs[: self.num_output_tokens]
+        raw = self.results.raw_logprobs
+        return None if raw is None else raw[: self.num_output_tokens]
 
     @property
     def policy_versions(self) -> NDArray[np.int64]:
         """[num_output_tokens] view: version of the weights that gave each result."""
-        return self._versions[: self.num_output_tokens]
+        return self.results.versions[: self.num_output_tokens]
 
     @property
     def next_row(self) -> int:
@@ -251,28 +257,23 @@ class Request:
 
     @property
     def is_finished(self) -> bool:
+        """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
 
     def record(self, result: SampleResult, first_row: int, num_rows: int, policy_version: int) -> None:
         """Take rows first_row .. first_row + num_rows of a step's result; a generate request grows by its token."""
-        begin, end = self.num_output_tokens, self.num_output_tokens + num_rows
-        if end > len(self._logprobs):
-            self._grow(2 * end)
-        rows = slice(first_row, first_row + num_rows)
-        self._logprobs[begin:end] = result.logprobs[rows]
-        self._policy_logprobs[begin:end] = result.policy_logprobs[rows]
-        self._entropy[begin:end] = result.entropy[rows]
-        self._versions[begin:end] = policy_version
-        if self._raw_logprobs is not None:
-            assert result.raw_logprobs is not None, "raw logprobs were asked for"
-            self._raw_logprobs[begin:end] = result.raw_logprobs[rows]
-        self.num_output_tokens = end
+        self.results.extend(result, first_row, num_rows, policy_version)
         if self.kind == "generate":
-            self._tokens[self.num_tokens : self.num_tokens + num_rows] = result.tokens[rows]
-            self.num_tokens += num_rows
+            assert num_rows == 1, f"{self.request_id} draws one token a step, got {num_rows} rows"
+            if self.num_tokens == len(self._tokens):
+                self._tokens = enlarged(self._tokens, 2 * len(self._tokens))
+            self._tokens[self.num_tokens] = result.tokens[first_row]
+            self.num_tokens += 1
             self.compute_target = self.num_tokens
+        begin = self.num_prompt_tokens + self.num_output_tokens
+        self.num_output_tokens += num_rows
         if self.sampling.history is not None:
-            for token in self._tokens[self.num_prompt_tokens + begin : self.num_prompt_tokens + end].tolist():
+            for token in self._tokens[begin : begin + num_rows].tolist():
                 self.sampling.history.append(token)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -282,36 +283,13 @@ class Request:
         self.finish_reason = reason
         self.stop_reason = stop_reason
 
-    def _allocate_results(self, tokens: NDArray[np.int32]) -> None:
-        if self.kind == "generate":
-            capacity = min(self.sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
-            self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])
-        else:
-            capacity = len(tokens) - self.num_prompt_tokens
-            self._tokens = tokens.copy()
-        self._logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self._policy_logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self._entropy: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self._versions: NDArray[np.int64] = np.zeros(capacity, np.int64)
-        self._raw_logprobs: NDArray[np.float32] | None = (
-            np.zeros(capacity, np.float32) if self.sampling_params.raw_logprobs else None
-        )
-
-    def _grow(self, capacity: int) -> None:
-        assert self.kind == "generate", "the results of a score request have their final size from the start"
-        capacity = min(capacity, self.sampling_params.max_tokens)
-        self._tokens = _enlarged(self._tokens, self.num_prompt_tokens + capacity)
-        self._logprobs = _enlarged(self._logprobs, capacity)
-        self._policy_logprobs = _enlarged(self._policy_logprobs, capacity)
-        self._entropy = _enlarged(self._entropy, capacity)
-        self._versions = _enlarged(self._versions, capacity)
-        if self._raw_logprobs is not None:
-            self._raw_logprobs = _enlarged(self._raw_logprobs, capacity)
-
 
 def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
-    """`token_ids` as int32[N], N >= 1. Raises ValueError naming `name` for anything but a flat sequence of int32 values."""
-    array: NDArray[Any] = np.asarray(token_ids)
+    """`token_ids` as int32[N], N >= 1. Raises ValueError naming `name` for anything but a flat sequence of ids."""
+    try:
+        array: NDArray[Any] = np.asarray(token_ids)
+    except ValueError as error:  # a ragged list
+        raise ValueError(f"{name} must be a non-empty flat sequence of integers: {error}") from error
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
         raise ValueError(
             f"{name} must be a non-empty flat sequence of integers, got shape {array.shape} of dtype {array.dtype}"
@@ -329,9 +307,3 @@ def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
     """
     words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
     return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")
-
-
-def _enlarged(array: NDArray[Any], size: int) -> NDArray[Any]:
-    larger = np.zeros(size, array.dtype)
-    larger[: len(array)] = array
-    return larger

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_float, check_int
 
 INT32_MAX = 2**31 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST_TEMPERATURE = 1e-6
 """Below it logits / temperature overflows float32; ask for 0 (argmax) instead."""
 LARGEST_TEMPERATURE = 1e6
@@ -35,7 +38,8 @@ class SamplingParams:
     min_p: float = 0.0
     """In [0, 1]: drop tokens less likely than this times the likeliest. 0 is off."""
     repetition_penalty: float = 1.0
-    """> 0: divides positive and multiplies negative logits of tokens seen in prompt or output (arXiv:1909.05858). 1 is off."""
+    """> 0: divides positive and multiplies negative logits of tokens in prompt or output (arXiv:1909.05858).
+    1 is off."""
     presence_penalty: float = 0.0
     """In [-2, 2]: subtracted from logits of tokens that the output holds."""
     frequency_penalty: float = 0.0
@@ -103,6 +107,8 @@ class SamplingParams:
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if not isinstance(stop, Iterable):
+        raise ValueError(f"stop must be a string or a sequence of strings, got {stop!r}")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for index, string in enumerate(strings):
         if not isinstance(string, str) or not string:
@@ -122,10 +128,9 @@ def _biases(bias: Mapping[Any, Any]) -> dict[int, float]:
     checked: dict[int, float] = {}
     for token, value in bias.items():
         token_id = check_int("logit_bias token id", token, 0, INT32_MAX)
-        banned = isinstance(value, float) and value == -math.inf
-        bound = "a finite float32 or -inf"
-        largest = 3.4028234663852886e38
-        checked[token_id] = (
-            -math.inf if banned else check_float(f"logit_bias[{token_id}]", value, bound, -largest, largest)
-        )
+        if isinstance(value, (float, np.floating)) and value == -np.inf:
+            checked[token_id] = -math.inf
+        else:
+            bound = "a finite float32 or -inf"
+            checked[token_id] = check_float(f"logit_bias[{token_id}]", value, bound, -FLOAT32_MAX, FLOAT32_MAX)
     return checked

@@ -92,7 +92,7 @@ class SamplingState:
         self.uses_bias = bool(bias) or bans
 
     def bias(self, output_index: int) -> BiasArrays:
-        """(token ids, values to add) for the row that gives output token `output_index`: stop tokens are banned first."""
+        """(token ids, values to add) for the row of output token `output_index`: at first, stop tokens are banned."""
         return self._ban if output_index < self.min_tokens else self._bias
 
 

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from zerokl.rollout.request import Request
+
 
 class Refusal(enum.Enum):
     """Why a waiting request did not join a step. A refused request changes no state but its metric and its age."""
@@ -53,3 +55,28 @@ class StepPlan:
     """Requests that lost their blocks while this step was planned."""
     num_tokens: int
     num_rows: int
+
+
+class StepDraft:
+    """A step in the making: what is left of its token budget, and the entries so far."""
+
+    __slots__ = ("budget", "entries", "num_rows", "num_tokens", "step")
+
+    def __init__(self, step: int, budget: int) -> None:
+        self.step = step
+        self.budget = budget
+        self.entries: list[PlanEntry] = []
+        self.num_tokens = 0
+        self.num_rows = 0
+
+    def take(self, request: Request) -> None:
+        """Compute what the request lacks in this step, as far as the budget goes."""
+        start = request.num_computed_tokens
+        num_tokens = min(request.compute_target - start, self.budget)
+        first_wanted = request.num_prompt_tokens + request.num_output_tokens - 1
+        num_rows = max(0, start + num_tokens - max(start, first_wanted))
+        self.entries.append(PlanEntry(request.request_id, start, num_tokens, self.num_rows, num_rows))
+        self.budget -= num_tokens
+        self.num_tokens += num_tokens
+        self.num_rows += num_rows
+        request.in_flight_step = self.step

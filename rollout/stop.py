@@ -71,6 +71,12 @@ class StopWatch:
         return self._num_tokens
 
 
+def whole_text(tokenizer: Tokenizer, request: Request) -> str:
+    """Text of all tokens of an output that no stop string ended."""
+    detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
+    return detokenizer.push(request.output_token_ids) + detokenizer.flush()
+
+
 class StopStrings:
     """The scheduler's StopChecker: a StopWatch per request that has stop strings."""
 

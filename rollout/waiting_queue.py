@@ -16,8 +16,8 @@ class WaitingQueue:
     prompt is computed once, and a parked request never stands in the way of another one.
 
     Ageing: a request that was refused for want of blocks (`note_blocked`) may be overtaken by younger ones
-    `max_overtakes` times; then `may_join` lets nobody but it join, so the blocks it needs gather. No request is
-    overtaken more often than that, and blocks set free do not sit unused before that.
+    `max_overtakes` times; then it is `aged` and the only candidate, so the blocks it needs gather. No request is
+    overtaken more often than that.
 
     Adding, removing and promoting are O(1); a request waits in exactly one place.
     """
@@ -35,9 +35,9 @@ class WaitingQueue:
         """Waiting requests, parked ones included."""
         return self._size
 
-    # -- entering and leaving -------------------------------------------------------------------------------------------
+    # -- entering and leaving ----------------------------------------------------------------------
     def add(self, request: Request, *, shareable_tokens: int) -> None:
-        """At the end; or parked, if its group has a leader still at work on `shareable_tokens` > 0 tokens of the prompt."""
+        """At the end; or parked, if its group has a leader still at work on the prompt's `shareable_tokens`."""
         self._size += 1
         group = request.group_id
         if group is not None and group in self._leaders:
@@ -70,7 +70,7 @@ class WaitingQueue:
         if self._aged is request:
             self._aged = self._oldest_over_limit()
 
-    # -- groups ---------------------------------------------------------------------------------------------------------
+    # -- groups ------------------------------------------------------------------------------------
     def leads(self, request: Request) -> bool:
         """Whether siblings are parked, or would be, behind this request."""
         return request.group_id is not None and self._leaders.get(request.group_id) == request.request_id
@@ -96,18 +96,22 @@ class WaitingQueue:
         self._size -= 1
         self.add_front(successor)
 
-    # -- order ----------------------------------------------------------------------------------------------------------
+    # -- order -------------------------------------------------------------------------------------
     def policies(self) -> list[str]:
         """Weight sets with a request that could join, those parked left out: their leader stands for them."""
         return list(self._queues)
 
     def candidates(self, policy: str, limit: int) -> list[Request]:
-        """The first `limit` requests of a weight set in the order in which they are to be tried."""
-        return list(islice(self._queue_or_empty(policy).values(), limit))
+        """Up to `limit` requests of a weight set, in the order in which to try them; the aged one stands alone."""
+        if self._aged is not None:
+            return [self._aged] if self._aged.policy == policy else []
+        queue = self._queues.get(policy)
+        return list(islice(queue.values(), limit)) if queue else []
 
-    def may_join(self, request: Request) -> bool:
-        """Whether ageing lets this request join: always, unless another one was overtaken too often."""
-        return self._aged is None or self._aged is request
+    @property
+    def aged(self) -> Request | None:
+        """The request that was overtaken `max_overtakes` times, if there is one: nobody joins before it."""
+        return self._aged
 
     def note_blocked(self, request: Request) -> None:
         """It was refused for want of blocks: from now on younger requests that join count as overtaking it."""
@@ -118,6 +122,7 @@ class WaitingQueue:
         for other in self._blocked.values():
             if other.arrival < request.arrival:
                 other.num_overtaken += 1
+        request.num_overtaken = 0
         self._aged = self._oldest_over_limit()
 
     def _oldest_over_limit(self) -> Request | None:
@@ -126,6 +131,3 @@ class WaitingQueue:
 
     def _queue(self, policy: str) -> OrderedDict[str, Request]:
         return self._queues.setdefault(policy, OrderedDict())
-
-    def _queue_or_empty(self, policy: str) -> OrderedDict[str, Request]:
-        return self._queues.get(policy) or OrderedDict()

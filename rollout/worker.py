@@ -4,15 +4,15 @@ The engine's loop thread is the only caller of a worker, so an implementation ne
 
     made (no weights) -> stage_weights(folder, 0) -> commit_weights() -> execute() ... -> close()
 
-A new set of weights is staged beside the live one (read, verified, packed) and becomes live at `commit_weights`, between
-two steps. Anything that goes wrong before the commit leaves the live weights as they were.
+A new set of weights is staged beside the live one (read, verified, packed) and becomes live at `commit_weights`,
+between two steps. Anything that goes wrong before the commit leaves the live weights as they were.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.validation import check_int
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.weight_sync import PublishedWeights
+
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,28 @@ class SharedWeights:
 
 WeightSource = TensorWeights | FolderWeights | SharedWeights
 """Where a set of weights comes from."""
+
+
+def weight_source(source: Any, version: int | None) -> tuple[WeightSource, int | None]:
+    """What a user gave as weights, and their version: the given one, or else the publication's, or else None.
+
+    Raises ValueError for a source of another kind and for a version that is not an integer from 0.
+    """
+    from zerokl.weight_sync.manifest import PublishedWeights
+
+    if version is not None:
+        version = check_int("version", version, 0, INT64_MAX)
+    if isinstance(source, PublishedWeights):
+        return SharedWeights(published=source), source.version if version is None else version
+    if isinstance(source, (str, os.PathLike)):
+        return FolderWeights(path=os.fspath(source)), version
+    if isinstance(source, Mapping):
+        return TensorWeights(tensors=source), version
+    if isinstance(source, Iterable):
+        return TensorWeights(tensors=dict(source)), version
+    raise ValueError(
+        f"source must be tensors by name, a folder or PublishedWeights, got an object of type {type(source).__name__}"
+    )
 
 
 class Worker(Protocol):
@@ -94,7 +119,7 @@ class Worker(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Facts for people and logs: process id, threads, memory in bytes, weight versions by name."""
+        """Facts for people and logs: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
         ...
 
     def close(self) -> None:
@@ -106,69 +131,64 @@ class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Read `config.model`'s config.json and allocate the KV pool. Raises ValueError for an unusable model folder."""
+        """Allocate the KV pool of `config`, which must be resolved. Raises ValueError for an unusable model folder."""
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
 
         self._model_config = ModelConfig.from_json(config.model)
         self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
-        self._num_threads = config.num_threads
-        self._staged_version: int | None = None
-        self._versions: dict[str, int] = {}
+        self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
     def execute(self, inputs: StepInputs) -> SampleResult:
+        """As `Worker.execute`."""
         return self._live_runner().execute(inputs)
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
+        """As `Worker.stage_weights`."""
         runner = self._live_runner()
-        self.discard_staged()
         if isinstance(source, TensorWeights):
-            runner.stage({name: as_array(tensor) for name, tensor in source.tensors.items()})
+            runner.stage({name: as_array(tensor) for name, tensor in source.tensors.items()}, version)
         elif isinstance(source, FolderWeights):
-            from zerokl.rollout.models.loader import load_tensors
+            from zerokl.rollout.models.loader import open_tensors
 
-            runner.stage(load_tensors(source.path, self._model_config))
+            # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
+            runner.stage(open_tensors(source.path, self._model_config), version)
         else:
-            from zerokl.weight_sync import WeightReceiver
+            from zerokl.weight_sync import open_published
 
-            with WeightReceiver.open(source.published) as tensors:
-                runner.stage(tensors)
-        self._staged_version = version
+            with open_published(source.published) as tensors:
+                runner.stage(tensors, version)
 
     def commit_weights(self) -> None:
-        assert self._staged_version is not None, "commit without staged weights"
+        """As `Worker.commit_weights`."""
         self._live_runner().commit()
-        self._versions["policy"] = self._staged_version
-        self._staged_version = None
 
     def discard_staged(self) -> None:
-        if self._staged_version is not None:
-            self._live_runner().discard_staged()
-            self._staged_version = None
+        """As `Worker.discard_staged`."""
+        self._live_runner().discard_staged()
 
     def pin_weights(self, name: str) -> None:
+        """As `Worker.pin_weights`."""
         self._live_runner().pin(name)
-        self._versions[name] = self._versions["policy"]
 
     def drop_weights(self, name: str) -> None:
-        if name == "policy" or name not in self._versions:
-            raise ValueError(f"drop_weights: no pinned weights named {name!r}; pinned: {sorted(self._versions)}")
+        """As `Worker.drop_weights`."""
         self._live_runner().drop(name)
-        del self._versions[name]
 
     def describe(self) -> dict[str, Any]:
+        """As `Worker.describe`."""
         return {
             "kind": "inprocess",
             "pid": os.getpid(),
             "num_threads": self._num_threads,
-            "python_threads": threading.active_count(),
-            "versions": dict(self._versions),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "versions": {name: weights.version for name, weights in self._live_runner().weight_sets.items()},
         }
 
     def close(self) -> None:
+        """As `Worker.close`."""
         self._runner = None
-        self._staged_version = None
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:
@@ -187,7 +207,7 @@ def as_array(tensor: Any) -> NDArray[Any]:
 
 
 def make_worker(config: EngineConfig) -> Worker:
-    """The worker that `config.worker` names: "inprocess" or "process"."""
+    """The worker that `config.worker` names, "inprocess" or "process"; `config` must be resolved."""
     if config.worker == "process":
         from zerokl.rollout.worker_link import RemoteWorker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable
 from dataclasses import replace
@@ -52,8 +53,8 @@ def verify_checksums(memory: mmap.mmap, manifest: Manifest) -> None:
 
 def _view(memory: mmap.mmap, spec: TensorSpec) -> NDArray[Any]:
     offset = spec.offset if spec.nbytes else 0  # an empty tensor may be placed at the very end, which NumPy refuses
-    view: NDArray[Any] = np.ndarray(spec.shape, DTYPES[spec.dtype], buffer=memory, offset=offset)
-    return view
+    # `frombuffer` holds the mapping open for as long as the view lives; `np.ndarray(buffer=...)` would not.
+    return np.frombuffer(memory, DTYPES[spec.dtype], math.prod(spec.shape), offset).reshape(spec.shape)
 
 
 def _copy_and_hash(target: NDArray[Any], source: NDArray[Any]) -> int:

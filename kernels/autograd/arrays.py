@@ -9,6 +9,7 @@ import paddle
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Tensor = Any  # paddle.Tensor
 _ALIGN = 64  # bytes; a vector load that straddles two cache lines costs twice
 
 
@@ -20,7 +21,7 @@ class _Memory:
 
     __slots__ = ("__array_interface__", "owner")
 
-    def __init__(self, tensor: paddle.Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.owner = tensor
         self.__array_interface__: dict[str, Any] = {
             "data": (tensor.data_ptr(), False),
@@ -30,7 +31,7 @@ class _Memory:
         }
 
 
-def array_of(tensor: paddle.Tensor) -> Floats:
+def array_of(tensor: Tensor) -> Floats:
     """The memory of a contiguous float32 CPU tensor as an array; writing to the array writes to the tensor.
 
     Raises ValueError for another dtype, device or a strided tensor.
@@ -45,12 +46,12 @@ def array_of(tensor: paddle.Tensor) -> Floats:
     return np.asarray(_Memory(tensor.detach()))
 
 
-def read(tensor: paddle.Tensor) -> Floats:
+def read(tensor: Tensor) -> Floats:
     """`array_of`, for arrays that are only read: a strided tensor (some gradients are) is made contiguous first."""
     return array_of(tensor if tensor.is_contiguous() else tensor.contiguous())
 
 
-def empty(*shape: int) -> tuple[paddle.Tensor, Floats]:
+def empty(*shape: int) -> tuple[Tensor, Floats]:
     """An uninitialised tensor and its memory as an array.
 
     NumPy allocates: it hands freed pages back to the next caller and asks for huge pages, where Paddle's CPU allocator
@@ -64,7 +65,7 @@ def empty(*shape: int) -> tuple[paddle.Tensor, Floats]:
     return paddle.utils.dlpack.from_dlpack(array), array
 
 
-def zeros(*shape: int) -> tuple[paddle.Tensor, Floats]:
+def zeros(*shape: int) -> tuple[Tensor, Floats]:
     """As `empty`, filled with zeros."""
     tensor, array = empty(*shape)
     array.fill(0.0)

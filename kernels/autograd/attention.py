@@ -1,71 +1,60 @@
-"""PyLayer of causal attention over a packed batch, through the engine's paged kernels."""
+"""Causal attention over a packed batch of whole sequences, differentiable, by the engine's paged kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import paddle
-from numpy.typing import NDArray
 from paddle.autograd import PyLayer
 
 from zerokl.kernels.autograd.arrays import Floats, empty, read
 from zerokl.kernels.cpu import _cpu
+from zerokl.kernels.ops import AttentionSpec, StepInputs
 
-Tensor = paddle.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """What the kernel needs beside queries, keys and values; the two caches are scratch space for one call."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    seq_starts: NDArray[np.int32]
-    context_lens: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
-    slot_mapping: NDArray[np.int32]
-    key_cache: Floats
-    """[blocks, KV, D, B]"""
-    value_cache: Floats
-    """[blocks, KV, B, D]"""
+Tensor = Any  # paddle.Tensor
 
 
-class Attention(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
-    """(q [T, H * D], k [T, KV * D], v [T, KV * D], call) -> [T, H * D], each sequence whole and causal.
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, step: StepInputs, spec: AttentionSpec, caches: tuple[Floats, Floats]
+) -> Tensor:
+    """q [T, H * D], k and v [T, KV * D], rotated -> [T, H * D].
 
-    Forward writes keys and values to the scratch cache and runs the engine's paged kernel on it; backward works on the
-    packed arrays.
+    `caches` ([blocks, KV, D, B] and [blocks, KV, B, D]) are scratch space: forward writes keys and values there for the
+    paged kernel to read, backward works on the packed arrays and does not look at them.
     """
+    return _Attention.apply(q, k, v, step, spec, caches)
 
+
+class _Attention(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, step: StepInputs, spec: AttentionSpec, caches: tuple[Floats, Floats]
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.wanted = [not t.stop_gradient for t in (q, k, v)]
-        query, key, value = _heads(q, call), _heads(k, call), _heads(v, call)
+        query, key, value = (_by_head(t, spec.head_dim) for t in (q, k, v))
         out, out_array = empty(*q.shape)
         result = out_array.reshape(query.shape)
-        caches = (call.key_cache, call.value_cache)
-        _cpu.kv_write(key, value, call.slot_mapping, *caches)
-        _cpu.attention(query, *caches, call.block_tables, call.seq_starts, call.context_lens, call.scale, result)
-        # Not the caches, which the next layer overwrites, and not the output tensor, which would hold itself alive.
-        ctx.call = (call.seq_starts, call.scale, call.head_dim)
-        ctx.result = result
+        _cpu.kv_write(key, value, step.slot_mapping, *caches)
+        _cpu.attention(query, *caches, step.block_tables, step.seq_starts, step.context_lens, spec.scale, result)
+        # The result as an array: a saved output tensor would hold itself alive through the graph.
+        ctx.saved = (result, step.seq_starts, spec)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        seq_starts, scale, head_dim = ctx.call
-        inputs = [read(t).reshape(t.shape[0], -1, head_dim) for t in ctx.saved_tensor()]
-        grads = [empty(array.shape[0], array.shape[1] * head_dim) for array in inputs]
-        outputs = [array.reshape(like.shape) for (_, array), like in zip(grads, inputs, strict=True)]
-        gradient = read(dout).reshape(ctx.result.shape)
-        _cpu.attention_backward(gradient, *inputs, ctx.result, seq_starts, scale, *outputs)
+        result, seq_starts, spec = ctx.saved
+        q, k, v = ctx.saved_tensor()
+        grads = [empty(*t.shape) for t in (q, k, v)]
+        _cpu.attention_backward(
+            _by_head(dout, spec.head_dim),
+            *(_by_head(t, spec.head_dim) for t in (q, k, v)),
+            result,
+            seq_starts,
+            spec.scale,
+            *(array.reshape(len(array), -1, spec.head_dim) for _, array in grads),
+        )
         return tuple(grad if wanted else None for (grad, _), wanted in zip(grads, ctx.wanted, strict=True))
 
 
-def _heads(x: Tensor, call: AttentionCall) -> Floats:
-    return read(x).reshape(x.shape[0], -1, call.head_dim)
+def _by_head(x: Tensor, head_dim: int) -> Floats:
+    return read(x).reshape(x.shape[0], -1, head_dim)

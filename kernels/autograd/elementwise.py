@@ -1,68 +1,78 @@
-"""PyLayers of the ops without matrix products: embedding, norms, rotary embedding, SwiGLU, row gather.
+"""The ops without matrix products, differentiable: embedding, row gather, norms, rotary embedding.
 
-Arrays are treated as rows of the op's natural width, so a [T, H * D] tensor can be normed or rotated per head as it is.
+Norms and rotation take rows of their own width out of the last axis, so that a [T, H * D] tensor is normed or rotated
+per head as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import paddle
 from numpy.typing import NDArray
 from paddle.autograd import PyLayer
 
 from zerokl.kernels.autograd.arrays import Floats, empty, read, zeros
 from zerokl.kernels.cpu import _cpu
 
-Tensor = paddle.Tensor
+Tensor = Any  # paddle.Tensor
 Ids = NDArray[np.int32]
 
 
-class Embedding(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
-    """(table [V, E], ids [T]) -> [T, E]. The gradient adds rows in token order."""
+def embedding(table: Tensor, ids: Ids) -> Tensor:
+    """[V, E], [T] -> [T, E]. The table's gradient adds rows in token order."""
+    return _TakeRows.apply(table, ids, _cpu.embedding)
 
+
+def gather_rows(x: Tensor, rows: Ids) -> Tensor:
+    """[T, E], [R] -> [R, E]. A row that is taken twice gets both gradients, in order."""
+    return _TakeRows.apply(x, rows, _gather)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each group of n entries of x [.., k * n] normed to unit mean square and times weight [n] (arXiv:1910.07467)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(residual + delta, its rms_norm), both [T, E] and both differentiable."""
+    total, normed = _AddRMSNorm.apply(residual, delta, weight, eps)
+    return total, normed
+
+
+def rope(x: Tensor, positions: Ids, table: Floats, interleaved: bool) -> Tensor:
+    """x [T, n * D] rotated by its positions [T] (arXiv:2104.09864); table [P, 2, D / 2] holds cosines and sines."""
+    return _Rope.apply(x, positions, table, interleaved)
+
+
+class _TakeRows(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Ids) -> Tensor:
-        ctx.ids, ctx.shape = ids, tuple(table.shape)
-        out, out_array = empty(ids.shape[0], table.shape[1])
-        _cpu.embedding(ids, read(table), out_array)
+    def forward(ctx: Any, table: Tensor, rows: Ids, kernel: Callable[[Ids, Floats, Floats], None]) -> Tensor:
+        ctx.rows, ctx.shape = rows, tuple(table.shape)
+        out, out_array = empty(rows.shape[0], table.shape[1])
+        kernel(rows, read(table), out_array)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         dtable, dtable_array = zeros(*ctx.shape)
-        _cpu.embedding_backward(ctx.ids, read(dout), dtable_array)
+        _cpu.embedding_backward(ctx.rows, read(dout), dtable_array)
         return dtable
 
 
-class GatherRows(PyLayer):  # type: ignore[misc]
-    """(x [T, E], rows [R]) -> [R, E]. A row that is taken twice gets both gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Ids) -> Tensor:
-        ctx.rows, ctx.shape = rows, tuple(x.shape)
-        out, out_array = empty(rows.shape[0], x.shape[1])
-        _cpu.gather_rows(read(x), rows, out_array)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
-        dx, dx_array = zeros(*ctx.shape)
-        _cpu.embedding_backward(ctx.rows, read(dout), dx_array)
-        return dx
+def _gather(rows: Ids, x: Floats, out: Floats) -> None:
+    _cpu.gather_rows(x, rows, out)
 
 
 def _norm_gradients(dy: Floats, x: Floats, weight: Floats, inv: Floats, dx: Floats) -> Tensor:
-    dweight, dweight_array = zeros(weight.shape[0])
-    width = weight.shape[0]
-    _cpu.rms_norm_backward(dy.reshape(-1, width), x.reshape(-1, width), weight, inv, dx.reshape(-1, width), dweight_array)
+    dweight, dweight_array = empty(weight.shape[0])
+    dy, x, dx = (array.reshape(-1, weight.shape[0]) for array in (dy, x, dx))
+    _cpu.rms_norm_backward(dy, x, weight, inv, dx, dweight_array)
     return dweight
 
 
-class RMSNorm(PyLayer):  # type: ignore[misc]
-    """(x [.., k * n], weight [n], eps) -> groups of n entries, each normed and scaled (arXiv:1910.07467)."""
-
+class _RMSNorm(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -83,9 +93,7 @@ class RMSNorm(PyLayer):  # type: ignore[misc]
         return dx if wanted_x else None, dweight if wanted_weight else None
 
 
-class AddRMSNorm(PyLayer):  # type: ignore[misc]
-    """(residual [T, E], delta [T, E], weight [E], eps) -> (residual + delta, its RMSNorm), both differentiable."""
-
+class _AddRMSNorm(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -102,9 +110,11 @@ class AddRMSNorm(PyLayer):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensor()
-        dx, dx_array = zeros(*ctx.total.shape)
+        dx, dx_array = empty(*ctx.total.shape)
         dweight = None
-        if dy is not None:
+        if dy is None:
+            dx_array.fill(0.0)
+        else:
             dweight = _norm_gradients(read(dy), ctx.total, read(weight), ctx.inv, dx_array)
         if dtotal is not None:
             np.add(dx_array, read(dtotal), out=dx_array)
@@ -117,12 +127,7 @@ class AddRMSNorm(PyLayer):  # type: ignore[misc]
         return dx if wanted_residual else None, ddelta, dweight if wanted_weight else None
 
 
-class Rope(PyLayer):  # type: ignore[misc]
-    """(x [T, n * D], positions [T], table [P, 2, D / 2], interleaved) -> x rotated by position (arXiv:2104.09864).
-
-    The gradient is the rotation backwards.
-    """
-
+class _Rope(PyLayer):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, positions: Ids, table: Floats, interleaved: bool) -> Tensor:
         ctx.rotation = (positions, table, interleaved)
@@ -130,7 +135,8 @@ class Rope(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Tensor:
-        return _rotate(dout, *ctx.rotation, True)
+        positions, table, interleaved = ctx.rotation
+        return _rotate(dout, positions, table, interleaved, True)
 
 
 def _rotate(x: Tensor, positions: Ids, table: Floats, interleaved: bool, inverse: bool) -> Tensor:
@@ -138,24 +144,3 @@ def _rotate(x: Tensor, positions: Ids, table: Floats, interleaved: bool, inverse
     out, out_array = empty(*x.shape)
     _cpu.rope(read(x).reshape(heads), positions, table, interleaved, inverse, out_array.reshape(heads))
     return out
-
-
-class SwiGLU(PyLayer):  # type: ignore[misc]
-    """(gate [T, F], up [T, F]) -> silu(gate) * up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.wanted = (not gate.stop_gradient, not up.stop_gradient)
-        out, out_array = empty(*gate.shape)
-        _cpu.swiglu(read(gate), read(up), out_array)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        gate, up = ctx.saved_tensor()
-        dgate, dgate_array = empty(*gate.shape)
-        dup, dup_array = empty(*up.shape)
-        _cpu.swiglu_backward(read(dout), read(gate), read(up), dgate_array, dup_array)
-        wanted_gate, wanted_up = ctx.wanted
-        return dgate if wanted_gate else None, dup if wanted_up else None

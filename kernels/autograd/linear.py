@@ -1,21 +1,32 @@
-"""PyLayers of the matrix products: fused linears over one input, and the two linears of a SwiGLU block.
+"""The matrix products, differentiable: fused linears over one input, and the two linears of a SwiGLU block.
 
-Weights are read as they stand ([N, K], never packed): an optimizer writes to them without a trace that would tell that a
-packed copy has gone stale. `linear_unpacked` gives the bits of the engine's packed `linear`.
+Weights are read as they stand ([N, K], never packed): an optimizer writes to them without a trace that would tell that
+a packed copy has gone stale. `linear_unpacked` gives the bits of the engine's packed `linear`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle.autograd import PyLayer
 
 from zerokl.kernels.autograd.arrays import Floats, empty, read
 from zerokl.kernels.cpu import _cpu
 
-Tensor = paddle.Tensor
+Tensor = Any  # paddle.Tensor
+
+
+def fused_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """x [T, K] -> x W_i^T + b_i [T, N_i] for each weight W_i [N_i, K] with its bias b_i [N_i], if it has one."""
+    operands = [part for pair in zip(weights, biases, strict=True) for part in pair]
+    return tuple(_FusedLinear.apply(x, *operands))
+
+
+def swiglu_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x gate^T) * (x up^T): [T, E] by two [F, E] -> [T, F] (arXiv:2002.05202)."""
+    return _SwiGLULinear.apply(x, gate, up)
 
 
 def _product(x: Floats, weight: Floats, bias: Floats | None) -> tuple[Tensor, Floats]:
@@ -43,8 +54,8 @@ def _input_gradient(douts: list[Floats], weights: list[Floats], width: int) -> T
     return dx
 
 
-class FusedLinear(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
-    """(x [T, K], weight_0 [N_0, K], bias_0 [N_0] or None, weight_1, ...) -> x W_i^T + b_i, one output per weight."""
+class _FusedLinear(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
+    """Operands: weight_0, bias_0 or None, weight_1, ..."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -79,8 +90,8 @@ class FusedLinear(PyLayer):  # type: ignore[misc]  # Paddle has no complete stub
         return tuple(grads)
 
 
-class SwiGLULinear(PyLayer):  # type: ignore[misc]
-    """(x [T, E], gate [F, E], up [F, E]) -> silu(x gate^T) * (x up^T), [T, F] (arXiv:2002.05202)."""
+class _SwiGLULinear(PyLayer):  # type: ignore[misc]
+    """Keeps both products for backward, not the result: whoever needs that keeps it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import paddle
 from numpy.typing import NDArray
 from paddle.autograd import PyLayer
 
@@ -19,7 +18,7 @@ from zerokl.kernels.autograd.arrays import Floats, empty, read, zeros
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.ops import SampleResult, SamplingBatch, neutral_sampling
 
-Tensor = paddle.Tensor
+Tensor = Any  # paddle.Tensor
 DEFAULT_CHUNK_ROWS = 64
 
 

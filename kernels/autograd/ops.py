@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from zerokl.kernels.autograd import elementwise
 from zerokl.kernels.autograd.arrays import Floats, array_of, read
-from zerokl.kernels.autograd.attention import Attention, AttentionCall
-from zerokl.kernels.autograd.elementwise import AddRMSNorm, Embedding, GatherRows, RMSNorm, Rope
-from zerokl.kernels.autograd.linear import FusedLinear, SwiGLULinear
+from zerokl.kernels.autograd.attention import packed_attention
+from zerokl.kernels.autograd.linear import fused_linear, swiglu_linear
 from zerokl.kernels.autograd.lm_head import DEFAULT_CHUNK_ROWS, lm_head_logprobs, sample_logits
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
-Tensor = paddle.Tensor
-BLOCK_SIZE = 64
-"""Of the scratch KV pool; no result depends on it."""
+Tensor = Any  # paddle.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,88 +33,88 @@ class AutogradOps:
     """Implements `zerokl.kernels.ops.Ops` on float32 CPU tensors; same forward bits as the engine's `CpuOps`.
 
     A step holds whole sequences (no cached prefix): keys and values go to a scratch pool of one layer, made by
-    `packed_step`, that every layer uses in turn. `rope` is a NumPy array, since nothing differentiates it.
+    `packed_step.scratch_pool`, that every layer uses in turn. `rope` is a NumPy array, since nothing differentiates it.
     """
 
     def __init__(self) -> None:
         self._step: StepInputs | None = None
         self._caches: tuple[Floats, Floats] | None = None
 
-    # -- packing: nothing is packed, see zerokl.kernels.autograd.linear -------------------------------------------------
+    # -- packing: nothing is packed, see zerokl.kernels.autograd.linear -----------------------------------------------
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> LinearParameters:
+        """The parameters themselves."""
         return LinearParameters(tuple(weights), tuple(biases))
 
     def pack_gate_up(self, gate: Tensor, up: Tensor) -> LinearParameters:
+        """The parameters themselves."""
         return LinearParameters((gate, up), (None, None))
 
-    # -- a step ---------------------------------------------------------------------------------------------------------
+    # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
-        """Raises ValueError if a sequence does not start at position 0 or the pool has more than one layer."""
-        lengths = np.diff(inputs.seq_starts)
-        if not np.array_equal(lengths, inputs.context_lens):
-            raise ValueError("inputs: each sequence must be whole: context_lens must equal its number of tokens")
+        """Take a step of whole sequences and a pool of one layer. ValueError for a cached prefix or a larger pool."""
+        if not np.array_equal(np.diff(inputs.seq_starts), inputs.context_lens):
+            raise ValueError("inputs: context_lens must equal each sequence's number of tokens (no cached prefix)")
         if pool.keys.shape[0] != 1:
-            raise ValueError(f"pool: the trainer's scratch pool has 1 layer, got {pool.keys.shape[0]}")
+            raise ValueError(f"pool: must have 1 layer, which all layers use in turn, got {pool.keys.shape[0]}")
         self._step = inputs
         self._caches = (array_of(pool.keys)[0], array_of(pool.values)[0])
 
-    # -- ops ------------------------------------------------------------------------------------------------------------
+    # -- ops ----------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Tensor) -> Tensor:
-        return Embedding.apply(table, token_ids)
+        """See `Ops.embedding`."""
+        return elementwise.embedding(table, token_ids)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return RMSNorm.apply(x, weight, eps)
+        """See `Ops.rms_norm`."""
+        return elementwise.rms_norm(x, weight, eps)
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total, normed = AddRMSNorm.apply(residual, delta, weight, eps)
-        return total, normed
+        """See `Ops.add_rms_norm`; `residual` is left as it is."""
+        return elementwise.add_rms_norm(residual, delta, weight, eps)
 
     def linear(self, x: Tensor, weight: LinearParameters) -> Tensor:
+        """See `Ops.linear`."""
         outs = self.qkv_linear(x, weight)
         return outs[0] if len(outs) == 1 else paddle.concat(outs, axis=-1)
 
     def qkv_linear(self, x: Tensor, weight: LinearParameters) -> tuple[Tensor, ...]:
-        operands = [part for pair in zip(weight.weights, weight.biases, strict=True) for part in pair]
-        return tuple(FusedLinear.apply(x, *operands))
+        """One tensor [T, N_i] per matrix."""
+        return fused_linear(x, weight.weights, weight.biases)
 
     def swiglu_linear(self, x: Tensor, weight: LinearParameters) -> Tensor:
-        return SwiGLULinear.apply(x, *weight.weights)
+        """See `Ops.swiglu_linear`."""
+        return swiglu_linear(x, *weight.weights)
 
     def attention(
-        self, qkv: tuple[Tensor, ...], layer: int, params: LayerParams[Tensor], rope: Floats, spec: AttentionSpec
+        self,
+        qkv: tuple[Tensor, ...],
+        layer: int,  # noqa: ARG002  # all layers share the scratch pool
+        params: LayerParams[Tensor],
+        rope: Floats,
+        spec: AttentionSpec,
     ) -> Tensor:
+        """See `Ops.attention`."""
         step, caches = self._step, self._caches
-        assert step is not None and caches is not None, "begin_step comes first"
+        assert step is not None and caches is not None, "attention before begin_step"
         q, k, v = qkv
         if params.q_norm is not None:
-            q = RMSNorm.apply(q, params.q_norm, spec.norm_eps)
+            q = elementwise.rms_norm(q, params.q_norm, spec.norm_eps)
         if params.k_norm is not None:
-            k = RMSNorm.apply(k, params.k_norm, spec.norm_eps)
+            k = elementwise.rms_norm(k, params.k_norm, spec.norm_eps)
         interleaved = spec.rotary_layout == "interleaved"
-        q = Rope.apply(q, step.positions, rope, interleaved)
-        k = Rope.apply(k, step.positions, rope, interleaved)
-        call = AttentionCall(
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            scale=spec.scale,
-            seq_starts=step.seq_starts,
-            context_lens=step.context_lens,
-            block_tables=step.block_tables,
-            slot_mapping=step.slot_mapping,
-            key_cache=caches[0],
-            value_cache=caches[1],
-        )
-        return Attention.apply(q, k, v, call)
+        q = elementwise.rope(q, step.positions, rope, interleaved)
+        k = elementwise.rope(k, step.positions, rope, interleaved)
+        return packed_attention(q, k, v, step, spec, caches)
 
     def gather_rows(self, x: Tensor, rows: NDArray[np.int32]) -> Tensor:
-        return GatherRows.apply(x, rows)
+        """See `Ops.gather_rows`."""
+        return elementwise.gather_rows(x, rows)
 
     def sample(self, hidden: Tensor, lm_head: LinearParameters, batch: SamplingBatch) -> SampleResult:
         """Not differentiable; `logprobs` is."""
-        weight, bias = _head(lm_head)
+        weight = read(_head(lm_head))
         logits = np.empty((hidden.shape[0], weight.shape[0]), np.float32)
-        _cpu.linear_unpacked(read(hidden), read(weight), bias, logits)
+        _cpu.linear_unpacked(read(hidden), weight, None, logits)
         return sample_logits(logits, batch)
 
     def logprobs(
@@ -127,10 +126,9 @@ class AutogradOps:
         chunk_rows: int = DEFAULT_CHUNK_ROWS,
     ) -> tuple[Tensor, Tensor]:
         """`policy_logprobs` [R] of the targets and entropies [R], differentiable; see `lm_head_logprobs`."""
-        weight, _ = _head(lm_head)
-        return lm_head_logprobs(hidden, weight, targets, temperature, chunk_rows)
+        return lm_head_logprobs(hidden, _head(lm_head), targets, temperature, chunk_rows)
 
 
-def _head(lm_head: LinearParameters) -> tuple[Tensor, None]:
-    assert len(lm_head.weights) == 1 and lm_head.biases[0] is None, "an LM head is one matrix without a bias"
-    return lm_head.weights[0], None
+def _head(lm_head: LinearParameters) -> Tensor:
+    assert lm_head.biases == (None,), "an LM head is one matrix without a bias"
+    return lm_head.weights[0]

@@ -104,21 +104,25 @@ class CpuOps:
 
     # -- ops ----------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: Ints, table: Floats) -> Floats:
+        """Rows of the table: [T] -> [T, E]."""
         out = self._arena.take(len(token_ids), table.shape[1])
         _cpu.embedding(token_ids, table, out)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        """See `Ops.rms_norm`."""
         out = self._arena.take(*x.shape)
         _cpu.rms_norm(x, weight, eps, out, None)
         return out
 
     def add_rms_norm(self, residual: Floats, delta: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
+        """See `Ops.add_rms_norm`; the sum takes the place of `residual`."""
         out = self._arena.take(*residual.shape)
         _cpu.add_rms_norm(residual, delta, weight, eps, residual, out, None)
         return residual, out
 
     def linear(self, x: Floats, weight: PackedLinear) -> Floats:
+        """[T, K] -> [T, sum N_i], biases added."""
         out = self._arena.take(len(x), weight.num_outputs)
         _cpu.linear(x, weight.panels, weight.num_outputs, weight.bias, out)
         return out
@@ -126,6 +130,7 @@ class CpuOps:
     qkv_linear = linear
 
     def swiglu_linear(self, x: Floats, weight: PackedGateUp) -> Floats:
+        """See `Ops.swiglu_linear`: [T, E] -> [T, F]."""
         out = self._arena.take(len(x), weight.num_outputs)
         _cpu.swiglu_linear(x, weight.panels, weight.num_outputs, out)
         return out
@@ -133,6 +138,7 @@ class CpuOps:
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec
     ) -> Floats:
+        """See `Ops.attention`."""
         inputs = self._inputs
         assert inputs is not None, "attention before begin_step"
         keys, values = self._layer_caches[layer]
@@ -167,6 +173,7 @@ class CpuOps:
         return out
 
     def gather_rows(self, x: Floats, rows: Ints) -> Floats:
+        """Some rows of x: [T, E], [R] -> [R, E]."""
         out = self._arena.take(len(rows), x.shape[1])
         _cpu.gather_rows(x, rows, out)
         return out

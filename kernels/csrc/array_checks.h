@@ -19,6 +19,9 @@ using Out = nanobind::ndarray<float, nanobind::ndim<N>, nanobind::c_contig, nano
 
 namespace zk {
 
+// The binding of an argument that is never copied to fit.
+inline auto array(const char* name) { return nanobind::arg(name).noconvert(); }
+
 inline void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }

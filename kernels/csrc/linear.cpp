@@ -15,6 +15,7 @@ using zk::Right;
 
 constexpr int64_t MAX_BLOCK_ROWS = 256;
 constexpr int64_t MAX_PACKED_FLOATS = int64_t{2} << 20;  // a thread's copy of inputs: 8 MiB at most
+constexpr int64_t FEW_ROWS = 4;
 constexpr int64_t LONG_GROUP = 4;                        // panels that share a copy of inputs too long to keep whole
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,19 +89,27 @@ const float* right_segment(const Product& p, int64_t panel, int64_t k, int64_t l
   return buffer;
 }
 
+// How far ahead of their use packed weights are fetched, in floats. The last of several row tiles fetches the whole next
+// segment, which the tiles before leave the memory free for. A single tile is bound by memory and fetches what it can use
+// soon; with few rows the processor's own prefetching does most of it.
+int64_t prefetch_distance(int64_t rows) {
+  if (rows > MAX_TILE_ROWS) return LINEAR_K_SEGMENT * PANEL;
+  return rows > FEW_ROWS ? 64 * PANEL : 8 * PANEL;
+}
+
 // sums[rows, PANEL] over inner indices [k0, k0 + length), going on from what the sums hold unless k0 is 0.
 void multiply_panel(const Product& p, const float* left, int64_t rows, int64_t panel, int64_t k0, int64_t length,
                     float* sums, float* buffer) {
   const int64_t tiles = ceil_div(rows, MAX_TILE_ROWS);
-  const bool stream = p.right_layout == Right::panels;
+  const int64_t ahead = p.right_layout == Right::panels ? prefetch_distance(rows) : 0;
   for (int64_t s = 0; s < length; s += LINEAR_K_SEGMENT, left += rows * ROW_STRIDE) {
     const int64_t part = smaller(LINEAR_K_SEGMENT, length - s);
     const float* w = right_segment(p, panel, k0 + s, part, buffer);
     for (int64_t t = 0, row = 0; t < tiles; ++t) {
       const int64_t tile_rows = rows * (t + 1) / tiles - row;
-      const Prefetch prefetch{static_cast<int>(LINES * t / tiles), static_cast<int>(LINES * (t + 1) / tiles)};
+      const bool last = t == tiles - 1;
       TILES[tile_rows](left + row * ROW_STRIDE, w, static_cast<int>(part), sums + row * PANEL, k0 + s == 0,
-                       stream ? prefetch : Prefetch{0, 0});
+                       last ? ahead : 0);
       row += tile_rows;
     }
   }
@@ -202,7 +211,7 @@ float read_floats(const float* data, int64_t floats) {
   vf acc[4] = {};
   int64_t i = 0;
   for (; i + 4 * LANES <= floats; i += 4 * LANES) {
-    for (int64_t line = 0; line < 4; ++line) __builtin_prefetch(data + i + AHEAD + line * LANES, 0, 2);
+    for (int64_t line = 0; line < 4; ++line) __builtin_prefetch(data + i + 8 * PANEL + line * LANES, 0, 2);
     for (int64_t line = 0; line < 4; ++line) acc[line] += vload(data + i + line * LANES);
   }
   for (; i < floats; ++i) acc[0][0] += data[i];

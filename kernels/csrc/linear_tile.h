@@ -51,19 +51,13 @@ inline nv nfma(nv a, nv b, nv c) {
 
 // Distance between rows of a packed segment of inputs; 17 cache lines, so that rows do not compete for a cache set.
 constexpr int64_t ROW_STRIDE = LINEAR_K_SEGMENT + 16;
-// Packed weights are fetched this far ahead of their use: a whole segment, about the time that all row tiles take.
-constexpr int64_t AHEAD = LINEAR_K_SEGMENT * PANEL;
-constexpr int BLOCK = 4;                           // inner indices between two prefetches
-constexpr int LINES = BLOCK * PANEL / 16;          // cache lines of weights in a block
-
-// Which of a block's lines a tile prefetches: the tiles over one segment share the work.
-struct Prefetch {
-  int first, end;
-};
+constexpr int BLOCK = 4;                   // inner indices between two prefetches
+constexpr int LINES = BLOCK * PANEL / 16;  // cache lines of weights in a block
 
 // sums[R, PANEL] = or += x[R, length] w[length, PANEL]: the partial sums of one segment, each from 0 and in order.
+// The weights `ahead` floats further on are fetched along the way, unless that is 0.
 template <int R>
-void tile(const float* x, const float* w, int length, float* sums, bool first_segment, Prefetch prefetch) {
+void tile(const float* x, const float* w, int length, float* sums, bool first_segment, int64_t ahead) {
   for (int column = 0; column < PANEL; column += GROUP * WIDTH) {
     nv acc[R][GROUP] = {};
     auto step = [&](int k) __attribute__((always_inline)) {
@@ -78,8 +72,8 @@ void tile(const float* x, const float* w, int length, float* sums, bool first_se
     };
     int k = 0;
     for (; k + BLOCK <= length; k += BLOCK) {
-      for (int line = prefetch.first; line < prefetch.end; ++line)
-        __builtin_prefetch(w + k * PANEL + AHEAD + line * 16, 0, 2);
+      if (ahead)
+        for (int line = 0; line < LINES; ++line) __builtin_prefetch(w + k * PANEL + ahead + line * 16, 0, 2);
 #pragma GCC unroll 4
       for (int i = 0; i < BLOCK; ++i) step(k + i);
     }
@@ -91,11 +85,11 @@ void tile(const float* x, const float* w, int length, float* sums, bool first_se
         float* sum = sums + r * PANEL + column + g * WIDTH;
         nstore(sum, first_segment ? acc[r][g] : nload(sum) + acc[r][g]);
       }
-    prefetch = Prefetch{0, 0};
+    ahead = 0;  // the first columns' turn has fetched the whole panel
   }
 }
 
-using TileFunction = void (*)(const float*, const float*, int, float*, bool, Prefetch);
+using TileFunction = void (*)(const float*, const float*, int, float*, bool, int64_t);
 constexpr TileFunction TILES[] = {
     nullptr, tile<1>, tile<2>, tile<3>, tile<4>,
 #if MAX_TILE_ROWS > 4

@@ -5,16 +5,12 @@
 
 namespace {
 
-constexpr int64_t FLOATS_PER_PIECE = 16384;  // about 2 us of copying, the price of a fork and join
+constexpr int64_t FLOATS_PER_PIECE = 16384;  // a few microseconds of work, more than the price of a fork and join
 
 // body(first, last) over all rows; `width` floats each. Rows must not depend on each other.
 template <class Body>
 inline void for_rows(int64_t rows, int64_t width, Body&& body) {
   const int64_t piece = width >= FLOATS_PER_PIECE ? 1 : FLOATS_PER_PIECE / (width > 0 ? width : 1);
-  if (rows <= piece) {
-    if (rows > 0) body(int64_t{0}, rows);
-    return;
-  }
   zk::parallel_for((rows + piece - 1) / piece, [&](int64_t i) {
     const int64_t first = i * piece;
     body(first, first + piece < rows ? first + piece : rows);

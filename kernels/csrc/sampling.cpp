@@ -1,9 +1,6 @@
 // Rows of logits to tokens and log-probabilities. Compiled once per instruction set; the bits are the same for each.
 #include "sampling.h"
 
-#include <cstdio>
-#include <cstdlib>
-
 #include "philox.h"
 #include "softmax.h"
 #include "thread_pool.h"
@@ -11,29 +8,18 @@
 
 namespace {
 
-// One thread's working space for a row, grown to the largest vocabulary seen and kept.
+// Working space of one row, on memory of the calling thread.
 struct Scratch {
-  void* memory = nullptr;
-  int64_t capacity = 0;
-  float *x = nullptr, *e = nullptr;
-  int32_t* bucket = nullptr;
-  uint64_t *order = nullptr, *spare = nullptr, *chunk_mass = nullptr;
-  uint32_t* count = nullptr;
-  uint64_t* mass = nullptr;
+  uint64_t *order, *spare, *chunk_mass, *mass;
+  float *x, *e;
+  int32_t* bucket;
+  uint32_t* count;
 
-  ~Scratch() { std::free(memory); }
-
-  void grow(int64_t vocab) {
-    if (vocab <= capacity) return;
+  explicit Scratch(int64_t vocab) {
     const int64_t n = (vocab + PARTITION - 1) / PARTITION * PARTITION;
-    std::free(memory);
-    memory = std::aligned_alloc(64, static_cast<size_t>(n * (3 * 4 + 3 * 8) + BUCKETS * (4 + 8)));
-    if (!memory) {
-      std::fprintf(stderr, "zerokl: out of memory for a sampling row of %lld logits\n", static_cast<long long>(vocab));
-      std::abort();  // a pool thread has nobody to throw to
-    }
-    capacity = n;
-    order = static_cast<uint64_t*>(memory);
+    zk::Scratch& memory = zk::scratch(2 * (3 * n + BUCKETS) + 3 * n + BUCKETS);
+    memory.key = 0;
+    order = reinterpret_cast<uint64_t*>(memory.data);
     spare = order + n;
     chunk_mass = spare + n;
     mass = chunk_mass + n;
@@ -43,7 +29,6 @@ struct Scratch {
     count = reinterpret_cast<uint32_t*>(bucket + n);
   }
 };
-thread_local Scratch scratch;
 
 bool is_altered(const SampleArgs& a, int64_t r) {
   const bool penalties = a.repetition_penalty[r] != 1.0f || a.presence_penalty[r] != 0.0f || a.frequency_penalty[r] != 0.0f;
@@ -172,8 +157,7 @@ Drawn choose(const SampleArgs& a, int64_t r, const Distribution& policy, Scratch
 }
 
 void sample_row(const SampleArgs& a, int64_t r) {
-  Scratch& s = scratch;
-  s.grow(a.vocab);
+  Scratch s(a.vocab);
   const float* logits = a.logits + r * a.vocab;
   const float temperature = a.temperature[r] == 0.0f ? 1.0f : a.temperature[r];
   Distribution raw{logits, a.vocab, 1.0f, {}}, policy{logits, a.vocab, temperature, {}};

@@ -129,12 +129,10 @@ inline uint64_t walk(const TruncationRow& row, int64_t count, uint64_t mass, Cut
   }
 }
 
-// Least float32 e whose mass reaches double(min_p) * 2^40, rounded down.
+// The weight from which on masses reach floor(double(min_p) * 2^40). That number has at most 24 leading bits, as min_p has,
+// so it is a float32 too, and comparing weights is comparing masses.
 inline float least_weight(float min_p) {
-  const auto mass = static_cast<int64_t>(static_cast<double>(min_p) * 0x1p40);
-  float bound = static_cast<float>(mass);
-  if (static_cast<double>(bound) < static_cast<double>(mass)) bound = __builtin_nextafterf(bound, __builtin_inff());
-  return bound * 0x1p-40f;
+  return static_cast<float>(static_cast<int64_t>(static_cast<double>(min_p) * 0x1p40)) * 0x1p-40f;
 }
 
 // total: mass of the whole row.

@@ -35,9 +35,11 @@ class BlockPool:
 
     @property
     def num_idle(self) -> int:
+        """Blocks without a reference whose content is still of use."""
         return len(self._idle)
 
     def is_used(self, block: int) -> bool:
+        """Whether the block has a reference."""
         return self._references[block] > 0
 
     def allocate(self) -> int:

@@ -36,6 +36,7 @@ class KVCacheManager:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the pool."""
         return self._pool.num_blocks
 
     @property
@@ -48,7 +49,7 @@ class KVCacheManager:
         """Blocks with published content, in use or not."""
         return len(self._prefixes)
 
-    # -- admission ----------------------------------------------------------------------------------------------------
+    # -- admission ---------------------------------------------------------------------------------
     def match(self, request: Request, weight_epoch: int) -> list[int]:
         """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
 
@@ -73,7 +74,7 @@ class KVCacheManager:
         return new_blocks + woken + reserve <= self._pool.num_free
 
     def admit(self, request: Request, matched: list[int]) -> None:
-        """Build the table: matched blocks, then new ones for the rest; sets `num_computed_tokens` to what was matched."""
+        """Build the table: matched blocks, then new ones for the rest. The matched part counts as computed."""
         assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
         for block in matched:  # before any allocation, which might evict them
             self._pool.share(block)
@@ -84,12 +85,13 @@ class KVCacheManager:
         request.num_published_blocks = len(matched)
         request.num_computed_tokens = len(matched) * self.block_size
 
-    # -- growth and results -------------------------------------------------------------------------------------------
+    # -- growth and results ------------------------------------------------------------------------
     def needs_block(self, request: Request) -> bool:
         """Whether the table is too short for the tokens known by now."""
         return request.compute_target > request.num_blocks * self.block_size
 
     def can_grow(self) -> bool:
+        """Whether a block is left to `grow` by."""
         return self._pool.num_free > 0
 
     def grow(self, request: Request) -> None:
@@ -117,7 +119,7 @@ class KVCacheManager:
         request.num_blocks = 0
         request.num_published_blocks = 0
 
-    # -- sharing --------------------------------------------------------------------------------------------------------
+    # -- sharing -----------------------------------------------------------------------------------
     def shareable_tokens(self, request: Request) -> int:
         """Tokens of the prompt that samples of the request's group can take from one of them; 0 without a group."""
         if request.group_id is None:
@@ -130,7 +132,7 @@ class KVCacheManager:
         self._pool.discard_idle()
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Assert conservation: free + idle + used blocks are all blocks, and tables of `requests` explain every reference."""
+        """Assert free + idle + used = all blocks, and that the tables of `requests` explain every reference."""
         references: Counter[int] = Counter()
         for request in requests:
             blocks = request.block_table[: request.num_blocks].tolist()

@@ -59,6 +59,7 @@ class PrefixCache:
         del self._block_of[key]
 
     def clear(self) -> None:
+        """Remove all published blocks."""
         self._block_of.clear()
         self._content_of.clear()
 

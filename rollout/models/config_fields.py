@@ -22,9 +22,11 @@ class ConfigFields:
     """File name, with the path inside the file where nested."""
 
     def error(self, message: str) -> ValueError:
+        """A ValueError that begins with the source."""
         return ValueError(f"{self.source}: {message}")
 
     def get(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A field of any type."""
         value = self.values.get(name)
         if value is not None:
             return value
@@ -33,6 +35,7 @@ class ConfigFields:
         return default
 
     def integer(self, name: str, *, minimum: int, default: Any = _REQUIRED) -> int:
+        """A whole number, at least `minimum`."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(f"{name} must be an integer, got {value!r}")
@@ -41,6 +44,7 @@ class ConfigFields:
         return value
 
     def number(self, name: str, *, above: float, default: Any = _REQUIRED) -> float:
+        """A finite number larger than `above`."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(f"{name} must be a number, got {value!r}")
@@ -49,12 +53,14 @@ class ConfigFields:
         return float(value)
 
     def boolean(self, name: str, *, default: Any = _REQUIRED) -> bool:
+        """True or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.error(f"{name} must be true or false, got {value!r}")
         return value
 
     def text(self, name: str, *, default: Any = _REQUIRED) -> str:
+        """A string."""
         value = self.get(name, default)
         if not isinstance(value, str):
             raise self.error(f"{name} must be a string, got {value!r}")

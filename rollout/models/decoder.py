@@ -36,6 +36,7 @@ class DecoderSpec:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> DecoderSpec:
+        """The spec of a configured model."""
         return cls(attention=attention_spec(config), norm_eps=config.rms_norm_eps)
 
 

@@ -76,7 +76,8 @@ def check_tensors(tensors: Mapping[str, Any], config: ModelConfig, source: str =
     `tensors` are NumPy arrays of float32; `source` starts the message.
     """
     if isinstance(tensors, TensorFolder):
-        return check_shapes(tensors.shapes(), config, source)
+        check_shapes(tensors.shapes(), config, source)
+        return
     check_shapes({name: tuple(array.shape) for name, array in tensors.items()}, config, source)
     for name, array in tensors.items():
         if array.dtype != np.float32:

@@ -37,6 +37,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * _STORED_DTYPES[self.dtype].itemsize
 
     def read(self) -> NDArray[np.float32]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as FastTokenizer
+from tiny_engine import tiny_options, write_byte_tokenizer, write_tiny_model
+
+from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.text import Tokenizer
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    """tokenizer.json with one token per byte (ids 0..255) and the special token <|end|> (256)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = FastTokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One token per byte, and <|end|> (256)."""
     folder = tmp_path_factory.mktemp("byte_tokenizer")
     write_byte_tokenizer(folder)
     return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny random model."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[RolloutEngine]:
+    """An engine on the tiny model."""
+    with RolloutEngine(tiny_options(tiny_model)) as engine:
+        yield engine

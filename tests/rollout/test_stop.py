@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from zerokl.rollout.stop import StopWatch, find_stop
 from zerokl.rollout.text import Tokenizer
 

@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from zerokl.rollout.text import Detokenizer, Tokenizer
 
-ODD_TEXTS = ["", "a", "  17", "a   1b", "naïve café", "中文 emoji 👩\u200d👩\u200d👧 end", "\n\n\tx", "\ufffd true", "e\u0301"]
+ODD_TEXTS = [
+    "",
+    "a",
+    "  17",
+    "a   1b",
+    "naïve café",
+    "中文 emoji 👩\u200d👩\u200d👧 end",
+    "\n\n\tx",
+    "\ufffd true",
+    "e\u0301",
+]
 
 
 def test_encode_gives_int32_and_decodes_back(byte_tokenizer: Tokenizer) -> None:
@@ -74,8 +85,8 @@ def test_leading_space_survives_a_decoder_that_strips_it(tmp_path: Path) -> None
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file: .*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"no such file: .*tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"cannot read .*tokenizer\.json"):
         Tokenizer(tmp_path)

@@ -179,5 +179,5 @@ def test_broken_files_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}/config.json: "):
         ModelConfig.from_json(tmp_path)
-    with pytest.raises(ValueError, match="elsewhere/config.json: no such file"):
+    with pytest.raises(ValueError, match=r"elsewhere/config\.json: no such file"):
         ModelConfig.from_json(tmp_path / "elsewhere" / "config.json")

@@ -101,9 +101,9 @@ def test_tied_head_may_be_absent_or_equal_but_not_different(tmp_path: Path) -> N
     other = {**tensors, LM_HEAD: tensors[EMBED] + 1}
     save_pretrained(tmp_path, CONTENT, other)
     for attempt in (lambda: load_tensors(tmp_path, TIED), lambda: check_tensors(other, TIED)):
-        with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
             attempt()
-    with pytest.raises(ValueError, match="wrong shape: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"wrong shape: lm_head\.weight"):
         check_tensors({**tensors, LM_HEAD: np.zeros((2, 16), np.float32)}, TIED)
 
 
@@ -179,5 +179,5 @@ def test_broken_indices_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_tensors(tmp_path, CONFIG)
     index.unlink()
-    with pytest.raises(ValueError, match="model.safetensors: no such file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
         load_tensors(tmp_path, CONFIG)

@@ -1,0 +1,48 @@
+"""Makes Triton launch on Paddle's current CUDA stream. Triton's own driver asks torch for device and stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+import triton
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+
+class PaddleDriver(CudaDriver):  # type: ignore[misc]
+    """Triton driver for one device of Paddle."""
+
+    def __init__(self, device: int) -> None:
+        # Not the base class's: it imports torch.
+        self.utils = CudaUtils()
+        self.launcher_cls = CudaLauncher
+        self._device = device
+        self._capability: tuple[int, int] = tuple(paddle.device.cuda.get_device_capability(device))
+
+    def get_current_device(self) -> int:
+        """The one device of this driver."""
+        return self._device
+
+    def set_current_device(self, device: int) -> None:
+        """Accept that device and no other."""
+        assert device == self._device, f"this process computes on GPU {self._device}, not {device}"
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:  # noqa: ARG002
+        """Compute capability, major and minor."""
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        """Handle of the stream that Paddle works on."""
+        return int(paddle.device.cuda.current_stream().cuda_stream)
+
+
+def activate(device: int = 0) -> Any:
+    """Make `device` Paddle's and Triton's for this process; returns its Paddle place.
+
+    Raises RuntimeError if Paddle was built without CUDA or sees no such GPU.
+    """
+    if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() <= device:
+        raise RuntimeError(f"device 'gpu' needs Paddle's GPU build and a GPU number {device}")
+    paddle.set_device(f"gpu:{device}")
+    triton.runtime.driver.set_active(PaddleDriver(device))
+    return paddle.CUDAPlace(device)

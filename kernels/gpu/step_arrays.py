@@ -1,0 +1,113 @@
+"""A step's metadata and sampling options as one int32 array for the device, in a layout that a bucket of sizes fixes.
+
+Sizes are rounded up to powers of two, so that few layouts occur and a recorded step can be replayed for every step of
+its bucket. Padding is inert: tokens of no sequence with slot -1, rows of no interest, empty histories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.gpu import sampling as columns
+from zerokl.kernels.ops import SamplingBatch, StepInputs
+
+Ints = NDArray[np.int32]
+
+_ALIGN = 64  # entries between sections: Triton compiles apart what is not aligned to 16 bytes
+
+
+def bucket(count: int, least: int = 16) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << (count - 1).bit_length() if count > 1 else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLayout:
+    """One flat array and where its sections lie."""
+
+    flat: Ints
+    sections: dict[str, slice]
+    num_tokens: int
+    """Of the bucket, padding included."""
+    num_rows: int
+    """Of the bucket, padding included."""
+    max_blocks: int
+
+    def key(self) -> tuple[int, ...]:
+        """Equal for the steps of a bucket."""
+        return tuple(section.stop for section in self.sections.values())
+
+
+def lay_out(inputs: StepInputs) -> StepLayout:
+    """The flat array of a step.
+
+    Sections are token_ids, positions, slots, sequences (of each token, -1 for none), tables, rows, options, and the
+    history and bias entries of the rows.
+    """
+    tokens, rows = bucket(len(inputs.token_ids)), bucket(len(inputs.logit_rows))
+    counts = np.diff(inputs.seq_starts)
+    max_blocks = bucket(inputs.block_tables.shape[1], 4)
+    tables = np.full((bucket(len(counts)), max_blocks), -1, np.int32)
+    tables[: len(counts), : inputs.block_tables.shape[1]] = inputs.block_tables
+    sections = {
+        "token_ids": _padded(inputs.token_ids, tokens, 0),
+        "positions": _padded(inputs.positions, tokens, 0),
+        "slots": _padded(inputs.slot_mapping, tokens, -1),
+        "sequences": _padded(np.repeat(np.arange(len(counts)), counts), tokens, -1),
+        "tables": tables,
+        "rows": _padded(inputs.logit_rows, rows, 0),
+        **_sampling_sections(inputs.sampling, rows),
+    }
+    flat, slices = _join(sections)
+    return StepLayout(flat=flat, sections=slices, num_tokens=tokens, num_rows=rows, max_blocks=max_blocks)
+
+
+def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
+    options = np.zeros((rows, int(columns.NUM_OPTIONS)), np.int32)
+    used = options[: len(batch.forced)]
+    for column, values in (
+        (columns.TEMPERATURE, batch.temperature),
+        (columns.TOP_P, batch.top_p),
+        (columns.MIN_P, batch.min_p),
+        (columns.REPETITION, batch.repetition_penalty),
+        (columns.PRESENCE, batch.presence_penalty),
+        (columns.FREQUENCY, batch.frequency_penalty),
+        (columns.SAMPLE_INDEX, batch.sample_index),
+        (columns.POSITION, batch.position),
+        (columns.TOP_K, batch.top_k),
+        (columns.FORCED, batch.forced),
+    ):
+        used[:, int(column)] = values.view(np.int32)
+    used[:, int(columns.SEED_LOW)] = (batch.seed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+    used[:, int(columns.SEED_HIGH)] = (batch.seed >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    history, bias = bucket(len(batch.history_token)), bucket(len(batch.bias_token))
+    return {
+        "options": options,
+        "history_start": _padded(batch.history_start, rows + 1, len(batch.history_token)),
+        "history_token": _padded(batch.history_token, history, 0),
+        "history_count": _padded(batch.history_count, history, 0),
+        "bias_start": _padded(batch.bias_start, rows + 1, len(batch.bias_token)),
+        "bias_token": _padded(batch.bias_token, bias, 0),
+        "bias_value": _padded(batch.bias_value.view(np.int32), bias, 0),
+    }
+
+
+def _padded(values: NDArray[Any], length: int, fill: int) -> Ints:
+    out = np.full(length, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _join(arrays: dict[str, NDArray[Any]]) -> tuple[Ints, dict[str, slice]]:
+    slices, end = {}, 0
+    for name, array in arrays.items():
+        slices[name] = slice(end, end + array.size)
+        end += -(-array.size // _ALIGN) * _ALIGN
+    flat = np.zeros(end, np.int32)
+    for name, array in arrays.items():
+        flat[slices[name]] = array.reshape(-1)
+    return flat, slices

@@ -1,0 +1,341 @@
+"""The public engine: prompts in, rollouts out; scores; weights; and nothing of how steps are run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.rollout.admission import AdmissionLimits
+from zerokl.rollout.config import EngineConfig, SchedulerConfig
+from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
+from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.model_folder import find_tokenizer, resolve_config
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.prompts import Prompt, RequestMaker, check_ids
+from zerokl.rollout.request import Request
+from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
+from zerokl.rollout.stop import StopStrings, whole_text
+from zerokl.rollout.text import Tokenizer
+from zerokl.rollout.worker import FolderWeights, Worker, make_worker, weight_source
+
+if TYPE_CHECKING:
+    from zerokl.weight_sync import PublishedWeights
+
+
+class RolloutEngine:
+    """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
+
+        with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
+            rollouts = engine.generate(["Hello"], SamplingParams(n=4, max_tokens=32))
+            engine.update_weights(policy.named_arrays())
+
+    Any thread may call any method; concurrent calls share the batch. A ValueError is about an argument and leaves
+    everything as it was. When a step fails, the calls in flight and all later ones raise EngineFailedError; after
+    `close` they raise EngineClosedError. An engine that is forgotten closes itself when collected, or at exit.
+    """
+
+    def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> None:
+        """Load model and tokenizer (version 0 of the weights) and start the engine's thread.
+
+        `make_worker` gets the completed config; by default it makes the kind that `config.worker` names.
+        Raises ValueError for a folder that is not a usable model, or options that do not suit it.
+        """
+        self._model_config = ModelConfig.from_json(config.model)
+        self._config = resolve_config(config, self._model_config)
+        self._tokenizer = find_tokenizer(self._config)
+        worker = make_worker(self._config)
+        try:
+            self._start(worker)
+        except BaseException:
+            worker.close()
+            raise
+
+    def _start(self, worker: Worker) -> None:
+        config = self._config
+        assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
+        self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        limits = SchedulerConfig(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        stop_strings = StopStrings(self._tokenizer)
+        self._scheduler = Scheduler(limits, self._kv_cache, stop_strings)
+        self._weights = WeightSets(worker, self._scheduler)
+        self._weights.load_first(FolderWeights(path=config.model))
+        self._worker_facts = worker.describe()
+        self._limits = AdmissionLimits(
+            max_model_len=config.max_model_len,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            vocab_size=self._model_config.vocab_size,
+        )
+        eos = self._model_config.eos_token_ids
+        self._requests = RequestMaker(self._limits, self._tokenizer, eos, config.seed)
+        self._call_numbers = itertools.count()
+        self._score_numbers = itertools.count()
+        self._loop = EngineLoop(self._scheduler, worker, self._weights, stop_strings, config.block_size)
+        self._loop.start()
+        self._finalizer = weakref.finalize(self, self._loop.close)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+    ) -> list[Rollout]:
+        """Sample n continuations of each prompt; the rollouts of prompt 0 first, in order of sample index.
+
+        `prompts`: one text or sequence of token ids, or a sequence of those. `sampling_params`: one for all prompts
+        (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt.
+
+        The tokens kept include those that spell a stop string; the text ends before it. The random numbers of a prompt
+        without a seed come from the engine's seed, the number of this call among the engine's generate calls and the
+        prompt's index, never from the order in which requests arrive. Ctrl-C aborts the call's requests.
+
+        Raises ValueError, before anything is queued, for what can never run.
+        """
+        call = self._submit_prompts(prompts, sampling_params, request_ids)
+        return self._rollouts(call, self._wait(call))
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+    ) -> list[Rollout]:
+        """`generate` for coroutines: many share the batch. Cancelling the task aborts its requests."""
+        call = self._submit_prompts(prompts, sampling_params, request_ids)
+        return self._rollouts(call, await self._await(call))
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+    def score(
+        self,
+        token_ids: Prompt | Rollout | Sequence[Prompt | Rollout],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        definition: Definition = "policy_logprobs",
+        policy: str = POLICY,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """Logprob of each token given those before it; a float32 array per sequence.
+
+        `token_ids`: token ids of a sequence, a Rollout (its prompt and tokens, with its own sampling parameters unless
+        some are given), or several of these. Without `prompt_lens` entry i is token i + 1's (length L - 1); with it, or
+        for a Rollout, entry i is that of token prompt_len + i (length L - prompt_len).
+
+        `definition`: "policy_logprobs" under softmax(logits / temperature), "logprobs" under the distribution that
+        sampling with these parameters draws from (-inf for a token it never draws; penalties and min_tokens need
+        `prompt_lens`), "raw" under softmax(logits). `policy`: "policy", or a name given to `pin_weights`.
+
+        Raises ValueError, before anything is queued, for what can never run.
+        """
+        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
+        if call is not None:
+            self._wait(call)
+        return scores.logprobs()
+
+    async def ascore(
+        self,
+        token_ids: Prompt | Rollout | Sequence[Prompt | Rollout],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        definition: Definition = "policy_logprobs",
+        policy: str = POLICY,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """`score` for coroutines."""
+        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
+        if call is not None:
+            await self._await(call)
+        return scores.logprobs()
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+    def update_weights(
+        self,
+        source: Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights,
+        version: int | None = None,
+    ) -> int:
+        """Replace the policy's weights; returns their version. Mode "wait": no request sees two versions.
+
+        The new weights are read, checked and packed while requests submitted earlier go on; these finish under the old
+        version, later ones wait and run under the new one. `source`: arrays by Hugging Face name (a mapping or its
+        items), a folder of safetensors, or what `WeightPublisher.publish` returned. `version` must be above the live
+        one; by default that of the publication, else the live one + 1.
+
+        Raises ValueError for wrong tensors or a version that does not grow; the old version then goes on serving, as it
+        does when the wait is interrupted by Ctrl-C.
+        """
+        weights, version = weight_source(source, version)
+        change = Exclusive(
+            prepare=lambda: self._weights.stage(weights, version),
+            apply=self._weights.commit,
+            discard=self._weights.discard,
+        )
+        live: int = self._change(change)
+        return live
+
+    def pin_weights(self, name: str = "reference") -> int:
+        """Keep the live weights under `name` for `score(policy=name)`, without a copy; returns their version.
+
+        Waits for the requests submitted before. An earlier pin of that name is replaced.
+        """
+        if not isinstance(name, str) or not name or name == POLICY:
+            raise ValueError(f"name must be a non-empty string other than {POLICY!r}, got {name!r}")
+        version: int = self._change(Exclusive(lambda: self._weights.pin(name)))
+        return version
+
+    def drop_weights(self, name: str) -> None:
+        """Forget a pinned set, after the requests submitted before. Raises ValueError for an unknown name."""
+        self._change(Exclusive(lambda: self._weights.drop(name)))
+
+    def get_weight_version(self, name: str = POLICY) -> int:
+        """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
+        self._check_policy(name)
+        return self._weights.versions[name]
+
+    # -- control ------------------------------------------------------------------------------------------------------
+    def abort(self, ids: str | Collection[str]) -> int:
+        """End the requests of these `request_ids` after the current step; returns how many samples it ended.
+
+        Their calls return the tokens so far with finish_reason "abort". Unknown and finished ids are passed over.
+        """
+        return self._loop.abort({ids} if isinstance(ids, str) else set(ids)).result()
+
+    def abort_all(self) -> int:
+        """End every request in flight, as `abort` does; returns how many samples it ended."""
+        return self._loop.abort(None).result()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Requests in flight keep their blocks."""
+        self._loop.at_boundary(self._kv_cache.reset).result()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start, and sizes of now; cheap, and true at some moment between two steps."""
+        return self._loop.metrics()
+
+    def health(self) -> dict[str, Any]:
+        """State ("running", "draining", "failed", "closed"), cause of a failure, load, versions, the worker's facts."""
+        cause = self._loop.cause
+        return {
+            "state": self._loop.state,
+            "cause": None if cause is None else repr(cause),
+            "num_running": self._scheduler.num_running,
+            "num_waiting": self._scheduler.num_waiting,
+            "num_held": self._loop.num_held,
+            "weight_versions": dict(self._weights.versions),
+            "worker": dict(self._worker_facts),
+        }
+
+    def close(self) -> None:
+        """Stop after the current step and free thread, worker and memory; idempotent.
+
+        Calls in flight raise EngineClosedError.
+        """
+        self._finalizer()
+
+    def __enter__(self) -> RolloutEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine's options with those that follow from the model filled in."""
+        return self._config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self._model_config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if the model folder or `config.tokenizer` has one."""
+        return self._tokenizer
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    def _submit_prompts(self, prompts: Any, sampling_params: Any, ids: Sequence[str] | None) -> Call:
+        checked = self._requests.check(prompts, sampling_params)
+        names = None if ids is None else check_ids(ids, "", len(checked))
+        number = next(self._call_numbers)
+        names = names or check_ids(None, f"generate-{number}", len(checked))
+        call = Call(self._requests.make(checked, names, number))
+        self._loop.submit(call)
+        return call
+
+    def _submit_scores(
+        self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any
+    ) -> tuple[ScoreRequests, Call | None]:
+        self._check_policy(policy)
+        prefix = f"score-{next(self._score_numbers)}"
+        scores = make_score_requests(
+            sequences,
+            sampling_params,
+            definition,
+            policy,
+            prompt_lens,
+            prefix=prefix,
+            limits=self._limits,
+            eos_token_ids=self._model_config.eos_token_ids,
+        )
+        groups = scores.groups(prefix)
+        if not groups:
+            return scores, None
+        call = Call(groups)
+        self._loop.submit(call)
+        return scores, call
+
+    def _check_policy(self, name: str) -> None:
+        known = self._weights.versions
+        if name not in known:
+            raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
+
+    def _wait(self, call: Call) -> list[Request]:
+        try:
+            return call.future.result()
+        except KeyboardInterrupt:
+            self._give_up(call)
+            raise
+
+    async def _await(self, call: Call) -> list[Request]:
+        try:
+            return await asyncio.wrap_future(call.future)
+        except asyncio.CancelledError:
+            self._give_up(call)
+            raise
+
+    def _give_up(self, call: Call) -> None:
+        with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
+            self._loop.abort(list(call.groups))
+
+    def _change(self, change: Exclusive) -> Any:
+        self._loop.submit(change)
+        try:
+            return change.future.result()
+        except KeyboardInterrupt:
+            change.future.cancel()
+            raise
+
+    def _rollouts(self, call: Call, requests: list[Request]) -> list[Rollout]:
+        def text(request: Request) -> str | None:
+            if self._tokenizer is None:
+                return None
+            stopped = call.texts.get(request.request_id)
+            return whole_text(self._tokenizer, request) if stopped is None else stopped
+
+        return [Rollout.from_request(request, text(request)) for request in requests]

@@ -1,0 +1,170 @@
+"""What an engine and a worker in another process say to each other. `zerokl.rollout.wire` turns it into frames."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zerokl.kernels.ops import SampleResult, StepInputs
+from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.worker import FolderWeights, SharedWeights
+from zerokl.weight_sync.errors import (
+    ChecksumError,
+    ManifestError,
+    SegmentBusyError,
+    SegmentMissingError,
+    SegmentTruncatedError,
+)
+
+_TRACEBACK_CHARS = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Worker to engine, first of all: the process is up."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configure:
+    """Make the worker; answered by Done."""
+
+    options: dict[str, Any]
+    """Fields of `zerokl.rollout.config.EngineConfig`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execute:
+    """Run a step; answered by Sampled."""
+
+    inputs: StepInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Worker.stage_weights; answered by Done."""
+
+    source: FolderWeights | SharedWeights
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Worker.commit_weights; answered by Done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discard:
+    """Worker.discard_staged; answered by Done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Worker.pin_weights; answered by Done."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Worker.drop_weights; answered by Done."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Describe:
+    """Worker.describe; answered by Facts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """End the process; not answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """It is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Outcome of a step."""
+
+    result: SampleResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What Describe asked for."""
+
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The request raised; the worker goes on."""
+
+    error: str
+    """Name of a class in the allow-list of `exception_of`."""
+    text: str
+    traceback: str
+    """For people."""
+
+
+Message = (
+    Hello
+    | Configure
+    | Execute
+    | Stage
+    | Commit
+    | Discard
+    | Pin
+    | Drop
+    | Describe
+    | Close
+    | Done
+    | Sampled
+    | Facts
+    | Failed
+)
+
+_ERROR_CLASSES: tuple[type[Exception], ...] = (
+    ChecksumError,
+    FileNotFoundError,
+    FloatingPointError,
+    ManifestError,
+    MemoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    OSError,
+    PermissionError,
+    RuntimeError,
+    SegmentBusyError,
+    SegmentMissingError,
+    SegmentTruncatedError,
+    TypeError,
+    ValueError,
+    WorkerError,
+)
+_ERRORS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in _ERROR_CLASSES}
+"""Exceptions that keep their class on the way; any other arrives as its nearest base in this table, or RuntimeError."""
+
+
+def failure_of(error: Exception) -> Failed:
+    """The exception as a message."""
+    known = next((kind.__name__ for kind in type(error).__mro__ if _ERRORS.get(kind.__name__) is kind), None)
+    text = str(error) or type(error).__name__
+    return Failed(
+        error=known or "RuntimeError",
+        text=text if known else f"{type(error).__name__}: {text}",
+        traceback="".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:],
+    )
+
+
+def exception_of(failed: Failed) -> Exception:
+    """The message as an exception to raise; a class that is not in the allow-list becomes RuntimeError."""
+    return _ERRORS.get(failed.error, RuntimeError)(failed.text)

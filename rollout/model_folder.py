@@ -1,0 +1,27 @@
+"""What an engine takes from a model's folder beside the weights: sizes for its options, and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.text import Tokenizer
+
+FLOAT32_BYTES = 4
+
+
+def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """`config` with the fields filled in that follow from the model. Raises ValueError where the two do not fit."""
+    keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    return config.resolve(
+        max_position_embeddings=model.max_position_embeddings, kv_bytes_per_token=keys_and_values * FLOAT32_BYTES
+    )
+
+
+def find_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that the options name, else the model folder's, else None: the engine then takes token ids only."""
+    if config.tokenizer is not None:
+        return Tokenizer(config.tokenizer)
+    beside = Path(config.model) / "tokenizer.json"
+    return Tokenizer(beside) if beside.is_file() else None

@@ -1,0 +1,155 @@
+"""From a `StepPlan` to the arrays that a worker needs: vectorised, a few array operations per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.ops import SamplingBatch, StepInputs
+from zerokl.rollout.request import Request
+from zerokl.rollout.sampling_state import TokenHistory
+from zerokl.rollout.step_plan import PlanEntry, StepPlan
+
+Ints = NDArray[np.int32]
+
+
+def build_step_inputs(plan: StepPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
+    """The step's arrays for its T tokens, S sequences (one per entry, in order) and R rows; see `StepInputs`.
+
+    `requests` holds at least the requests of the plan, unchanged since it was made. Changes nothing.
+    """
+    entries = plan.entries
+    members = [requests[entry.request_id] for entry in entries]
+    columns = np.array([entry[1:] for entry in entries], np.int32)
+    starts, lengths, row_counts = columns[:, 0], columns[:, 1], columns[:, 3]
+    seq_starts = _offsets(lengths)
+    # Tokens of one sequence count up from its start: repeat (start - offset) and add the running index.
+    positions = np.repeat(starts - seq_starts[:-1], lengths) + np.arange(plan.num_tokens, dtype=np.int32)
+    block_tables = _block_tables(members)
+    sequence = np.repeat(np.arange(len(entries)), lengths)
+    slots = block_tables[sequence, positions // block_size] * block_size + positions % block_size
+    # The rows of an entry are its last ones: count up to the end of its tokens.
+    row_starts = _offsets(row_counts)
+    logit_rows = np.repeat(seq_starts[1:] - row_starts[1:], row_counts) + np.arange(plan.num_rows, dtype=np.int32)
+    spans = [
+        request.token_ids[entry.start : entry.start + entry.num_tokens]
+        for entry, request in zip(entries, members, strict=True)
+    ]
+    return StepInputs(
+        token_ids=np.concatenate(spans),
+        positions=positions,
+        slot_mapping=slots,
+        seq_starts=seq_starts,
+        context_lens=starts + lengths,
+        block_tables=block_tables,
+        logit_rows=logit_rows,
+        sampling=_sampling_batch(entries, members, row_counts, positions[logit_rows]),
+        step=plan.step,
+        policy=plan.policy,
+    )
+
+
+def _block_tables(members: Sequence[Request]) -> Ints:
+    tables = np.full((len(members), max(request.num_blocks for request in members)), -1, np.int32)
+    for table, request in zip(tables, members, strict=True):
+        table[: request.num_blocks] = request.block_table[: request.num_blocks]
+    return tables
+
+
+def _sampling_batch(
+    entries: Sequence[PlanEntry], members: Sequence[Request], row_counts: Ints, row_positions: Ints
+) -> SamplingBatch:
+    wanted = [(entry, request) for entry, request in zip(entries, members, strict=True) if entry.num_rows]
+    counts = row_counts[row_counts > 0]
+    constants = list(zip(*(request.sampling.constants for _, request in wanted), strict=True)) or [()] * 9
+
+    def column(index: int, dtype: Any) -> NDArray[Any]:
+        return np.repeat(np.array(constants[index], dtype), counts)
+
+    history_start, history_token, history_count = _histories(wanted, len(row_positions))
+    bias_start, bias_token, bias_value = _biases(wanted, len(row_positions))
+    return SamplingBatch(
+        temperature=column(0, np.float32),
+        top_k=column(1, np.int32),
+        top_p=column(2, np.float32),
+        min_p=column(3, np.float32),
+        repetition_penalty=column(4, np.float32),
+        presence_penalty=column(5, np.float32),
+        frequency_penalty=column(6, np.float32),
+        seed=column(7, np.uint64),
+        sample_index=column(8, np.uint32),
+        position=(row_positions + 1).astype(np.uint32),
+        forced=_forced(wanted, len(row_positions)),
+        history_start=history_start,
+        history_token=history_token,
+        history_count=history_count,
+        bias_start=bias_start,
+        bias_token=bias_token,
+        bias_value=bias_value,
+        want_raw=any(request.sampling.want_raw for _, request in wanted),
+    )
+
+
+def _forced(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> Ints:
+    """A score request's rows rate the tokens after them; the others draw."""
+    forced = np.full(num_rows, -1, np.int32)
+    for entry, request in wanted:
+        if request.kind == "score":
+            end = entry.start + entry.num_tokens + 1
+            forced[entry.first_row : entry.first_row + entry.num_rows] = request.token_ids[end - entry.num_rows : end]
+    return forced
+
+
+def _histories(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> tuple[Ints, Ints, Ints]:
+    """Offsets, tokens and counts: for each row of a request with penalties, what comes before the token it gives."""
+    sizes = np.zeros(num_rows, np.int32)
+    tokens: list[Ints] = []
+    counts: list[Ints] = []
+    for entry, request in wanted:
+        history = request.sampling.history
+        if history is None:
+            continue
+        for row, (row_tokens, row_counts) in enumerate(_row_histories(entry, request, history), entry.first_row):
+            sizes[row] = len(row_tokens)
+            tokens.append(row_tokens)
+            counts.append(row_counts)
+    return _offsets(sizes), _joined(tokens, np.int32), _joined(counts, np.int32)
+
+
+def _row_histories(entry: PlanEntry, request: Request, history: TokenHistory) -> list[tuple[Ints, Ints]]:
+    rows = [history.arrays()]
+    if entry.num_rows > 1:  # scoring: each row has seen one forced token more than the row before
+        ahead = history.copy()
+        begin = request.next_row + 1
+        for token in request.token_ids[begin : begin + entry.num_rows - 1].tolist():
+            ahead.append(token)
+            rows.append(ahead.arrays())
+    return rows
+
+
+def _biases(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    sizes = np.zeros(num_rows, np.int32)
+    tokens: list[Ints] = []
+    values: list[NDArray[np.float32]] = []
+    for entry, request in wanted:
+        if not request.sampling.uses_bias:
+            continue
+        for offset in range(entry.num_rows):
+            row_tokens, row_values = request.sampling.bias(request.num_output_tokens + offset)
+            sizes[entry.first_row + offset] = len(row_tokens)
+            tokens.append(row_tokens)
+            values.append(row_values)
+    return _offsets(sizes), _joined(tokens, np.int32), _joined(values, np.float32)
+
+
+def _offsets(sizes: Ints) -> Ints:
+    offsets = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -1,0 +1,175 @@
+"""The op table on a GPU, once through: two-layer models over Paddle tensors and Triton kernels.
+
+Compared with the float64 reference, and bit for bit with themselves however a sequence is cut up. Needs Paddle's GPU
+build and Triton, but neither the C++ extension nor an installed ZeroKL: a directory `zerokl` of links to the rooms on
+PYTHONPATH is enough. Also runs as a script.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+paddle = pytest.importorskip("paddle", reason="needs Paddle")
+if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() == 0:
+    pytest.skip("needs a GPU that Paddle can use", allow_module_level=True)
+
+from zerokl.kernels.dispatch import get_ops  # noqa: E402
+from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling  # noqa: E402
+from zerokl.rollout.models.config import ModelConfig  # noqa: E402
+from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward  # noqa: E402
+from zerokl.rollout.models.rope import rope_table  # noqa: E402
+from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+VOCAB = 1500  # two chunks of the partition of a row of logits
+MODELS = {
+    "llama": tiny_config("LlamaForCausalLM", vocab_size=VOCAB),
+    "qwen2": tiny_config("Qwen2ForCausalLM", vocab_size=VOCAB, tie_word_embeddings=True),
+    "qwen3": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, head_dim=24, num_key_value_heads=1),
+    "ernie": tiny_config("Ernie4_5ForCausalLM", vocab_size=VOCAB, head_dim=20, intermediate_size=72),
+}
+Rows = dict[str, NDArray[Any]]
+
+
+class Model:
+    """A tiny model on a device, with a KV pool."""
+
+    def __init__(self, device: str, content: dict[str, Any], block_size: int = 16) -> None:
+        config = ModelConfig.from_json(content)
+        self.spec = DecoderSpec.from_config(config)
+        self.ops = get_ops(device)
+        self.block_size = block_size
+        rope = self.ops.tensor(rope_table(config.rope, config.head_dim, 256))
+        self.params = build_params(self.ops, config, random_tensors(config, 3), rope, keep=self.ops.tensor)
+        self.pool = self.ops.kv_pool(config.num_hidden_layers, 64, block_size, self.spec.attention)
+
+    def run(self, inputs: StepInputs) -> Rows:
+        hidden = forward(self.ops, self.params, self.spec, inputs, self.pool)
+        result = self.ops.sample(hidden, self.params.lm_head, inputs.sampling)
+        return {"hidden": host(hidden)[: len(inputs.logit_rows)], **columns(result)}
+
+
+def host(tensor: Any) -> NDArray[Any]:
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    paddle.device.cuda.synchronize()
+    return np.asarray(tensor.numpy())
+
+
+def columns(result: SampleResult) -> Rows:
+    return {name: getattr(result, name) for name in ("tokens", "logprobs", "policy_logprobs", "entropy")}
+
+
+def some_tokens(length: int, seed: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+
+
+SEQUENCES = [some_tokens(37, 1), some_tokens(5, 2), some_tokens(130, 3), some_tokens(1, 4)]
+
+
+def with_options(inputs: StepInputs) -> StepInputs:
+    """Draw at every position, with options that depend on the position alone."""
+    at, rows = inputs.positions, len(inputs.positions)
+    sampling = replace(
+        neutral_sampling(rows),
+        temperature=np.array([1.0, 0.7, 0.0, 1.3], np.float32)[at % 4],
+        top_k=np.array([0, 40, 5], np.int32)[at % 3],
+        top_p=np.array([1.0, 0.9], np.float32)[at % 2],
+        min_p=np.array([0.0, 0.0, 0.01], np.float32)[at % 3],
+        repetition_penalty=np.full(rows, 1.1, np.float32),
+        presence_penalty=np.full(rows, 0.2, np.float32),
+        seed=np.full(rows, 2**40 + 17, np.uint64),
+        position=at.astype(np.uint32),
+        forced=np.where(at % 7 == 6, at % VOCAB, -1).astype(np.int32),
+        history_start=np.arange(rows + 1, dtype=np.int32) * 2,
+        history_token=np.stack([at * 11 % VOCAB, (at * 11 + 1) % VOCAB], 1).reshape(-1).astype(np.int32),
+        history_count=np.tile(np.array([1, 0], np.int32), rows),
+        bias_start=np.arange(rows + 1, dtype=np.int32),
+        bias_token=(at * 13 % VOCAB).astype(np.int32),
+        bias_value=np.full(rows, 1.5, np.float32),
+    )
+    return replace(inputs, sampling=sampling)
+
+
+def in_pieces(model: Model, chunk: int, together: bool) -> list[Rows]:
+    """All sequences in chunks, at once or one after the other, in scattered blocks."""
+    blocks = iter(np.random.default_rng(chunk).permutation(64).tolist())
+    tables = [[next(blocks) for _ in range(-(-len(tokens) // model.block_size))] for tokens in SEQUENCES]
+    pieces = [[(s, at) for at in range(0, len(tokens), chunk)] for s, tokens in enumerate(SEQUENCES)]
+    steps = (
+        [[p for p in step if p] for step in zip_longest(*pieces)]
+        if together
+        else [[p] for part in pieces for p in part]
+    )
+    results: list[list[Rows]] = [[] for _ in SEQUENCES]
+    for step in steps:
+        tokens = [SEQUENCES[s][at : at + chunk] for s, at in step]
+        inputs = step_inputs(tokens, [at for _, at in step], [tables[s] for s, _ in step], model.block_size)
+        rows = model.run(with_options(inputs))
+        end = 0
+        for (s, _), some in zip(step, tokens, strict=True):
+            results[s].append({name: values[end : end + len(some)] for name, values in rows.items()})
+            end += len(some)
+    return [{name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]} for parts in results]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_float64_reference(name: str) -> None:
+    expected = in_pieces(Model("reference", MODELS[name]), 1000, together=True)
+    got = in_pieces(Model("gpu", MODELS[name]), 1000, together=True)
+    for rows, expected_rows in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(rows["tokens"], expected_rows["tokens"])
+        np.testing.assert_allclose(rows["hidden"], expected_rows["hidden"], rtol=0, atol=3e-5)
+        for column in ("logprobs", "policy_logprobs", "entropy"):
+            np.testing.assert_allclose(rows[column], expected_rows[column], rtol=0, atol=3e-5, err_msg=column)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bits_do_not_depend_on_chunks_batch_or_blocks(name: str) -> None:
+    expected = in_pieces(Model("gpu", MODELS[name]), 1000, together=False)
+    for block_size, chunk, together in ((8, 13, True), (16, 1, True), (64, 64, False)):
+        got = in_pieces(Model("gpu", MODELS[name], block_size), chunk, together)
+        for rows, expected_rows in zip(got, expected, strict=True):
+            for column in rows:
+                np.testing.assert_array_equal(rows[column], expected_rows[column], err_msg=column)
+
+
+def test_a_step_recorded_as_one_graph_serves_other_steps_of_its_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing between begin_step and the end of the forward waits for the host or depends on the step's values."""
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    model = Model("gpu", MODELS["qwen3"])
+    ops = model.ops
+    first = with_options(step_inputs([some_tokens(9, 5), some_tokens(3, 6)], [0, 0], [[3], [4]], 16))
+    second = with_options(step_inputs([some_tokens(4, 7), some_tokens(7, 8)], [0, 0], [[9], [2]], 16))
+    expected = Model("gpu", MODELS["qwen3"]).run(second)
+    model.run(first)  # compiles and allocates
+
+    def check(answer: tuple[Any, ...]) -> Any:
+        assert int(answer[0]) == 0, answer
+        return answer[1] if len(answer) > 1 else None
+
+    stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    ops.begin_step(first, model.pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "begin_step", lambda inputs, pool: setattr(ops, "_calls", 0))  # it has begun already
+        patch.setattr(triton.runtime.driver.active, "get_current_stream", lambda device: int(stream))
+        check(runtime.cudaStreamBeginCapture(stream, mode))
+        hidden = forward(ops, model.params, model.spec, first, model.pool)
+        graph = check(runtime.cudaGraphInstantiate(check(runtime.cudaStreamEndCapture(stream)), 0))
+    ops.begin_step(second, model.pool)
+    check(runtime.cudaGraphLaunch(graph, stream))
+    check(runtime.cudaStreamSynchronize(stream))
+    np.testing.assert_array_equal(host(hidden)[:11], expected["hidden"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-v", "-rs", "-p", "no:cacheprovider"]))

@@ -1,0 +1,238 @@
+"""A scheduler without a device: a model made of hashes that reads its past through block tables, and loops that check.
+
+The fake model's keys and values are chained hashes kept in a paged pool, so any slip of bookkeeping (a lost block, stale
+or uncomputed content, a wrong position, row or history) changes the tokens. `expected` states what must come out,
+without scheduler, pool or plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from zerokl.kernels.ops import SampleResult, StepInputs
+from zerokl.rollout.config import SchedulerConfig
+from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.request import Request
+from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.step_inputs import build_step_inputs
+from zerokl.rollout.step_plan import StepPlan
+
+VOCAB = 50
+MASK = (1 << 64) - 1
+
+
+def mix(*words: int) -> int:
+    """A 64-bit hash of integers (the finaliser of SplitMix64, applied in a chain)."""
+    state = 0x9E3779B97F4A7C15
+    for word in words:
+        state = (state ^ (word & MASK)) * 0xBF58476D1CE4E5B9 & MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & MASK
+        state ^= state >> 31
+    return state
+
+
+def draw(past: int, banned: Iterable[int], seed: int, sample_index: int, position: int) -> int:
+    """The next token after a past, never a banned one."""
+    token = mix(past, seed, sample_index, position) % VOCAB
+    barred = set(banned)
+    while token in barred:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def figure(past: int, token: int) -> np.float32:
+    """The "logprob" of a token after a past."""
+    return np.float32(-(mix(past, token, 7) % 10**6) / 1e5)
+
+
+def history_hash(tokens: Sequence[int], counts: Sequence[int]) -> int:
+    """Free of order, as penalties are."""
+    return sum(mix(token, count, 3) for token, count in zip(tokens, counts, strict=True)) & MASK
+
+
+class FakeModel:
+    """Runs `StepInputs`; `weights` maps weight set names to an integer that stands for their values."""
+
+    def __init__(self, num_blocks: int, block_size: int, weights: dict[str, int]) -> None:
+        self.weights = weights
+        self.pool = [[mix(block, offset, 11) for offset in range(block_size)] for block in range(num_blocks)]
+        self.block_size = block_size
+        self.num_computed = 0
+
+    def execute(self, inputs: StepInputs) -> SampleResult:
+        """Write every token's entry, then read whole pasts for the rows wanted."""
+        slots = inputs.slot_mapping.tolist()
+        assert len(set(slots)) == len(slots), "two tokens of a step share a slot"
+        pasts: list[int] = []
+        for index, table in enumerate(inputs.block_tables.tolist()):
+            begin, end = inputs.seq_starts[index : index + 2].tolist()
+            assert end > begin and inputs.positions[end - 1] + 1 == inputs.context_lens[index]
+            pasts += self._run_sequence(inputs, table, begin, end)
+        self.num_computed += len(slots)
+        batch = inputs.sampling
+        tokens, figures = [], []
+        for row, index in enumerate(inputs.logit_rows.tolist()):
+            past = mix(pasts[index], self._history(inputs, row))
+            token = int(batch.forced[row])
+            if token < 0:
+                span = slice(batch.bias_start[row], batch.bias_start[row + 1])
+                banned = batch.bias_token[span][np.isneginf(batch.bias_value[span])].tolist()
+                key = (int(batch.seed[row]), int(batch.sample_index[row]), int(batch.position[row]))
+                token = draw(past, banned, *key)
+            tokens.append(token)
+            figures.append(figure(past, token))
+        values = np.array(figures, np.float32)
+        raw = values * 4 if batch.want_raw else None
+        return SampleResult(
+            tokens=np.array(tokens, np.int32),
+            logprobs=values,
+            policy_logprobs=values * 2,
+            entropy=values * 3,
+            raw_logprobs=raw,
+        )
+
+    def _run_sequence(self, inputs: StepInputs, table: list[int], begin: int, end: int) -> list[int]:
+        """Entries chain through the pool, as hidden states of later layers do; a past sums over all it attends to."""
+        pasts = []
+        weights = self.weights[inputs.policy]
+        for index in range(begin, end):
+            position = int(inputs.positions[index])
+            before = self._read(table, position - 1) if position else 0
+            block, offset = divmod(int(inputs.slot_mapping[index]), self.block_size)
+            self.pool[block][offset] = mix(before, int(inputs.token_ids[index]), position, weights)
+        for index in range(begin, end):
+            position = int(inputs.positions[index])
+            pasts.append(sum(self._read(table, past) for past in range(position + 1)) & MASK)
+        return pasts
+
+    def _read(self, table: list[int], position: int) -> int:
+        return self.pool[table[position // self.block_size]][position % self.block_size]
+
+    def _history(self, inputs: StepInputs, row: int) -> int:
+        batch = inputs.sampling
+        span = slice(batch.history_start[row], batch.history_start[row + 1])
+        return history_hash(batch.history_token[span].tolist(), batch.history_count[span].tolist())
+
+
+def expected(request: Request, weights: int, eos: Iterable[int] = ()) -> tuple[list[int], list[np.float32]]:
+    """Output tokens and figures of a request run to its end, from its tokens, parameters and weights alone."""
+    params, start = request.sampling_params, request.num_prompt_tokens
+    known = request.token_ids.tolist() if request.kind == "score" else request.prompt_token_ids.tolist()
+    tokens, outputs, figures = known[:start], [], []
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
+    chain, past = 0, 0
+    for position in range(start + (len(known) - start or params.max_tokens)):
+        if position >= start:
+            full_past = mix(past & MASK, _expected_history(params, tokens[:start], outputs))
+            biased = {token for token, value in (params.logit_bias or {}).items() if value == -np.inf}
+            banned = biased | (stops if len(outputs) < params.min_tokens else set())
+            forced = position < len(known)
+            token = known[position] if forced else draw(full_past, banned, request.seed, request.sample_index, position)
+            tokens.append(token)
+            outputs.append(token)
+            figures.append(figure(full_past, token))
+            if not forced and token in stops:
+                break
+        chain = mix(chain, tokens[position], position, weights)
+        past += chain
+    return outputs, figures
+
+
+def _expected_history(params: SamplingParams, prompt: list[int], outputs: list[int]) -> int:
+    if not params.uses_penalties:
+        return 0
+    distinct = sorted(set(prompt) | set(outputs))
+    return history_hash(distinct, [outputs.count(token) for token in distinct])
+
+
+@dataclass
+class Rig:
+    """A scheduler, its KV cache and a fake model, run step by step with every invariant checked."""
+
+    num_blocks: int = 64
+    block_size: int = 8
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 64
+    enable_prefix_caching: bool = True
+    look_ahead: int = 8
+    max_overtakes: int = 32
+    weights: dict[str, int] = field(default_factory=lambda: {"policy": 1})
+    manager: Callable[[int, int, bool], KVCacheManager] = KVCacheManager
+    check: bool = True
+    """Off for broken managers, whose output is to show the fault."""
+
+    def __post_init__(self) -> None:
+        self.kv_cache = self.manager(self.num_blocks, self.block_size, self.enable_prefix_caching)
+        config = SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            look_ahead=self.look_ahead,
+            max_overtakes=self.max_overtakes,
+        )
+        self.scheduler = Scheduler(config, self.kv_cache)
+        self.model = FakeModel(self.num_blocks, self.block_size, self.weights)
+        for epoch, name in enumerate(self.weights, 1):
+            self.scheduler.set_weights(name, epoch=epoch, version=10 * epoch)
+        self.finished: dict[str, Request] = {}
+        self.plans: list[StepPlan] = []
+
+    def step(self) -> StepPlan | None:
+        """Plan, run and apply one step."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            assert not self.scheduler.requests and self.scheduler.num_waiting == 0 == self.scheduler.num_running
+            return None
+        self.plans.append(plan)
+        if self.check:
+            self.check_plan(plan)
+        inputs = build_step_inputs(plan, self.scheduler.requests, self.block_size)
+        for request in self.scheduler.update(plan, self.model.execute(inputs)):
+            self.keep(request)
+        if self.check:
+            self.kv_cache.check_integrity(self.scheduler.requests.values())
+        return plan
+
+    def keep(self, request: Request) -> None:
+        """Take a finished request over; each may finish once."""
+        assert request.request_id not in self.finished and request.is_finished and request.num_blocks == 0
+        self.finished[request.request_id] = request
+
+    def run(self, requests: Iterable[Request] = (), max_steps: int = 20_000) -> dict[str, Request]:
+        """Add requests and step until all are finished."""
+        for request in requests:
+            self.scheduler.add(request)
+        for _ in range(max_steps):
+            if self.step() is None:
+                return self.finished
+        raise AssertionError(f"{self.scheduler.num_unfinished} requests are unfinished after {max_steps} steps")
+
+    def check_plan(self, plan: StepPlan) -> None:
+        """Hard caps and the shape of a plan."""
+        self.kv_cache.check_integrity(self.scheduler.requests.values())
+        ids = [entry.request_id for entry in plan.entries]
+        assert len(set(ids)) == len(ids) > 0
+        assert sum(entry.num_tokens for entry in plan.entries) == plan.num_tokens <= self.max_num_batched_tokens
+        assert sum(entry.num_rows for entry in plan.entries) == plan.num_rows
+        assert self.scheduler.num_running <= self.max_num_seqs
+        assert not set(plan.preempted) & set(ids)
+        row = 0
+        for entry in plan.entries:
+            request = self.scheduler.requests[entry.request_id]
+            assert request.policy == plan.policy
+            assert entry.start == request.num_computed_tokens and entry.num_tokens > 0 and entry.first_row == row
+            assert entry.start + entry.num_tokens <= request.num_blocks * self.block_size
+            row += entry.num_rows
+
+
+def assert_as_expected(requests: Iterable[Request], weights: dict[str, int]) -> None:
+    """Finished requests hold exactly what `expected` says; an aborted one a prefix of it."""
+    for request in requests:
+        tokens, figures = expected(request, weights[request.policy])
+        size = request.num_output_tokens
+        assert request.finish_reason == "abort" or size == len(tokens), request.request_id
+        assert request.output_token_ids.tolist() == tokens[:size], request.request_id
+        assert request.logprobs.tolist() == [float(value) for value in figures[:size]], request.request_id

@@ -10,7 +10,7 @@ EXTENSION_SOURCES := $(wildcard kernels/csrc/*) CMakeLists.txt pyproject.toml
 # PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
 RUN := PYTHONSAFEPATH=1 $(PY)
 
-.PHONY: help demo demo-tiny test test-slow test-long dev lint format bench package-check clean
+.PHONY: help demo demo-tiny test test-slow test-long dev ext lint format bench package-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,11 @@ test-long: .venv/.installed-test ## the full sizes
 	$(RUN) -m pytest -m long
 
 dev: .venv/.installed-test .venv/.installed-demo .venv/.installed-dev ## everything a developer needs; rebuilds the extension
+
+ext: ## rebuild only the extension, incrementally, into the editable install
+	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake -S . -B build/ext -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(PY) > /dev/null
+	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --build build/ext
+	cp build/ext/_cpu.*.so kernels/cpu/
 
 lint: .venv/.installed-test .venv/.installed-dev .links/zerokl ## ruff, mypy and the import rules
 	.venv/bin/ruff check .

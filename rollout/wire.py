@@ -177,9 +177,11 @@ class _Payload:
         nbytes = math.prod(shape) * dtype.itemsize
         if self._offset + nbytes > len(self._bytes):
             raise WireError(f"{name}: shape {shape} needs {nbytes} bytes, {len(self._bytes) - self._offset} are left")
-        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=self._bytes, offset=self._offset if nbytes else 0)
+        if not nbytes:
+            return np.empty(shape, dtype)
+        array = np.frombuffer(self._bytes, dtype, nbytes // dtype.itemsize, self._offset)
         self._offset += nbytes + -nbytes % _ALIGNMENT
-        return array
+        return array if ndim == 1 else array.reshape(shape)
 
 
 def _pack(table: ArrayTable, owner: object, chunks: list[Any]) -> list[tuple[int, ...] | None]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import os
 import select
-import tempfile
 from pathlib import Path
 
 
 def segments_of(pid: int) -> list[str]:
     """Names of the shared memory segments that a process made."""
     return sorted(f"/{path.name}" for path in Path("/dev/shm").glob(f"zerokl-*-{pid}-*"))
-
-
-def socket_folders() -> set[Path]:
-    """Folders of worker sockets, of all processes."""
-    return set(Path(tempfile.gettempdir()).glob("zerokl-*"))
 
 
 def children_of(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ using zk::Finish;
 using zk::Product;
 using zk::Right;
 
-constexpr int64_t MAX_BLOCK_ROWS = 256;
+constexpr int64_t MAX_BLOCK_ROWS = 512;
 constexpr int64_t MAX_PACKED_FLOATS = int64_t{2} << 20;  // a thread's copy of inputs: 8 MiB at most
 constexpr int64_t FEW_ROWS = 4;
 constexpr int64_t LONG_GROUP = 4;                        // panels that share a copy of inputs too long to keep whole
@@ -38,7 +38,7 @@ Plan make_plan(const Product& p) {
   plan.panels = ceil_div(p.n, PANEL);
   plan.blocks = ceil_div(p.m, MAX_BLOCK_ROWS);
   // Enough items to go round; a block below one tile would only read the weights more often.
-  const int64_t wanted = 2 * zk::num_threads();
+  const int64_t wanted = 4 * zk::num_threads();
   while (plan.blocks * plan.panels < wanted && p.m >= plan.blocks * 2 * MAX_TILE_ROWS) plan.blocks *= 2;
   const int64_t rows = ceil_div(p.m, plan.blocks);
   const int64_t segments = ceil_div(p.k, LINEAR_K_SEGMENT);
@@ -83,33 +83,45 @@ const float* right_segment(const Product& p, int64_t panel, int64_t k, int64_t l
   }
   const float* from = p.right + k * p.n + first;
   for (int64_t i = 0; i < length; ++i, from += p.n) {
-    std::memcpy(buffer + i * PANEL, from, sizeof(float) * static_cast<size_t>(columns));
-    for (int64_t c = columns; c < PANEL; ++c) buffer[i * PANEL + c] = 0.0f;
+    float* to = buffer + i * PANEL;
+    if (columns == PANEL) {
+      vstore(to, vload(from));
+      vstore(to + LANES, vload(from + LANES));
+    } else {
+      for (int64_t c = 0; c < PANEL; ++c) to[c] = c < columns ? from[c] : 0.0f;
+    }
   }
   return buffer;
 }
 
-// How far ahead of their use packed weights are fetched, in floats. The last of several row tiles fetches the whole next
-// segment, which the tiles before leave the memory free for. A single tile is bound by memory and fetches what it can use
-// soon; with few rows the processor's own prefetching does most of it.
-int64_t prefetch_distance(int64_t rows) {
-  if (rows > MAX_TILE_ROWS) return LINEAR_K_SEGMENT * PANEL;
-  return rows > FEW_ROWS ? 64 * PANEL : 8 * PANEL;
+// What the last row tile of a segment fetches: the weights that come next, be it this panel's next segment or the first
+// of the next panel, for the tiles before leave the memory free. A single tile over packed weights is bound by memory and
+// fetches what it can use soon; with few rows the processor's own prefetching does most of it.
+Ahead fetch_ahead(const Product& p, int64_t rows, const float* w, int64_t panel, int64_t k, int64_t chunk_start,
+                  int64_t chunk_end) {
+  if (p.right_layout == Right::panels) {
+    const int64_t lead = rows > MAX_TILE_ROWS ? LINEAR_K_SEGMENT : rows > FEW_ROWS ? 64 : 8;
+    return {w + lead * PANEL, PANEL, 1};
+  }
+  k += LINEAR_K_SEGMENT;
+  if (k >= chunk_end) k = chunk_start, ++panel;
+  if (panel * PANEL >= p.n) return {nullptr, 0, 0};
+  if (p.right_layout == Right::rows) return {p.right + panel * PANEL * p.k + k, p.k, 4};
+  return {p.right + k * p.n + panel * PANEL, p.n, 1};
 }
 
 // sums[rows, PANEL] over inner indices [k0, k0 + length), going on from what the sums hold unless k0 is 0.
 void multiply_panel(const Product& p, const float* left, int64_t rows, int64_t panel, int64_t k0, int64_t length,
                     float* sums, float* buffer) {
   const int64_t tiles = ceil_div(rows, MAX_TILE_ROWS);
-  const int64_t ahead = p.right_layout == Right::panels ? prefetch_distance(rows) : 0;
-  for (int64_t s = 0; s < length; s += LINEAR_K_SEGMENT, left += rows * ROW_STRIDE) {
-    const int64_t part = smaller(LINEAR_K_SEGMENT, length - s);
-    const float* w = right_segment(p, panel, k0 + s, part, buffer);
+  for (int64_t k = k0; k < k0 + length; k += LINEAR_K_SEGMENT, left += rows * ROW_STRIDE) {
+    const int64_t part = smaller(LINEAR_K_SEGMENT, k0 + length - k);
+    const float* w = right_segment(p, panel, k, part, buffer);
+    const Ahead ahead = fetch_ahead(p, rows, w, panel, k, k0, k0 + length);
     for (int64_t t = 0, row = 0; t < tiles; ++t) {
       const int64_t tile_rows = rows * (t + 1) / tiles - row;
-      const bool last = t == tiles - 1;
-      TILES[tile_rows](left + row * ROW_STRIDE, w, static_cast<int>(part), sums + row * PANEL, k0 + s == 0,
-                       last ? ahead : 0);
+      TILES[tile_rows](left + row * ROW_STRIDE, w, static_cast<int>(part), sums + row * PANEL, k == 0,
+                       t == tiles - 1 ? ahead : Ahead{nullptr, 0, 0});
       row += tile_rows;
     }
   }

@@ -54,10 +54,23 @@ constexpr int64_t ROW_STRIDE = LINEAR_K_SEGMENT + 16;
 constexpr int BLOCK = 4;                   // inner indices between two prefetches
 constexpr int LINES = BLOCK * PANEL / 16;  // cache lines of weights in a block
 
+// What to fetch into the second-level cache while a tile runs: cache line number L of LINES per block, counted from the
+// tile's start, lies at from + (L >> shift) * stride + (L mod 2^shift) * 16. Nothing if `from` is null.
+struct Ahead {
+  const float* from;
+  int64_t stride;
+  int shift;
+};
+
+inline void fetch(const Ahead& ahead, int k) {
+  const int first = k / BLOCK * LINES, mask = (1 << ahead.shift) - 1;
+  for (int line = first; line < first + LINES; ++line)
+    __builtin_prefetch(ahead.from + (line >> ahead.shift) * ahead.stride + (line & mask) * 16, 0, 2);
+}
+
 // sums[R, PANEL] = or += x[R, length] w[length, PANEL]: the partial sums of one segment, each from 0 and in order.
-// The weights `ahead` floats further on are fetched along the way, unless that is 0.
 template <int R>
-void tile(const float* x, const float* w, int length, float* sums, bool first_segment, int64_t ahead) {
+void tile(const float* x, const float* w, int length, float* sums, bool first_segment, Ahead ahead) {
   for (int column = 0; column < PANEL; column += GROUP * WIDTH) {
     nv acc[R][GROUP] = {};
     auto step = [&](int k) __attribute__((always_inline)) {
@@ -72,8 +85,7 @@ void tile(const float* x, const float* w, int length, float* sums, bool first_se
     };
     int k = 0;
     for (; k + BLOCK <= length; k += BLOCK) {
-      if (ahead)
-        for (int line = 0; line < LINES; ++line) __builtin_prefetch(w + k * PANEL + ahead + line * 16, 0, 2);
+      if (ahead.from) fetch(ahead, k);
 #pragma GCC unroll 4
       for (int i = 0; i < BLOCK; ++i) step(k + i);
     }
@@ -85,11 +97,11 @@ void tile(const float* x, const float* w, int length, float* sums, bool first_se
         float* sum = sums + r * PANEL + column + g * WIDTH;
         nstore(sum, first_segment ? acc[r][g] : nload(sum) + acc[r][g]);
       }
-    ahead = 0;  // the first columns' turn has fetched the whole panel
+    ahead.from = nullptr;  // all is fetched in the first columns' turn
   }
 }
 
-using TileFunction = void (*)(const float*, const float*, int, float*, bool, int64_t);
+using TileFunction = void (*)(const float*, const float*, int, float*, bool, Ahead);
 constexpr TileFunction TILES[] = {
     nullptr, tile<1>, tile<2>, tile<3>, tile<4>,
 #if MAX_TILE_ROWS > 4
@@ -143,8 +155,8 @@ inline void transpose_square(const float* from, int64_t from_stride, float* to, 
 // to[c * to_stride + r] = from[r * from_stride + c] for any rows x columns.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   const int64_t whole_rows = rows / WIDTH * WIDTH, whole_columns = columns / WIDTH * WIDTH;
-  for (int64_t c = 0; c < whole_columns; c += WIDTH)
-    for (int64_t r = 0; r < whole_rows; r += WIDTH)
+  for (int64_t r = 0; r < whole_rows; r += WIDTH)
+    for (int64_t c = 0; c < whole_columns; c += WIDTH)
       transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
   for (int64_t c = 0; c < columns; ++c)
     for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];

@@ -41,8 +41,8 @@ def qkv_to_cache_kernel(
     b = tl.load(row + high, mask=inside, other=0.0)
     is_query = head < HEADS
     is_value = head >= HEADS + KV_HEADS
-    if HAS_NORM:  # known at compile time, the next is not
-        if not is_value:  # noqa: SIM102
+    if HAS_NORM:  # noqa: SIM102  (known at compile time, the next is not)
+        if not is_value:
             scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(a * a) + tl.sum(b * b), SIZE * 1.0) + eps))
             weight_ptr = q_norm_ptr
             if not is_query:

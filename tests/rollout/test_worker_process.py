@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from leftovers import children_of, segments_of, socket_folders, wait_for_end
+from leftovers import children_of, segments_of, wait_for_end
 
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling
 from zerokl.rollout import worker_link
@@ -30,7 +30,6 @@ from zerokl.weight_sync import ChecksumError, WeightPublisher
 
 CONTENT = tiny_config("LlamaForCausalLM")
 MODEL = ModelConfig.from_json(CONTENT)
-PROMPT = "a step of nineteen tokens"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -238,18 +237,22 @@ def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: R
 
 
 # -- nothing left ------------------------------------------------------------------------------------------------------
-def test_close_leaves_no_process_thread_descriptor_or_folder(config: EngineConfig) -> None:
-    def state() -> tuple[list[int], int, int, set[Path]]:
+def test_close_leaves_no_process_thread_descriptor_or_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: EngineConfig
+) -> None:
+    def state() -> tuple[list[int], int, int]:
         tasks, descriptors = (len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd"))
-        return children_of(os.getpid()), tasks, descriptors, socket_folders()
+        return children_of(os.getpid()), tasks, descriptors
 
-    children, tasks, descriptors, _ = state()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    children, tasks, descriptors = state()
     worker = RemoteWorker(config)
     pid = worker.describe()["pid"]
     assert state()[0] == [*children, pid] and state()[1] > tasks
+    assert list(tmp_path.iterdir()) == []  # a connected socket needs no name
     worker.close()
     worker.close()
-    assert state()[:3] == (children, tasks, descriptors)
+    assert state() == (children, tasks, descriptors)
     with pytest.raises(WorkerError, match="closed"):
         worker.describe()
 
@@ -261,9 +264,9 @@ def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(
     pid = mortal.describe()["pid"]
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(mortal.execute, a_step())
-        while not call.running():
-            time.sleep(0)
+        about_to_call = threading.Event()
+        call = pool.submit(lambda: about_to_call.set() or mortal.execute(a_step()))
+        about_to_call.wait()
         start = time.perf_counter()
         mortal.close()
         with pytest.raises(WorkerError):
@@ -359,7 +362,7 @@ def test_an_engine_killed_while_its_worker_starts_leaves_no_folder(tmp_path: Pat
     with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"starting\n"
         while not (children := children_of(process.pid)):
-            time.sleep(0)
+            time.sleep(0.001)
         process.kill()
         process.wait()
     assert wait_for_end(children[0])

@@ -1,0 +1,253 @@
+"""Random arrivals, lengths, groups, aborts, preemptions, updates, pools and budgets against the definition of the output.
+
+The negative controls run the same comparison on a manager with one planted fault; each must be caught.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scheduling_rig import VOCAB, Rig, assert_as_expected
+from zerokl.rollout.admission import AdmissionLimits
+from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.request import Request
+from zerokl.rollout.sampling_params import SamplingParams
+
+EXAMPLES = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+WEIGHTS = {"policy": 1, "reference": 2}
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(4, 24),
+    min_tokens=st.integers(0, 4),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    stop_token_ids=st.sampled_from([(), (3, 4, 5, 6)]),
+    logit_bias=st.sampled_from([None, {7: -np.inf}]),
+    raw_logprobs=st.booleans(),
+)
+
+
+@st.composite
+def calls(draw: st.DrawFn, number: int) -> list[Request]:
+    """One prompt's samples, or one score request. Prompts begin alike, so that prefixes are hit."""
+    length = draw(st.integers(1, 45))
+    family = draw(st.integers(0, 2))
+    tokens = [*range(length // 2), *[(family * 7 + i) % VOCAB for i in range(length - length // 2)]]
+    policy = draw(st.sampled_from(["policy", "policy", "policy", "reference"]))
+    if length > 1 and draw(st.integers(0, 3)) == 0:
+        start = draw(st.integers(1, length - 1))
+        return [Request.score(f"s{number}", tokens, score_start=start, sampling_params=draw(PARAMS), policy=policy)]
+    size = draw(st.sampled_from([1, 1, 2, 5]))
+    params, group = draw(PARAMS), f"g{number}" if size > 1 else None
+    return [
+        Request.generate(
+            f"g{number}.{i}", tokens, params, seed=number, sample_index=i, group_id=group, policy=policy, eos_token_ids=(9,)
+        )
+        for i in range(size)
+    ]
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[tuple[int, list[Request]]]:
+    """(steps to wait before, requests) in order of arrival."""
+    return [(draw(st.sampled_from([0, 0, 1, 5])), draw(calls(number))) for number in range(draw(st.integers(1, 7)))]
+
+
+RIGS = st.builds(
+    Rig,
+    num_blocks=st.sampled_from([9, 12, 20, 64]),
+    block_size=st.just(8),
+    max_num_seqs=st.sampled_from([1, 2, 5, 32]),
+    max_num_batched_tokens=st.sampled_from([1, 3, 8, 17, 64, 512]),
+    enable_prefix_caching=st.booleans(),
+    look_ahead=st.sampled_from([0, 1, 8]),
+    max_overtakes=st.sampled_from([1, 4]),
+    weights=st.just(WEIGHTS),
+)
+DISTURBANCES = st.lists(
+    st.tuples(st.integers(0, 60), st.sampled_from(["abort", "preempt", "preempt_all", "reset"]), st.integers(0, 20)), max_size=6
+)
+
+
+def disturb(rig: Rig, action: str, choice: int) -> None:
+    ids = list(rig.scheduler.requests)
+    if action == "reset":
+        rig.kv_cache.reset()
+    elif action == "preempt_all":
+        rig.scheduler.preempt_all()
+    elif ids and action == "preempt":
+        rig.scheduler.preempt(ids[choice % len(ids)])
+    elif ids:
+        aborted = rig.scheduler.abort(ids[choice % len(ids)])
+        assert aborted is not None
+        rig.keep(aborted)
+    rig.kv_cache.check_integrity(rig.scheduler.requests.values())
+
+
+@EXAMPLES
+@given(RIGS, workloads(), DISTURBANCES)
+def test_every_request_finishes_once_with_its_own_output(rig, workload, disturbances):
+    limits = AdmissionLimits(max_model_len=1000, num_blocks=rig.num_blocks, block_size=rig.block_size, vocab_size=VOCAB)
+    added: list[Request] = []
+    events = sorted(disturbances)
+    for wait, requests in workload:
+        for request in requests:
+            limits.check(request)
+            rig.scheduler.add(request)
+            added.append(request)
+        for _ in range(wait):
+            while events and events[0][0] <= len(rig.plans):
+                disturb(rig, *events.pop(0)[1:])
+            rig.step()
+    for _, action, choice in events:
+        rig.step()
+        disturb(rig, action, choice)
+    rig.run(max_steps=len(rig.plans) + bound(rig, added))
+    assert set(rig.finished) == {request.request_id for request in added}
+    assert_as_expected(rig.finished.values(), WEIGHTS)
+    assert rig.kv_cache.num_free_blocks == rig.num_blocks
+
+
+def bound(rig: Rig, requests: list[Request]) -> int:
+    """Steps that suffice: the oldest running request of a weight set moves in every second step, whatever is preempted."""
+    longest = [request.num_tokens + request.sampling_params.max_tokens for request in requests]
+    return 2 * sum(-(-length // rig.max_num_batched_tokens) + length for length in longest) + 2
+
+
+@EXAMPLES
+@given(RIGS, st.integers(0, 2**32))
+def test_nobody_is_overtaken_more_often_than_the_limit(rig, seed):
+    """A stream of small requests never keeps a large one out, and is not held up without need either."""
+    rng = np.random.default_rng(seed)
+    overtaken: dict[str, int] = {}
+    for number in range(40):
+        length = int(rng.choice([4, 60], p=[0.8, 0.2]))
+        tokens = rng.integers(0, VOCAB, length)
+        rig.scheduler.add(Request.generate(str(number), tokens, SamplingParams(max_tokens=int(rng.integers(1, 9))), seed=0))
+        blocked = {r.request_id for r in rig.scheduler.requests.values() if r.request_id in rig.scheduler._queue._blocked}
+        plan = rig.step()
+        for entry in plan.entries if plan else ():
+            if entry.start == 0:
+                for other in blocked:
+                    overtaken[other] = overtaken.get(other, 0) + (int(other) < int(entry.request_id))
+                overtaken.pop(entry.request_id, None)
+        assert max(overtaken.values(), default=0) <= rig.max_overtakes
+    rig.run()
+    assert len(rig.finished) == 40
+
+
+# -- equal output under every setting, and the faults that must show ---------------------------------------------------
+def standard_requests() -> list[Request]:
+    rng = np.random.default_rng(5)
+    shared = rng.integers(0, VOCAB, 20).tolist()
+    params = SamplingParams(max_tokens=20, min_tokens=2, presence_penalty=0.3)
+    requests = []
+    for number in range(5):
+        tokens = shared + rng.integers(0, VOCAB, 3 + 4 * number).tolist()
+        requests += [
+            Request.generate(f"g{number}.{i}", tokens, params, seed=number, sample_index=i, group_id=f"g{number}")
+            for i in range(3)
+        ]
+        requests.append(Request.score(f"s{number}", tokens, score_start=18, sampling_params=params))
+    return requests
+
+
+def run_standard(manager: type[KVCacheManager] = KVCacheManager, *, check: bool = True, **options) -> Rig:
+    """Two rounds of one workload with a weight update between them, preempting now and then."""
+    rig = Rig(manager=manager, check=check, weights={"policy": 1}, **options)
+    for epoch in (1, 2):
+        rig.weights["policy"] = epoch
+        rig.scheduler.set_weights("policy", epoch=epoch, version=epoch)
+        rig.finished.clear()
+        for request in standard_requests():
+            rig.scheduler.add(request)
+        for step in itertools.count():
+            if rig.step() is None:
+                break
+            if step % 9 == 5:
+                rig.scheduler.preempt_all()
+        assert_as_expected(rig.finished.values(), rig.weights)
+    assert len(rig.finished) == 20
+    return rig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 4096},
+        {"block_size": 16, "num_blocks": 32},
+        {"block_size": 64, "num_blocks": 8},
+        {"num_blocks": 10},
+        {"enable_prefix_caching": False},
+        {"enable_prefix_caching": False, "num_blocks": 10, "max_num_batched_tokens": 13},
+    ],
+)
+def test_output_is_the_same_under_every_setting(options):
+    rig = run_standard(**options)
+    metrics = rig.scheduler.metrics()
+    assert metrics["preemptions"] > 0 and metrics["cached_tokens"] > 0
+
+
+class DropsAnExtension(KVCacheManager):
+    """The table claims a block that was never put into it."""
+
+    def grow(self, request: Request) -> None:
+        super().grow(request)
+        request.block_table[request.num_blocks - 1] = request.block_table[0]
+
+
+class MatchesAnyEpoch(KVCacheManager):
+    """Old weights' keys are taken for new ones."""
+
+    def match(self, request: Request, weight_epoch: int) -> list[int]:
+        return super().match(request, 0)
+
+
+class PublishesUncomputedBlocks(KVCacheManager):
+    """Blocks are offered to others as soon as they are allocated."""
+
+    def admit(self, request: Request, matched: list[int]) -> None:
+        super().admit(request, matched)
+        start, request.num_computed_tokens = request.num_computed_tokens, request.compute_target
+        self.publish(request)
+        request.num_computed_tokens = start
+
+
+class KeysWithoutParents(KVCacheManager):
+    """A block is known by its own tokens, whatever came before them."""
+
+    def _key(self, request: Request, index: int) -> bytes:
+        return b"key" + self._block_tokens(request, index)
+
+
+class FreesSharedBlocks(KVCacheManager):
+    """A sibling's blocks are given away with the first one that finishes."""
+
+    def admit(self, request: Request, matched: list[int]) -> None:
+        super().admit(request, matched)
+        for block in matched:
+            self._pool._references[block] = 1
+
+
+@pytest.mark.parametrize(
+    "manager", [DropsAnExtension, MatchesAnyEpoch, PublishesUncomputedBlocks, KeysWithoutParents, FreesSharedBlocks]
+)
+def test_negative_control_a_planted_fault_is_caught(manager):
+    with pytest.raises((AssertionError, KeyError)):
+        run_standard(manager, check=False, max_num_batched_tokens=40, num_blocks=24)
+
+
+@pytest.mark.parametrize("manager", [DropsAnExtension, FreesSharedBlocks])
+def test_negative_control_the_integrity_check_alone_catches_lost_blocks(manager):
+    with pytest.raises(AssertionError, match="holds a block twice|references"):
+        run_standard(manager, check=True)

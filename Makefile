@@ -7,7 +7,7 @@ PYTHON ?= $(shell bash tools/find_python.sh)
 PY := .venv/bin/python
 ALGO ?= grpo
 EXTENSION_SOURCES := $(wildcard kernels/csrc/*) CMakeLists.txt pyproject.toml
-# PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
+# Tests run with PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
 RUN := PYTHONSAFEPATH=1 $(PY)
 
 .PHONY: help demo demo-tiny test test-slow test-long dev ext lint format bench package-check clean
@@ -16,10 +16,10 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/.installed-demo ## GRPO on the real SmolLM2-135M-Instruct, on the CPU
-	$(RUN) examples/demo.py
+	$(PY) examples/demo.py
 
 demo-tiny: .venv/.installed-demo ## the same loop on a tiny model that visibly learns (ALGO=grpo or ppo)
-	$(RUN) examples/demo_tiny.py --algo $(ALGO)
+	$(PY) examples/demo_tiny.py --algo $(ALGO)
 
 test: .venv/.installed-test ## the test suite
 	$(RUN) -m pytest -m "not slow and not long"
@@ -48,7 +48,7 @@ format: .venv/.installed-dev ## let ruff lay out the code
 	.venv/bin/ruff format .
 
 bench: .venv/.installed-test ## the main benchmark: decode and prefill against the machine's peaks
-	$(RUN) benchmarks/cpu_decode.py --json
+	$(PY) benchmarks/cpu_decode.py --json
 
 package-check: .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
 	$(RUN) -m pytest -m package tests/packaging

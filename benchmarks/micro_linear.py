@@ -2,15 +2,16 @@
 
     python benchmarks/micro_linear.py [--rows 1 32 256] [--layers 30] [--seconds 1] [--json]
 
-Packed products run over the weights of a whole decoder (SmolLM2-135M's shapes by default: 538 MB, far beyond any cache),
-layer after layer as a step does; one row is compared with the read bandwidth, more rows with the multiply-add peak.
-FLOPs are 2 x rows x weights.
+Packed products run over the weights of a whole decoder (SmolLM2-135M's shapes: 538 MB, far beyond any cache), layer
+after layer as a step does; few rows are compared with the read bandwidth, many with the multiply-add peak. FLOPs are
+2 x rows x weights. The trainer's products (unpacked forward, dX = dY W, dW += dY^T X) run over one layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 
@@ -26,11 +27,8 @@ LAYER_SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * INN
 
 
 def aligned(*shape: int) -> Floats:
-    """An uninitialised float32 array whose data starts at a cache line."""
-    size = int(np.prod(shape))
-    raw = np.empty(size + 16, np.float32)
-    offset = (-raw.ctypes.data // 4) % 16
-    return raw[offset : offset + size].reshape(shape)
+    """An uninitialised float32 array, on huge pages if it is large."""
+    return _cpu.aligned_empty(math.prod(shape)).reshape(shape)
 
 
 def packed(n: int, k: int, rng: np.random.Generator) -> Floats:
@@ -71,7 +69,9 @@ def best_seconds(body: Callable[[], None], seconds: float) -> float:
     return min(times)
 
 
-def report(name: str, work: float, body: Callable[[], None], limit: Callable[[], float], unit: str, seconds: float) -> dict[str, object]:
+def report(
+    name: str, work: float, body: Callable[[], None], limit: Callable[[], float], unit: str, seconds: float
+) -> dict[str, object]:
     """Rate of `body` (work in 1e9 units) and its share of the limit, the better of before and after."""
     before = limit()
     rate = work / best_seconds(body, seconds) / 1e9
@@ -90,23 +90,39 @@ def trainer_products(rows: int) -> dict[str, tuple[float, Callable[[], None]]]:
         flops = 2.0 * rows * n * k
         found[f"unpacked {name} {rows}"] = flops, lambda x=x, w=w, y=y: _cpu.linear_unpacked(x, w, None, y)
         found[f"dX {name} {rows}"] = flops, lambda dy=dy, w=w, dx=dx: _cpu.matmul(dy, w, dx)
-        found[f"dW {name} {rows}"] = flops, lambda dy=dy, x=x, dw=dw: _cpu.matmul(dy, x, dw, trans_a=True, accumulate=True)
+        found[f"dW {name} {rows}"] = (
+            flops,
+            lambda dy=dy, x=x, dw=dw: _cpu.matmul(dy, x, dw, trans_a=True, accumulate=True),
+        )
     return found
 
 
-def main() -> None:
-    """Print a table, or JSON."""
+def peak() -> float:
+    """GFLOP/s"""
+    return _cpu.fma_peak(0.1)
+
+
+def bandwidth() -> float:
+    """GB/s"""
+    return _cpu.read_bandwidth(256 << 20, 0.2)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 32, 256])
     parser.add_argument("--trainer-rows", type=int, nargs="*", default=[512])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=_cpu.num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a table, or JSON after it."""
+    args = parse()
     _cpu.set_num_threads(args.threads)
-    peak = lambda: _cpu.fma_peak(0.1)
-    bandwidth = lambda: _cpu.read_bandwidth(256 << 20, 0.2)
     results = []
     for rows in args.rows:
         step, weights = decoder_step(rows, args.layers)

@@ -1,4 +1,4 @@
-"""A verifiable task in the chat template: add or subtract two small numbers, answer with the number alone."""
+"""A verifiable task in the chat template: add two small numbers, answer with the number alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-SYSTEM = "You answer with a number only."
+SYSTEM = "Answer with a number."
+EXAMPLES = (("What is 2 + 3?", "5"), ("What is 8 + 6?", "14"))  # turns that show the form; every prompt shares them
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,10 @@ def questions(count: int, seed: int) -> list[Question]:
 
 def chat_prompt(question: Question, template: str) -> str:
     """The question as the model's chat template writes it, up to where the assistant speaks."""
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.text}]
+    messages = [{"role": "system", "content": SYSTEM}]
+    for asked, answered in EXAMPLES:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": question.text})
     return Environment().from_string(template).render(messages=messages, add_generation_prompt=True)
 
 
@@ -44,8 +48,9 @@ def chat_template(folder: Path) -> str:
 
 
 def reward(text: str, answer: int) -> float:
-    """1 for the number alone, 0.5 if the last number in the text is right, 0 otherwise."""
-    if text.strip().rstrip(".") == str(answer):
-        return 1.0
+    """1 for the right number alone, 0.5 if the last number in a longer text is right, 0.1 for a wrong number alone."""
+    said = text.strip().rstrip(".")
+    if said.isdecimal():
+        return 1.0 if int(said) == answer else 0.1
     numbers = re.findall(r"-?\d+", text)
     return 0.5 if numbers and int(numbers[-1]) == answer else 0.0

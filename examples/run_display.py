@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
@@ -15,14 +16,18 @@ from zerokl.integrations.report import StepReport
 COLUMNS = (
     ("step", lambda r: f"{r.step}"),
     ("reward", lambda r: f"{r.reward_mean:.3f}"),
-    ("rollout tok/s", lambda r: f"{r.tokens_per_second:,.0f}"),
-    ("sync s", lambda r: f"{r.sync_seconds:.2f}"),
-    ("mismatch k3_kl_mean", lambda r: str(r.mismatch.k3_kl_mean)),
-    ("reference k3_kl_mean", lambda r: "0.0" if r.reference.k3_kl_mean == 0.0 else f"{r.reference.k3_kl_mean:.3e}"),
+    ("rollout\ntok/s", lambda r: f"{r.tokens_per_second:,.0f}"),
+    ("weight\nsync s", lambda r: f"{r.sync_seconds:.2f}"),
+    ("mismatch\nk3_kl_mean", lambda r: str(r.mismatch.k3_kl_mean)),
+    ("reference\nk3_kl_mean", lambda r: "0.0" if r.reference.k3_kl_mean == 0.0 else f"{r.reference.k3_kl_mean:.1e}"),
     ("entropy", lambda r: f"{r.entropy:.3f}"),
     ("version", lambda r: f"{r.policy_version}"),
     ("step s", lambda r: f"{r.sync_seconds + r.rollout_seconds + r.train_seconds:.1f}"),
 )
+
+
+LIVE_ROWS = 12  # of the table while the run goes on, so that it fits a small terminal
+FINAL_ROWS = 25  # a longer run shows every n-th step; the log holds all
 
 
 class RunDisplay:
@@ -58,23 +63,25 @@ class RunDisplay:
         if self.console.is_terminal:
             self.live.update(self._view())
         else:
-            print("  ".join(f"{name} {show(report)}" for name, show in COLUMNS), flush=True)
+            print("  ".join(f"{' '.join(name.split())} {show(report)}" for name, show in COLUMNS), flush=True)
 
     def finish(self) -> bool:
         """Print the table, save the plot and say where; true if every step's mismatch was exactly zero."""
-        self.console.print(self._table())
+        every = -(-len(self.reports) // FINAL_ROWS)
+        shown = [report for i, report in enumerate(self.reports) if i % every == 0 or i == len(self.reports) - 1]
+        self.console.print(self._table(shown))
         save_plot(self.reports, self.folder / "run.png", self.title)
         print(f"log and plot: {self.folder / 'steps.jsonl'}, {self.folder / 'run.png'}")
         return all(report.mismatch.k3_kl_max == 0.0 and not report.mismatch.differing_logprobs for report in self.reports)
 
     def _view(self) -> Group:
-        return Group(self._table(), self.spinner)
+        return Group(self._table(self.reports[-LIVE_ROWS:]), self.spinner)
 
-    def _table(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
+    def _table(self, reports: list[StepReport]) -> Table:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name, _ in COLUMNS:
             table.add_column(name, justify="right")
-        for report in self.reports:
+        for report in reports:
             table.add_row(*(show(report) for _, show in COLUMNS))
         return table
 

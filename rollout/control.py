@@ -21,7 +21,7 @@ POLICY = "policy"
 
 
 class Call:
-    """The requests of one generate or score call. The future resolves to them, finished, in the order given.
+    """The requests of one generate or score call. The future resolves when all are finished.
 
     `groups` holds the requests of each id that `abort` knows: the n samples of a prompt, or the one scored sequence.
     """
@@ -36,7 +36,7 @@ class Call:
         """Ids aborted before the call was taken up."""
         self.texts: dict[str, str] = {}
         """Request id -> text before the stop string, for requests that one ended."""
-        self.future: Future[list[Request]] = Future()
+        self.future: Future[None] = Future()
         # A waiting coroutine that is cancelled would otherwise cancel the future under the loop's hands.
         self.future.set_running_or_notify_cancel()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.admission import AdmissionLimits
+from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
 from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
@@ -23,12 +23,11 @@ from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
-from zerokl.rollout.prompts import Prompt, RequestMaker, check_ids
-from zerokl.rollout.request import Request
+from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
-from zerokl.rollout.stop import StopStrings, whole_text
+from zerokl.rollout.scoring import Definition, ScoreRequests
+from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.text import Tokenizer
 from zerokl.rollout.worker import FolderWeights, Worker, make_worker, weight_source
 
@@ -68,22 +67,21 @@ class RolloutEngine:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
         self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
-        limits = SchedulerConfig(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        budgets = SchedulerConfig(
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
         stop_strings = StopStrings(self._tokenizer)
-        self._scheduler = Scheduler(limits, self._kv_cache, stop_strings)
+        self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
         self._weights = WeightSets(worker, self._scheduler)
         self._weights.load_first(FolderWeights(path=config.model))
         self._worker_facts = worker.describe()
-        self._limits = AdmissionLimits(
+        limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             vocab_size=self._model_config.vocab_size,
         )
-        eos = self._model_config.eos_token_ids
-        self._requests = RequestMaker(self._limits, self._tokenizer, eos, config.seed)
-        self._call_numbers = itertools.count()
-        self._score_numbers = itertools.count()
+        self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
         self._loop = EngineLoop(self._scheduler, worker, self._weights, stop_strings, config.block_size)
         self._loop.start()
         self._finalizer = weakref.finalize(self, self._loop.close)
@@ -107,8 +105,10 @@ class RolloutEngine:
 
         Raises ValueError, before anything is queued, for what can never run.
         """
-        call = self._submit_prompts(prompts, sampling_params, request_ids)
-        return self._rollouts(call, self._wait(call))
+        call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        self._loop.submit(call)
+        self._wait(call)
+        return self._calls.rollouts(call)
 
     async def agenerate(
         self,
@@ -118,8 +118,10 @@ class RolloutEngine:
         request_ids: Sequence[str] | None = None,
     ) -> list[Rollout]:
         """`generate` for coroutines: many share the batch. Cancelling the task aborts its requests."""
-        call = self._submit_prompts(prompts, sampling_params, request_ids)
-        return self._rollouts(call, await self._await(call))
+        call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        self._loop.submit(call)
+        await self._await(call)
+        return self._calls.rollouts(call)
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(
@@ -169,8 +171,8 @@ class RolloutEngine:
     ) -> int:
         """Replace the policy's weights; returns their version. Mode "wait": no request sees two versions.
 
-        The new weights are read, checked and packed while requests submitted earlier go on; these finish under the old
-        version, later ones wait and run under the new one. `source`: arrays by Hugging Face name (a mapping or its
+        The new weights are read, checked and packed between two steps. Requests submitted earlier then finish under the
+        old version; later ones wait and run under the new one. `source`: arrays by Hugging Face name (a mapping or its
         items), a folder of safetensors, or what `WeightPublisher.publish` returned. `version` must be above the live
         one; by default that of the publication, else the live one + 1.
 
@@ -243,7 +245,8 @@ class RolloutEngine:
 
         Calls in flight raise EngineClosedError.
         """
-        self._finalizer()
+        self._loop.close()
+        self._finalizer.detach()
 
     def __enter__(self) -> RolloutEngine:
         return self
@@ -269,35 +272,13 @@ class RolloutEngine:
         return self._tokenizer
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _submit_prompts(self, prompts: Any, sampling_params: Any, ids: Sequence[str] | None) -> Call:
-        checked = self._requests.check(prompts, sampling_params)
-        names = None if ids is None else check_ids(ids, "", len(checked))
-        number = next(self._call_numbers)
-        names = names or check_ids(None, f"generate-{number}", len(checked))
-        call = Call(self._requests.make(checked, names, number))
-        self._loop.submit(call)
-        return call
-
     def _submit_scores(
         self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any
     ) -> tuple[ScoreRequests, Call | None]:
         self._check_policy(policy)
-        prefix = f"score-{next(self._score_numbers)}"
-        scores = make_score_requests(
-            sequences,
-            sampling_params,
-            definition,
-            policy,
-            prompt_lens,
-            prefix=prefix,
-            limits=self._limits,
-            eos_token_ids=self._model_config.eos_token_ids,
-        )
-        groups = scores.groups(prefix)
-        if not groups:
-            return scores, None
-        call = Call(groups)
-        self._loop.submit(call)
+        scores, call = self._calls.score_call(sequences, sampling_params, definition, policy, prompt_lens)
+        if call is not None:
+            self._loop.submit(call)
         return scores, call
 
     def _check_policy(self, name: str) -> None:
@@ -305,16 +286,16 @@ class RolloutEngine:
         if name not in known:
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
-    def _wait(self, call: Call) -> list[Request]:
+    def _wait(self, call: Call) -> None:
         try:
-            return call.future.result()
+            call.future.result()
         except KeyboardInterrupt:
             self._give_up(call)
             raise
 
-    async def _await(self, call: Call) -> list[Request]:
+    async def _await(self, call: Call) -> None:
         try:
-            return await asyncio.wrap_future(call.future)
+            await asyncio.wrap_future(call.future)
         except asyncio.CancelledError:
             self._give_up(call)
             raise
@@ -330,12 +311,3 @@ class RolloutEngine:
         except KeyboardInterrupt:
             change.future.cancel()
             raise
-
-    def _rollouts(self, call: Call, requests: list[Request]) -> list[Rollout]:
-        def text(request: Request) -> str | None:
-            if self._tokenizer is None:
-                return None
-            stopped = call.texts.get(request.request_id)
-            return whole_text(self._tokenizer, request) if stopped is None else stopped
-
-        return [Rollout.from_request(request, text(request)) for request in requests]

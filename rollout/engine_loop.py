@@ -242,7 +242,7 @@ class EngineLoop:
         call.num_left -= 1
         if not call.num_left:
             self._close_call(call)
-            call.future.set_result(call.requests)
+            call.future.set_result(None)
 
     def _close_call(self, call: Call) -> None:
         with self._wake:

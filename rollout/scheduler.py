@@ -248,6 +248,8 @@ class Scheduler:
                 return self._refuse(Refusal.SLOTS)
             if not may_join:
                 return self._refuse(Refusal.BLOCKS)
+            if self._queue.aged not in (None, request):  # it came of age by one that joined just now
+                return self._refuse(Refusal.TURN)
             matched = self._kv_cache.match(request, self._weights[policy].epoch)
             if self._kv_cache.can_admit(request, matched, reserve=self.num_running):
                 self._start_running(request, matched)

@@ -34,7 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 1": {"max_num_seqs": 1},
     "batch 3": {"max_num_seqs": 3},
     "batch 7": {"max_num_seqs": 7},
-    "batch 16": {"max_num_seqs": 16},
     "tokens 16": {"max_num_batched_tokens": 16},
     "tokens 100": {"max_num_batched_tokens": 100},
     "block 8": {"block_size": 8},
@@ -45,7 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "other order": {},
     "1 thread": {"num_threads": 1},
 }
-"""Ways to run an engine, each apart from the plain one in one thing; `run_variant` adds what depends on the job."""
+"""Ways to run an engine, each apart from the plain one (`Job.options`) in one thing. `run_variant` adds what depends on
+the job. The plain run has all of a small job in one batch, so its 16 sequences are batch 16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +93,9 @@ def run(
     with RolloutEngine(job.options(**changes), make_worker=make_worker) as engine:
         for _ in range(repeat):
             rollouts = generate(engine, job, settings, order)
-        scores: dict[str, list[NDArray[np.float32]]] = {
-            "policy_logprobs": engine.score(rollouts),
-            "logprobs": engine.score(rollouts, definition="logprobs"),
-        }
+        scores = {"policy_logprobs": engine.score(rollouts)}
+        if any(settings):  # without an option the two definitions are one
+            scores["logprobs"] = engine.score(rollouts, definition="logprobs")
         return Outcome(rollouts, scores, engine.metrics())
 
 
@@ -145,7 +144,7 @@ def differences(left: Sequence[Rollout], right: Sequence[Rollout]) -> dict[str, 
 
 
 def score_differences(outcome: Outcome) -> dict[str, int]:
-    """Values in which teacher-forced scores differ from what sampling reported."""
+    """Values in which teacher-forced scores differ from what sampling reported, by definition."""
     return {
         definition: sum(
             differing(score, getattr(rollout, definition))
@@ -163,7 +162,6 @@ def differing(left: NDArray[Any], right: NDArray[Any]) -> int:
 
 
 NONE_DIFFER = {"token_ids": 0, "logprobs": 0, "policy_logprobs": 0, "entropy": 0}
-NO_SCORE_DIFFERS = {"policy_logprobs": 0, "logprobs": 0}
 NO_FORWARD_DIFFERS = {"policy_logprobs": 0, "entropy": 0}
 
 

@@ -1,7 +1,7 @@
-"""A scheduler without a device: a model made of hashes that reads its past through block tables, and loops that check.
+"""A scheduler without a device: a model made of hashes that reads its past through block tables, and checks all along.
 
-The fake model's keys and values are chained hashes kept in a paged pool, so any slip of bookkeeping (a lost block, stale
-or uncomputed content, a wrong position, row or history) changes the tokens. `expected` states what must come out,
+The fake model's keys and values are chained hashes kept in a paged pool, so any slip of bookkeeping (a lost block,
+stale or uncomputed content, a wrong position, row or history) changes the tokens. `expected` states what must come out,
 without scheduler, pool or plan.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -67,11 +68,12 @@ class FakeModel:
         """Write every token's entry, then read whole pasts for the rows wanted."""
         slots = inputs.slot_mapping.tolist()
         assert len(set(slots)) == len(slots), "two tokens of a step share a slot"
-        pasts: list[int] = []
+        pasts: dict[int, int] = {}
+        wanted = set(inputs.logit_rows.tolist())
         for index, table in enumerate(inputs.block_tables.tolist()):
             begin, end = inputs.seq_starts[index : index + 2].tolist()
             assert end > begin and inputs.positions[end - 1] + 1 == inputs.context_lens[index]
-            pasts += self._run_sequence(inputs, table, begin, end)
+            pasts |= self._run_sequence(inputs, table, range(begin, end), wanted)
         self.num_computed += len(slots)
         batch = inputs.sampling
         tokens, figures = [], []
@@ -95,18 +97,18 @@ class FakeModel:
             raw_logprobs=raw,
         )
 
-    def _run_sequence(self, inputs: StepInputs, table: list[int], begin: int, end: int) -> list[int]:
+    def _run_sequence(self, inputs: StepInputs, table: list[int], span: range, wanted: set[int]) -> dict[int, int]:
         """Entries chain through the pool, as hidden states of later layers do; a past sums over all it attends to."""
-        pasts = []
+        pasts = {}
         weights = self.weights[inputs.policy]
-        for index in range(begin, end):
+        for index in span:
             position = int(inputs.positions[index])
             before = self._read(table, position - 1) if position else 0
             block, offset = divmod(int(inputs.slot_mapping[index]), self.block_size)
             self.pool[block][offset] = mix(before, int(inputs.token_ids[index]), position, weights)
-        for index in range(begin, end):
+        for index in wanted.intersection(span):
             position = int(inputs.positions[index])
-            pasts.append(sum(self._read(table, past) for past in range(position + 1)) & MASK)
+            pasts[index] = sum(self._read(table, past) for past in range(position + 1)) & MASK
         return pasts
 
     def _read(self, table: list[int], position: int) -> int:
@@ -118,12 +120,12 @@ class FakeModel:
         return history_hash(batch.history_token[span].tolist(), batch.history_count[span].tolist())
 
 
-def expected(request: Request, weights: int, eos: Iterable[int] = ()) -> tuple[list[int], list[np.float32]]:
+def expected(request: Request, weights: int) -> tuple[list[int], list[np.float32]]:
     """Output tokens and figures of a request run to its end, from its tokens, parameters and weights alone."""
     params, start = request.sampling_params, request.num_prompt_tokens
     known = request.token_ids.tolist() if request.kind == "score" else request.prompt_token_ids.tolist()
     tokens, outputs, figures = known[:start], [], []
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos))
+    stops = request.sampling.stop_ids
     chain, past = 0, 0
     for position in range(start + (len(known) - start or params.max_tokens)):
         if position >= start:
@@ -236,3 +238,22 @@ def assert_as_expected(requests: Iterable[Request], weights: dict[str, int]) -> 
         assert request.finish_reason == "abort" or size == len(tokens), request.request_id
         assert request.output_token_ids.tolist() == tokens[:size], request.request_id
         assert request.logprobs.tolist() == [float(value) for value in figures[:size]], request.request_id
+
+
+def generate(request_id: str, length: int, max_tokens: int = 4, **options: Any) -> Request:
+    """A generate request with a random prompt, the same for a group."""
+    tokens = np.random.default_rng(sum(map(ord, options.get("group_id") or request_id))).integers(0, VOCAB, length)
+    params = options.pop("params", SamplingParams(max_tokens=max_tokens))
+    return Request.generate(request_id, tokens, params, seed=options.pop("seed", 1), **options)
+
+
+def table(plan: StepPlan | None) -> list[tuple[str, int, int, int]]:
+    """(request id, start, tokens, rows) of each entry."""
+    assert plan is not None
+    return [(entry.request_id, entry.start, entry.num_tokens, entry.num_rows) for entry in plan.entries]
+
+
+def refusals(rig: Rig) -> dict[str, int]:
+    """How often each reason was given so far."""
+    metrics = rig.scheduler.metrics()
+    return {name.removeprefix("refused_"): n for name, n in metrics.items() if name.startswith("refused_") and n}

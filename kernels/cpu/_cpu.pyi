@@ -1,5 +1,7 @@
 """Signatures of the extension module; what each function does is in its docstring and in docs/numerics.md."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -60,43 +62,8 @@ def attention(
     scale: float,
     out: Floats,
 ) -> None: ...
-def attention_backward(
-    dout: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    out: Floats,
-    seq_starts: Ints,
-    scale: float,
-    dq: Floats,
-    dk: Floats,
-    dv: Floats,
-) -> None: ...
-def sample(
-    logits: Floats,
-    temperature: Floats,
-    top_k: Ints,
-    top_p: Floats,
-    min_p: Floats,
-    repetition_penalty: Floats,
-    presence_penalty: Floats,
-    frequency_penalty: Floats,
-    seed: NDArray[np.uint64],
-    sample_index: NDArray[np.uint32],
-    position: NDArray[np.uint32],
-    forced: Ints,
-    history_start: Ints,
-    history_token: Ints,
-    history_count: Ints,
-    bias_start: Ints,
-    bias_token: Ints,
-    bias_value: Floats,
-    tokens: Ints,
-    logprobs: Floats,
-    policy_logprobs: Floats,
-    entropy: Floats,
-    raw_logprobs: Floats | None = ...,
-) -> None: ...
+def attention_backward(*args: NDArray[Any] | float) -> None: ...  # callers unpack sequences into it
+def sample(*args: NDArray[Any] | None) -> None: ...  # callers unpack sequences into it
 def log_softmax_backward(
     logits: Floats, targets: Ints, temperature: Floats, dlogprob: Floats, dentropy: Floats
 ) -> None: ...

@@ -22,8 +22,21 @@ namespace zk {
 // The binding of an argument that is never copied to fit.
 inline auto array(const char* name) { return nanobind::arg(name).noconvert(); }
 
-inline void require(bool holds, const std::string& message) {
+inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
+}
+
+// Refusals of one value of an array. Checks inside loops call these only on failure: making the text costs more than the
+// check.
+[[noreturn]] inline void refuse(const std::string& entry, const std::string& bounds, int64_t got) {
+  throw std::invalid_argument(entry + " must be in " + bounds + ", got " + std::to_string(got));
+}
+inline std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+inline std::string half_open(int64_t low, int64_t end) {
+  return "[" + std::to_string(low) + ", " + std::to_string(end) + ")";
+}
+inline std::string closed(int64_t low, int64_t high) {
+  return "[" + std::to_string(low) + ", " + std::to_string(high) + "]";
 }
 
 template <class Array>
@@ -47,24 +60,19 @@ void expect_shape(const char* name, const Array& array, std::initializer_list<in
   throw std::invalid_argument(std::string(name) + " must have shape (" + expected + "), got (" + got + ")");
 }
 
-// Every value in [low, high).
-inline void expect_range(const char* name, const Indices<1>& values, int64_t low, int64_t high) {
+// Every value in [low, end).
+inline void expect_range(const char* name, const Indices<1>& values, int64_t low, int64_t end) {
   const int32_t* v = values.data();
-  for (size_t i = 0; i < values.size(); ++i)
-    if (v[i] < low || v[i] >= high)
-      throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] must be in [" + std::to_string(low) +
-                                  ", " + std::to_string(high) + "), got " + std::to_string(v[i]));
+  for (int64_t i = 0; i < extent(values, 0); ++i)
+    if (v[i] < low || v[i] >= end) refuse(entry(name, i), half_open(low, end), v[i]);
 }
 
 // Offsets [S + 1] into `total` tokens: from 0, never falling, at most `total`.
 inline void expect_starts(const char* name, const Indices<1>& starts, int64_t total) {
-  require(starts.size() >= 1, std::string(name) + " must have at least one entry");
   const int32_t* v = starts.data();
-  require(v[0] == 0, std::string(name) + "[0] must be 0, got " + std::to_string(v[0]));
-  for (size_t i = 1; i < starts.size(); ++i)
-    require(v[i] >= v[i - 1] && v[i] <= total, std::string(name) + "[" + std::to_string(i) + "] must be in [" +
-                                                   std::to_string(v[i - 1]) + ", " + std::to_string(total) + "], got " +
-                                                   std::to_string(v[i]));
+  if (v[0] != 0) throw std::invalid_argument(entry(name, 0) + " must be 0, got " + std::to_string(v[0]));
+  for (int64_t i = 1; i < extent(starts, 0); ++i)
+    if (v[i] < v[i - 1] || v[i] > total) refuse(entry(name, i), closed(v[i - 1], total), v[i]);
 }
 
 }  // namespace zk

@@ -94,14 +94,15 @@ Ahead values_ahead(const Pages& pages, int64_t start, int64_t end) {
   return ahead;
 }
 
-// The keys of a split that comes next; none where eight keys at a time do not fill cache lines.
+// The keys of a split that comes next; none in the odd layouts that would need more care.
 Ahead keys_ahead(const Pages& pages, int64_t start, int64_t end) {
   const int64_t size = pages.args.block_size, dim = pages.args.head_dim;
-  const int at_once = size % LANES == 0 ? LANES : 8;
+  const bool whole = size % LANES == 0;
   Ahead ahead;
-  if (at_once > size) return ahead;
-  ahead.step = at_once == LANES ? size : LANES;
-  ahead.lines = static_cast<int>(at_once == LANES ? dim : dim / 2);
+  if (!whole && size != 8) return ahead;
+  const int at_once = whole ? LANES : 8;
+  ahead.step = whole ? size : LANES;
+  ahead.lines = static_cast<int>(whole ? dim : dim / 2);
   for (int64_t j = start; j < min64(start + KV_SPLIT, end); j += at_once) ahead.run[ahead.runs++] = pages.key(j);
   return ahead;
 }

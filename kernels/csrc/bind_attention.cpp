@@ -17,13 +17,11 @@ using zk::require;
 namespace {
 
 void check_heads(int64_t heads, int64_t kv_heads, int64_t dim) {
-  require(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0,
-          "q must have a multiple of the " + std::to_string(kv_heads) + " KV heads, got " + std::to_string(heads) + " heads");
-  require(dim >= 1 && dim <= zk::MAX_HEAD_DIM,
-          "head size must be in [1, " + std::to_string(zk::MAX_HEAD_DIM) + "], got " + std::to_string(dim));
+  if (kv_heads < 1 || heads < 1 || heads % kv_heads)
+    throw std::invalid_argument("q must have a multiple of the " + std::to_string(kv_heads) + " KV heads, got " +
+                                std::to_string(heads) + " heads");
+  if (dim < 1 || dim > zk::MAX_HEAD_DIM) zk::refuse("head size", zk::closed(1, zk::MAX_HEAD_DIM), dim);
 }
-
-std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
 // Every key that a sequence with tokens sees must lie in an existing block.
 void check_context(const Indices<1>& seq_starts, const Indices<1>& context_lens, const Indices<2>& tables, int64_t blocks,
@@ -32,13 +30,12 @@ void check_context(const Indices<1>& seq_starts, const Indices<1>& context_lens,
   for (int64_t s = 0; s < extent(context_lens, 0); ++s) {
     const int64_t tokens = seq_starts.data()[s + 1] - seq_starts.data()[s], context = context_lens.data()[s];
     if (tokens == 0) continue;
-    require(context >= tokens && context <= width * block_size,
-            entry("context_lens", s) + " must be in [" + std::to_string(tokens) + ", " + std::to_string(width * block_size) +
-                "] (tokens of the step, block table), got " + std::to_string(context));
+    if (context < tokens || context > width * block_size)
+      zk::refuse(zk::entry("context_lens", s), zk::closed(tokens, width * block_size), context);
     const int32_t* table = tables.data() + s * width;
     for (int64_t b = 0; b * block_size < context; ++b)
-      require(table[b] >= 0 && table[b] < blocks, entry("block_tables", s) + "[" + std::to_string(b) + "] must be in [0, " +
-                                                      std::to_string(blocks) + "), got " + std::to_string(table[b]));
+      if (table[b] < 0 || table[b] >= blocks)
+        zk::refuse(zk::entry("block_tables", s) + "[" + std::to_string(b) + "]", zk::half_open(0, blocks), table[b]);
   }
 }
 
@@ -59,8 +56,8 @@ void attention(const In<3>& q, const In<4>& k_cache, const In<4>& v_cache, const
   const int64_t tokens = extent(q, 0), heads = extent(q, 1), dim = extent(q, 2), sequences = extent(context_lens, 0);
   const int64_t blocks = extent(k_cache, 0), kv_heads = extent(k_cache, 1), block_size = extent(k_cache, 3);
   check_heads(heads, kv_heads, dim);
-  require(block_size >= 8 && block_size % 8 == 0,
-          "block size (last axis of k_cache) must be a multiple of 8, got " + std::to_string(block_size));
+  if (block_size < 8 || block_size % 8)
+    throw std::invalid_argument("block size (last axis of k_cache) must be a multiple of 8, got " + std::to_string(block_size));
   expect_shape("k_cache", k_cache, {blocks, kv_heads, dim, block_size});
   expect_shape("v_cache", v_cache, {blocks, kv_heads, block_size, dim});
   expect_shape("seq_starts", seq_starts, {sequences + 1});
@@ -88,6 +85,16 @@ void attention(const In<3>& q, const In<4>& k_cache, const In<4>& v_cache, const
   ZK_PICK(zk::attention).forward(args);
 }
 
+// Packed sequences leave no token out.
+void check_starts(const Indices<1>& starts, int64_t tokens) {
+  if (extent(starts, 0) < 1) throw std::invalid_argument("seq_starts must have at least one entry");
+  expect_starts("seq_starts", starts, tokens);
+  const int64_t end = starts.data()[extent(starts, 0) - 1];
+  if (end != tokens)
+    throw std::invalid_argument("seq_starts must end at the " + std::to_string(tokens) + " tokens of q, got " +
+                                std::to_string(end));
+}
+
 void attention_backward(const In<3>& dout, const In<3>& q, const In<3>& k, const In<3>& v, const In<3>& out,
                         const Indices<1>& seq_starts, float scale, const Out<3>& dq, const Out<3>& dk, const Out<3>& dv) {
   const int64_t tokens = extent(q, 0), heads = extent(q, 1), dim = extent(q, 2), kv_heads = extent(k, 1);
@@ -99,10 +106,7 @@ void attention_backward(const In<3>& dout, const In<3>& q, const In<3>& k, const
   expect_shape("v", v, {tokens, kv_heads, dim});
   expect_shape("dk", dk, {tokens, kv_heads, dim});
   expect_shape("dv", dv, {tokens, kv_heads, dim});
-  expect_starts("seq_starts", seq_starts, tokens);
-  require(seq_starts.data()[seq_starts.size() - 1] == tokens,
-          "seq_starts must end at the " + std::to_string(tokens) + " tokens of q, got " +
-              std::to_string(seq_starts.data()[seq_starts.size() - 1]));
+  check_starts(seq_starts, tokens);
   gil_scoped_release nogil;
   std::vector<float> rows(static_cast<size_t>(3 * tokens * heads));
   const zk::AttentionBackward args{dout.data(),

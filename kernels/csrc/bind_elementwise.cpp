@@ -17,6 +17,8 @@ using zk::extent;
 
 namespace {
 
+constexpr int64_t MAX_HEADS = 1 << 16;  // keeps products of sizes far from overflow
+
 const zk::ElementwiseKernels& kernels() { return ZK_PICK(zk::elementwise); }
 
 template <class Array>
@@ -27,7 +29,7 @@ float* data_or_null(const std::optional<Array>& array) {
 void gather(const char* index_name, const char* source_name, const In<2>& x, const Indices<1>& rows, const Out<2>& out) {
   expect_range(index_name, rows, 0, extent(x, 0));
   expect_shape("out", out, {extent(rows, 0), extent(x, 1)});
-  zk::require(out.data() != x.data() || !out.size(), std::string("out must not be ") + source_name);
+  if (out.data() == x.data() && out.size()) throw std::invalid_argument(std::string("out must not be ") + source_name);
   gil_scoped_release nogil;
   kernels().gather_rows(x.data(), rows.data(), extent(rows, 0), extent(x, 1), out.data());
 }
@@ -84,7 +86,7 @@ void rms_norm_backward(const In<2>& dy, const In<2>& x, const In<1>& w, const In
 zk::Rotary rotary(int64_t tokens, int64_t dim, const Indices<1>& positions, const In<3>& table, bool interleaved,
                   bool inverse) {
   expect_shape("positions", positions, {tokens});
-  zk::require(dim % 2 == 0, "rotary embedding wants an even head size, got " + std::to_string(dim));
+  if (dim % 2) throw std::invalid_argument("rotary embedding wants an even head size, got " + std::to_string(dim));
   expect_shape("rope", table, {-1, 2, dim / 2});
   expect_range("positions", positions, 0, extent(table, 0));
   return {table.data(), positions.data(), dim / 2, interleaved, inverse};
@@ -139,10 +141,9 @@ void qkv_to_cache(const In<2>& qkv, int64_t heads, int64_t kv_heads, const std::
                   bool interleaved, const Indices<1>& slot_mapping, const Out<4>& k_cache, const Out<4>& v_cache,
                   const Out<3>& q_out) {
   const int64_t tokens = extent(qkv, 0), dim = extent(q_out, 2);
-  zk::require(heads >= 1, "heads must be at least 1, got " + std::to_string(heads));
-  zk::require(kv_heads >= 1, "kv_heads must be at least 1, got " + std::to_string(kv_heads));
-  zk::require(dim <= zk::MAX_HEAD_DIM,
-              "head size must be at most " + std::to_string(zk::MAX_HEAD_DIM) + ", got " + std::to_string(dim));
+  if (heads < 1 || heads > MAX_HEADS) zk::refuse("heads", zk::closed(1, MAX_HEADS), heads);
+  if (kv_heads < 1 || kv_heads > MAX_HEADS) zk::refuse("kv_heads", zk::closed(1, MAX_HEADS), kv_heads);
+  if (dim > zk::MAX_HEAD_DIM) zk::refuse("head size", zk::closed(1, zk::MAX_HEAD_DIM), dim);
   expect_shape("q_out", q_out, {tokens, heads, dim});
   expect_shape("qkv", qkv, {tokens, (heads + 2 * kv_heads) * dim});
   if (q_norm) expect_shape("q_norm", *q_norm, {dim});

@@ -1,8 +1,8 @@
-// Blocking, packing and finishing of matrix products; see linear.h for what is computed and linear_tile.h for the loops.
+// Blocking, packing and finishing of matrix products. linear.h says what is computed; linear_tile.h has the loops.
 //
 // Work is cut into items of a row block times one panel (32 columns); each thread walks along neighbouring panels, so
-// packed weights stream through it once per row block. Within an item the loop order is segment -> row tile: a panel's
-// segment (32 KiB) stays in the first-level cache for all tiles. Inputs are copied once per row block and thread into
+// that weights stream through it once per row block. Within an item the loop order is segment -> row tile: a panel's
+// segment (32 KiB) stays in the nearest caches for all tiles. Inputs are copied once per row block and thread into
 // segments with a fixed row distance, which spares the tiles cache conflicts at widths that are powers of two.
 #include "linear_tile.h"
 #include "thread_pool.h"
@@ -52,7 +52,7 @@ Plan make_plan(const Product& p) {
   return plan;
 }
 
-// packed[segment][row][ROW_STRIDE] from rows [first_row, + rows) and inner indices [k0, k0 + length) of the left operand.
+// packed[segment][row][ROW_STRIDE] from rows [first_row, + rows) and inner indices [k0, + length) of the left operand.
 void pack_left(const Product& p, int64_t first_row, int64_t rows, int64_t k0, int64_t length, float* packed) {
   for (int64_t s = 0; s < length; s += LINEAR_K_SEGMENT, packed += rows * ROW_STRIDE) {
     const int64_t part = smaller(LINEAR_K_SEGMENT, length - s);
@@ -61,11 +61,12 @@ void pack_left(const Product& p, int64_t first_row, int64_t rows, int64_t k0, in
       continue;
     }
     for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(packed + r * ROW_STRIDE, p.left + (first_row + r) * p.k + k0 + s, sizeof(float) * static_cast<size_t>(part));
+      std::memcpy(packed + r * ROW_STRIDE, p.left + (first_row + r) * p.k + k0 + s,
+                  sizeof(float) * static_cast<size_t>(part));
   }
 }
 
-// panel[k][PANEL] from rows [0, columns) of weights with the given distance; the missing columns become 0.
+// panel[k][0, width) from rows [0, columns) of weights with the given distance; the missing columns become 0.
 void pack_panel(const float* weights, int64_t stride, int64_t columns, int64_t length, float* panel, int64_t width) {
   transpose(weights, stride, columns, length, panel, PANEL);
   if (columns < width)
@@ -94,9 +95,9 @@ const float* right_segment(const Product& p, int64_t panel, int64_t k, int64_t l
   return buffer;
 }
 
-// What the last row tile of a segment fetches: the weights that come next, be it this panel's next segment or the first
-// of the next panel, for the tiles before leave the memory free. A single tile over packed weights is bound by memory and
-// fetches what it can use soon; with few rows the processor's own prefetching does most of it.
+// What the last row tile of a segment fetches: the weights that come next, be it this panel's next segment or the
+// next panel's first, for the tiles before leave the memory free. A single tile over packed weights is bound by memory
+// and fetches what it can use soon; with few rows the processor's own prefetching does most of it.
 Ahead fetch_ahead(const Product& p, int64_t rows, const float* w, int64_t panel, int64_t k, int64_t chunk_start,
                   int64_t chunk_end) {
   if (p.right_layout == Right::panels) {

@@ -1,4 +1,4 @@
-// Matrix products with a fixed order of summation (docs/numerics.md, rule 1), one table of functions per instruction set.
+// Matrix products with a fixed order of summation (docs/numerics.md, rule 1): one table per instruction set.
 //
 // out[i, j] = sum over segments of LINEAR_K_SEGMENT inner indices, in order, of (sum inside the segment: one fused
 // multiply-add at a time from 0, in order). Nothing else about a product, neither its number of rows nor the layout of

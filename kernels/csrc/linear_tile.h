@@ -10,8 +10,8 @@ namespace {
 using zk::LINEAR_K_SEGMENT;
 using zk::PANEL;
 
-// The machine's own vectors, for code that must live in registers. MAX_TILE_ROWS x GROUP accumulators, GROUP weights and one
-// broadcast input fill the register file.
+// The machine's own vectors, for code that must live in registers. MAX_TILE_ROWS x GROUP accumulators, GROUP weights
+// and one broadcast input fill the register file.
 #if defined(ZK_ISA_avx512)
 #define MAX_TILE_ROWS 14
 constexpr int WIDTH = 16, GROUP = 2;
@@ -44,8 +44,9 @@ inline nv nfma(nv a, nv b, nv c) {
 #elif defined(ZK_ISA_avx2)
   return (nv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  for (int i = 0; i < WIDTH; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
+  nv sum;
+  for (int i = 0; i < WIDTH; ++i) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sum;
 #endif
 }
 
@@ -112,8 +113,8 @@ constexpr TileFunction TILES[] = {
 #endif
 };
 
-// to[c * to_stride + r] = from[r * from_stride + c] for a block of WIDTH x WIDTH, in registers: in round h, neighbours h
-// rows apart swap their off-diagonal squares of h x h.
+// to[c * to_stride + r] = from[r * from_stride + c] for a block of WIDTH x WIDTH, in registers: in round H, neighbours
+// H rows apart swap their off-diagonal squares of H x H.
 #if defined(ZK_ISA_avx512) || defined(ZK_ISA_avx2)
 typedef int32_t ni __attribute__((vector_size(4 * WIDTH)));
 
@@ -159,7 +160,8 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
     for (int64_t c = 0; c < whole_columns; c += WIDTH)
       transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
   for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      to[c * to_stride + r] = from[r * from_stride + c];
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ class Pool {
     const uint64_t generation = (gate_.load(std::memory_order_relaxed) >> GENERATION_SHIFT) + 1;
     gate_.store(generation << GENERATION_SHIFT | OPEN);
     if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex_); }  // a helper between its last look and its sleep is asleep after this
+      { std::lock_guard<std::mutex> lock(mutex_); }  // who was about to sleep is asleep after this
       wake_.notify_all();
     }
     work(0);
@@ -233,7 +233,7 @@ struct Owner {
 
   std::mutex mutex;
   std::unique_ptr<Pool> pool;
-  int threads;
+  std::atomic<int> threads;
 };
 
 struct OwnScratch : Scratch {
@@ -252,11 +252,7 @@ void set_num_threads(int count) {
   if (owner.pool && owner.pool->size() != count) owner.pool.reset();
 }
 
-int num_threads() {
-  Owner& owner = Owner::the_owner();
-  std::lock_guard<std::mutex> lock(owner.mutex);
-  return owner.threads;
-}
+int num_threads() { return Owner::the_owner().threads; }
 
 void parallel_run(int64_t count, Task task, void* context) {
   assert(count < int64_t{1} << 32);

@@ -11,13 +11,13 @@ namespace zk {
 
 using Task = void (*)(void* context, int64_t index);
 
-// Run task(context, i) for i in [0, count), count < 2^32, on the pool and the calling thread; returns when all are done.
+// Run task(context, i) for i in [0, count), count < 2^32, on the pool and the calling thread; return when all are done.
 //
-// Each thread starts on a contiguous stretch of indices and takes them in ascending order, then helps the others: order
-// the indices as the data lies in memory. Threads that are late (asleep, or without a processor) are not waited for: the
-// caller takes over their share. Tasks must not throw. A call from inside a task runs in that task's thread. Calls from
-// several threads are served one after another. Tasks run in the default floating-point environment (round to nearest,
-// denormals kept), whatever a library has set on the calling thread.
+// Each thread starts on a contiguous stretch of indices and takes them in ascending order, then helps the others:
+// number the indices as the data lies in memory. Threads that are late (asleep, or without a processor) are not waited
+// for; the caller takes over their share. Tasks must not throw. A call from inside a task runs in that task's thread.
+// Calls from several threads are served one after another. Tasks run in the default floating-point environment
+// (rounding to nearest, denormals kept), whatever a library has set on the calling thread.
 void parallel_run(int64_t count, Task task, void* context);
 
 // Threads that parallel_run uses, the caller included; at least 1.

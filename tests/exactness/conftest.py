@@ -21,7 +21,7 @@ TEXTS = [
     "The committee met on Tuesday to discuss " + "the budget, the roof, the bicycles, and " * 12 + "nobody",
     "1 2 3 4 5 6 7 8 9 10 11 12 13",
 ]
-"""Prompts of 1 to about 110 tokens: below, at and beyond one attention split of 64 keys, two with a long common start."""
+"""Prompts of 1 to about 110 tokens: within and beyond one attention split of 64 keys, two with a long common start."""
 
 
 @pytest.fixture(scope="session")

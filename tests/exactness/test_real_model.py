@@ -1,4 +1,4 @@
-"""Exactness on SmolLM2-135M-Instruct: rollout == score() == the trainer's forward, bit for bit, however the engine works.
+"""Exactness on SmolLM2-135M-Instruct: rollout == score() == the trainer's forward, however the engine works.
 
 The default size is 8 prompts x 2 samples x 24 tokens; the tests marked `long` use 32 x 4 x 48.
 """
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from exactness_harness import (
     NO_FORWARD_DIFFERS,
-    NO_SCORE_DIFFERS,
     NONE_DIFFER,
     SETTINGS,
     VARIANTS,
@@ -47,7 +46,7 @@ def policy_model(smollm2_job: Job) -> Any:
 @pytest.mark.parametrize("run_name", ["plain", "mixed"])
 def test_score_and_trainer_equal_the_rollout(run_name: str, policy_model: Any, request: pytest.FixtureRequest) -> None:
     outcome: Outcome = request.getfixturevalue(run_name)
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
     assert trainer_differences(outcome.rollouts, policy_model, pack=5) == NO_FORWARD_DIFFERS
 
 
@@ -55,14 +54,13 @@ def test_score_and_trainer_equal_the_rollout(run_name: str, policy_model: Any, r
 def test_variants_equal_the_plain_run(smollm2_job: Job, plain: Outcome, variant: str) -> None:
     outcome = run_variant(smollm2_job, variant)
     assert differences(outcome.rollouts, plain.rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
 
 
-@pytest.mark.parametrize("variant", ["batch 3", "tokens 16"])
-def test_variants_equal_the_plain_run_in_every_setting(smollm2_job: Job, mixed: Outcome, variant: str) -> None:
-    outcome = run_variant(smollm2_job, variant, MIXED)
+def test_a_variant_equals_the_plain_run_in_every_setting(smollm2_job: Job, mixed: Outcome) -> None:
+    outcome = run_variant(smollm2_job, "tokens 100", MIXED, max_num_seqs=3)
     assert differences(outcome.rollouts, mixed.rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
 
 
 # -- full size -----------------------------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ def long_plain(long_smollm2_job: Job) -> dict[str, Outcome]:
 def test_long_score_and_trainer_equal_the_rollout(
     long_plain: dict[str, Outcome], setting: str, policy_model: Any
 ) -> None:
-    assert score_differences(long_plain[setting]) == NO_SCORE_DIFFERS
+    assert not any(score_differences(long_plain[setting]).values())
     assert trainer_differences(long_plain[setting].rollouts, policy_model, pack=8) == NO_FORWARD_DIFFERS
 
 
@@ -89,14 +87,15 @@ LONG_VARIANTS = [*LONG_BATCHES, *(name for name in VARIANTS if not name.startswi
 def test_long_variants_equal_the_plain_run(long_smollm2_job: Job, long_plain: dict[str, Outcome], variant: str) -> None:
     outcome = run_variant(long_smollm2_job, variant, **LONG_BATCHES.get(variant, {}))
     assert differences(outcome.rollouts, long_plain["temperature 1"].rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("variant", ["batch 7", "tokens 100", "preempted"])
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "temperature 1"])
-def test_long_settings_equal_the_plain_run_in_small_chunks(
-    long_smollm2_job: Job, long_plain: dict[str, Outcome], setting: str
+def test_long_variants_equal_the_plain_run_in_every_setting(
+    long_smollm2_job: Job, long_plain: dict[str, Outcome], setting: str, variant: str
 ) -> None:
-    outcome = run_variant(long_smollm2_job, "tokens 100", [SETTINGS[setting]], max_num_seqs=7)
+    outcome = run_variant(long_smollm2_job, variant, [SETTINGS[setting]])
     assert differences(outcome.rollouts, long_plain[setting].rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())

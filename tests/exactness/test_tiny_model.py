@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from exactness_harness import (
     NO_FORWARD_DIFFERS,
-    NO_SCORE_DIFFERS,
     NONE_DIFFER,
     SETTINGS,
     VARIANTS,
@@ -36,7 +35,7 @@ def policy_model(tiny_job: Job) -> Any:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_score_and_trainer_equal_the_rollout(plain: dict[str, Outcome], setting: str, policy_model: Any) -> None:
-    assert score_differences(plain[setting]) == NO_SCORE_DIFFERS
+    assert not any(score_differences(plain[setting]).values())
     for pack in (1, 3, 16):
         assert trainer_differences(plain[setting].rollouts, policy_model, pack) == NO_FORWARD_DIFFERS
 
@@ -45,7 +44,7 @@ def test_score_and_trainer_equal_the_rollout(plain: dict[str, Outcome], setting:
 def test_variants_equal_the_plain_run(tiny_job: Job, plain: dict[str, Outcome], variant: str) -> None:
     outcome = run_variant(tiny_job, variant)
     assert differences(outcome.rollouts, plain["temperature 1"].rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
 
 
 @pytest.mark.parametrize("variant", ["batch 3", "tokens 16", "preempted", "cache warm"])
@@ -55,7 +54,7 @@ def test_variants_equal_the_plain_run_in_every_setting(
 ) -> None:
     outcome = run_variant(tiny_job, variant, [SETTINGS[setting]])
     assert differences(outcome.rollouts, plain[setting].rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())
 
 
 def test_settings_do_not_disturb_each_other_in_a_batch(tiny_job: Job, plain: dict[str, Outcome]) -> None:
@@ -65,10 +64,10 @@ def test_settings_do_not_disturb_each_other_in_a_batch(tiny_job: Job, plain: dic
         plain[names[rollout.prompt_index % len(names)]].rollouts[index] for index, rollout in enumerate(mixed.rollouts)
     ]
     assert differences(mixed.rollouts, expected) == NONE_DIFFER
-    assert score_differences(mixed) == NO_SCORE_DIFFERS
+    assert not any(score_differences(mixed).values())
 
 
 def test_a_worker_process_gives_the_same_bits(tiny_job: Job, plain: dict[str, Outcome]) -> None:
     outcome = run(tiny_job, worker="process")
     assert differences(outcome.rollouts, plain["temperature 1"].rollouts) == NONE_DIFFER
-    assert score_differences(outcome) == NO_SCORE_DIFFERS
+    assert not any(score_differences(outcome).values())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+
 from zerokl.kernels.cpu import _cpu
 
 EPS = 1e-5
@@ -77,7 +78,7 @@ def close(got, want, tolerance=2e-6):
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
-# -- against float64 ----------------------------------------------------------------------------------------------------
+# -- against float64 ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -119,7 +120,9 @@ def test_norm_gradients(rows, width):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope(dim, interleaved):
     x, table, positions = normal(0, 5, 3, dim), rope_table(50, dim), np.array([0, 49, 7, 7, 12], np.int32)
-    first, second = (np.s_[..., ::2], np.s_[..., 1::2]) if interleaved else (np.s_[..., : dim // 2], np.s_[..., dim // 2 :])
+    first, second = (
+        (np.s_[..., ::2], np.s_[..., 1::2]) if interleaved else (np.s_[..., : dim // 2], np.s_[..., dim // 2 :])
+    )
     cos, sin = (table[positions, i][:, None, :].astype(np.float64) for i in (0, 1))
     want = np.empty(x.shape)
     want[first] = x[first] * cos - x[second] * sin
@@ -155,14 +158,17 @@ def test_embedding_gradient_adds_in_token_order():
     assert np.array_equal(dtable, want)
 
 
-# -- into the cache -----------------------------------------------------------------------------------------------------
+# -- into the cache ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("block_size", "dim"), [(8, 5), (16, 64), (24, 33), (128, 32)])
 def test_kv_write_puts_each_token_into_its_slot(block_size, dim):
     k, v = normal(0, 6, 2, dim), normal(1, 6, 2, dim)
     slots = np.array([5 * block_size - 1, -1, 0, 2 * block_size + 3, 1, -1], np.int32)
-    keys, values = np.full((5, 2, dim, block_size), np.nan, np.float32), np.full((5, 2, block_size, dim), np.nan, np.float32)
+    keys, values = (
+        np.full((5, 2, dim, block_size), np.nan, np.float32),
+        np.full((5, 2, block_size, dim), np.nan, np.float32),
+    )
     want_keys, want_values = keys.copy(), values.copy()
     for t, slot in enumerate(slots):
         if slot >= 0:
@@ -195,7 +201,7 @@ def test_qkv_to_cache_equals_the_separate_ops(normed, interleaved):
     assert all(np.array_equal(a, b) for a, b in zip(fused, apart, strict=True))
 
 
-# -- bit for bit --------------------------------------------------------------------------------------------------------
+# -- bit for bit -------------------------------------------------------------------------------------------------------
 
 ROWS, WIDTH = 300, 129
 TABLE, IDS = rope_table(ROWS, 34), np.random.default_rng(9).permutation(ROWS).astype(np.int32)
@@ -251,7 +257,9 @@ def test_gradients_do_not_depend_on_threads_or_instruction_set():
     ids = np.random.default_rng(0).integers(0, 9, 600).astype(np.int32)
 
     def gradients():
-        dx, dw, dtable, dgate, dup = (np.zeros(s, np.float32) for s in [(600, 200), 200, (9, 200), (600, 200), (600, 200)])
+        dx, dw, dtable, dgate, dup = (
+            np.zeros(s, np.float32) for s in [(600, 200), 200, (9, 200), (600, 200), (600, 200)]
+        )
         _cpu.rms_norm_backward(dy, x, w, inv, dx, dw)
         _cpu.embedding_backward(ids, dy, dtable)
         _cpu.swiglu_backward(dy, x, dx, dgate, dup)
@@ -265,7 +273,7 @@ def test_gradients_do_not_depend_on_threads_or_instruction_set():
             assert gradients() == want
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 F = np.float32
 BAD = {
@@ -279,17 +287,27 @@ BAD = {
     r"w must have shape \(4\), got \(5\)": lambda: rms_norm(normal(0, 2, 4), normal(0, 5)),
     r"inv must have shape \(2\), got \(3\)": lambda: rms_norm(normal(0, 2, 4), normal(0, 4), np.empty(3, F)),
     r"delta must have shape": lambda: add_rms_norm(normal(0, 2, 4), normal(0, 3, 4), normal(0, 4)),
-    r"positions\[0\] must be in \[0, 5\), got 5": lambda: rope(normal(0, 1, 1, 4), np.array([5], np.int32), rope_table(5, 4)),
+    r"positions\[0\] must be in \[0, 5\), got 5": lambda: rope(
+        normal(0, 1, 1, 4), np.array([5], np.int32), rope_table(5, 4)
+    ),
     r"rope must have shape \(\*, 2, 2\), got \(5, 2, 3\)": lambda: rope(
         normal(0, 1, 1, 4), np.zeros(1, np.int32), rope_table(5, 6)
     ),
     r"even head size, got 3": lambda: rope(normal(0, 1, 1, 3), np.zeros(1, np.int32), rope_table(5, 4)),
     r"up must have shape": lambda: swiglu(normal(0, 2, 4), normal(0, 2, 5)),
     r"slot_mapping\[0\] must be in \[-1, 16\), got 16": lambda: _cpu.kv_write(
-        normal(0, 1, 1, 4), normal(0, 1, 1, 4), np.array([16], np.int32), np.zeros((2, 1, 4, 8), F), np.zeros((2, 1, 8, 4), F)
+        normal(0, 1, 1, 4),
+        normal(0, 1, 1, 4),
+        np.array([16], np.int32),
+        np.zeros((2, 1, 4, 8), F),
+        np.zeros((2, 1, 8, 4), F),
     ),
     r"v_cache must have shape \(2, 1, 8, 4\)": lambda: _cpu.kv_write(
-        normal(0, 1, 1, 4), normal(0, 1, 1, 4), np.array([0], np.int32), np.zeros((2, 1, 4, 8), F), np.zeros((2, 1, 4, 8), F)
+        normal(0, 1, 1, 4),
+        normal(0, 1, 1, 4),
+        np.array([0], np.int32),
+        np.zeros((2, 1, 4, 8), F),
+        np.zeros((2, 1, 4, 8), F),
     ),
 }
 
@@ -315,4 +333,6 @@ def test_outputs_are_never_copied_and_inputs_may_be_read_only():
 
 def test_no_rows_are_fine():
     none = np.zeros((0, 6), F)
-    assert rms_norm(none, normal(0, 6)).shape == swiglu(none, none).shape == embedding(np.zeros(0, np.int32), none).shape
+    assert (
+        rms_norm(none, normal(0, 6)).shape == swiglu(none, none).shape == embedding(np.zeros(0, np.int32), none).shape
+    )

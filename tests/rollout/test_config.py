@@ -36,12 +36,14 @@ def test_a_bad_value_is_refused_by_name_value_and_bound(field, value, bound):
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no option 'blocksize' \(did you mean 'block_size'\?\); known options: .*num_threads"):
+    with pytest.raises(
+        ValueError, match=r"no option 'blocksize' \(did you mean 'block_size'\?\); known options: .*num_threads"
+    ):
         EngineConfig.from_dict({"model": "folder", "blocksize": 16})
 
 
 def test_a_missing_model_is_refused():
-    with pytest.raises(ValueError, match="EngineConfig: .*'model'"):
+    with pytest.raises(ValueError, match=r"EngineConfig: .*'model'"):
         EngineConfig.from_dict({})
 
 
@@ -59,7 +61,9 @@ def test_resolve_fills_in_what_the_model_gives():
     resolved = config.resolve(max_position_embeddings=64, kv_bytes_per_token=4)
     assert (resolved.max_model_len, resolved.num_blocks) == (64, 15)
     assert config.num_blocks is None
-    kept = EngineConfig(model="folder", max_model_len=32, num_blocks=7).resolve(max_position_embeddings=64, kv_bytes_per_token=4)
+    kept = EngineConfig(model="folder", max_model_len=32, num_blocks=7).resolve(
+        max_position_embeddings=64, kv_bytes_per_token=4
+    )
     assert (kept.max_model_len, kept.num_blocks) == (32, 7)
 
 

@@ -65,7 +65,10 @@ def test_prefix_cache_compares_tokens_and_keys_depend_on_everything_before():
     cache.insert(key, b"abcd", 3)
     cache.insert(key, b"abcd", 4)
     assert cache.find(key, b"abcd") == 3 and cache.find(key, b"abce") is None and 4 not in cache
-    assert len({key, block_key(root_key(2, ""), b"abcd"), block_key(root_key(1, "g"), b"abcd"), block_key(key, b"abcd")}) == 4
+    assert (
+        len({key, block_key(root_key(2, ""), b"abcd"), block_key(root_key(1, "g"), b"abcd"), block_key(key, b"abcd")})
+        == 4
+    )
     cache.forget(3)
     assert cache.find(key, b"abcd") is None and len(cache) == 0
 
@@ -160,7 +163,10 @@ def test_integrity_notices_a_lost_block():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from(["admit", "release", "grow", "reset"]), st.integers(0, 7)), max_size=60), st.booleans())
+@given(
+    st.lists(st.tuples(st.sampled_from(["admit", "release", "grow", "reset"]), st.integers(0, 7)), max_size=60),
+    st.booleans(),
+)
 def test_blocks_are_conserved_whatever_happens(actions, caching):
     manager = KVCacheManager(12, 8, caching)
     held: list[Request] = []

@@ -16,7 +16,11 @@ LIMITS = AdmissionLimits(max_model_len=32, num_blocks=3, block_size=8, vocab_siz
 def result(tokens: list[int]) -> SampleResult:
     values = np.arange(len(tokens), dtype=np.float32)
     return SampleResult(
-        tokens=np.array(tokens, np.int32), logprobs=values, policy_logprobs=values + 1, entropy=values + 2, raw_logprobs=values + 3
+        tokens=np.array(tokens, np.int32),
+        logprobs=values,
+        policy_logprobs=values + 1,
+        entropy=values + 2,
+        raw_logprobs=values + 3,
     )
 
 
@@ -75,7 +79,11 @@ def test_score_start_is_checked(start):
         ([100], {}, r"below vocab_size \(100\), got 100"),
         ([1], {"stop_token_ids": (100,)}, r"stop_token_ids must hold token ids below vocab_size"),
         ([1], {"logit_bias": {100: 1.0}}, r"logit_bias must hold token ids below vocab_size"),
-        (range(20), {"max_tokens": 13}, r"max_tokens \(13\) after a prompt of 20 tokens makes 33, over max_model_len \(32\)"),
+        (
+            range(20),
+            {"max_tokens": 13},
+            r"max_tokens \(13\) after a prompt of 20 tokens makes 33, over max_model_len \(32\)",
+        ),
         (range(20), {"max_tokens": 6}, r"26 tokens need 4 KV blocks of 8, over num_blocks \(3\)"),
     ],
 )
@@ -104,7 +112,9 @@ def test_token_history_counts_like_a_counter():
     for seen, counted in ((history, output[:200]), (twin, output)):
         tokens, counts = seen.arrays()
         assert sorted(tokens.tolist()) == sorted(set(prompt.tolist()) | set(counted))
-        assert {t: c for t, c in zip(tokens.tolist(), counts.tolist(), strict=True) if c} == {t: counted.count(t) for t in counted}
+        assert {t: c for t, c in zip(tokens.tolist(), counts.tolist(), strict=True) if c} == {
+            t: counted.count(t) for t in counted
+        }
 
 
 def test_derived_seeds_differ_and_repeat():

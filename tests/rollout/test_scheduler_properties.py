@@ -1,4 +1,4 @@
-"""Random arrivals, lengths, groups, aborts, preemptions, updates, pools and budgets against the definition of the output.
+"""Random arrivals, lengths, groups, aborts, preemptions, updates, pools and budgets against the output's definition.
 
 The negative controls run the same comparison on a manager with one planted fault; each must be caught.
 """
@@ -6,20 +6,24 @@ The negative controls run the same comparison on a manager with one planted faul
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from scheduling_rig import VOCAB, Rig, assert_as_expected
+
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 
 EXAMPLES = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 WEIGHTS = {"policy": 1, "reference": 2}
 
@@ -48,7 +52,14 @@ def calls(draw: st.DrawFn, number: int) -> list[Request]:
     params, group = draw(PARAMS), f"g{number}" if size > 1 else None
     return [
         Request.generate(
-            f"g{number}.{i}", tokens, params, seed=number, sample_index=i, group_id=group, policy=policy, eos_token_ids=(9,)
+            f"g{number}.{i}",
+            tokens,
+            params,
+            seed=number,
+            sample_index=i,
+            group_id=group,
+            policy=policy,
+            eos_token_ids=(9,),
         )
         for i in range(size)
     ]
@@ -72,7 +83,8 @@ RIGS = st.builds(
     weights=st.just(WEIGHTS),
 )
 DISTURBANCES = st.lists(
-    st.tuples(st.integers(0, 60), st.sampled_from(["abort", "preempt", "preempt_all", "reset"]), st.integers(0, 20)), max_size=6
+    st.tuples(st.integers(0, 60), st.sampled_from(["abort", "preempt", "preempt_all", "reset"]), st.integers(0, 20)),
+    max_size=6,
 )
 
 
@@ -116,29 +128,36 @@ def test_every_request_finishes_once_with_its_own_output(rig, workload, disturba
 
 
 def bound(rig: Rig, requests: list[Request]) -> int:
-    """Steps that suffice: the oldest running request of a weight set moves in every second step, whatever is preempted."""
+    """Steps that suffice: the oldest running request of a weight set moves in every second step."""
     longest = [request.num_tokens + request.sampling_params.max_tokens for request in requests]
     return 2 * sum(-(-length // rig.max_num_batched_tokens) + length for length in longest) + 2
 
 
-@EXAMPLES
+@settings(EXAMPLES, max_examples=25)
 @given(RIGS, st.integers(0, 2**32))
 def test_nobody_is_overtaken_more_often_than_the_limit(rig, seed):
     """A stream of small requests never keeps a large one out, and is not held up without need either."""
     rng = np.random.default_rng(seed)
-    overtaken: dict[str, int] = {}
+    overtaken: Counter[int] = Counter()
+    refused: set[int] = set()
+    everyone: list[Request] = []
     for number in range(40):
-        length = int(rng.choice([4, 60], p=[0.8, 0.2]))
-        tokens = rng.integers(0, VOCAB, length)
-        rig.scheduler.add(Request.generate(str(number), tokens, SamplingParams(max_tokens=int(rng.integers(1, 9))), seed=0))
-        blocked = {r.request_id for r in rig.scheduler.requests.values() if r.request_id in rig.scheduler._queue._blocked}
-        plan = rig.step()
-        for entry in plan.entries if plan else ():
-            if entry.start == 0:
-                for other in blocked:
-                    overtaken[other] = overtaken.get(other, 0) + (int(other) < int(entry.request_id))
-                overtaken.pop(entry.request_id, None)
+        tokens = rng.integers(0, VOCAB, rng.choice([4, 60], p=[0.8, 0.2]))
+        params = SamplingParams(max_tokens=int(rng.integers(1, 9)))
+        everyone.append(Request.generate(str(number), tokens, params, seed=0))
+        rig.scheduler.add(everyone[-1])
+        num_admitted = rig.scheduler.metrics()["admissions"]
+        rig.step()
+        joins = sorted(
+            (request.admission, request.arrival) for request in everyone if request.admission >= num_admitted
+        )
+        for _, joined in joins:
+            refused.discard(joined)
+            overtaken.pop(joined, None)
+            overtaken.update(other for other in refused if other < joined)
         assert max(overtaken.values(), default=0) <= rig.max_overtakes
+        # From the first refusal on, each younger request that joins counts.
+        refused |= {int(name) for name in rig.scheduler._queue._blocked}
     rig.run()
     assert len(rig.finished) == 40
 
@@ -195,7 +214,8 @@ def run_standard(manager: type[KVCacheManager] = KVCacheManager, *, check: bool 
 def test_output_is_the_same_under_every_setting(options):
     rig = run_standard(**options)
     metrics = rig.scheduler.metrics()
-    assert metrics["preemptions"] > 0 and metrics["cached_tokens"] > 0
+    assert metrics["preemptions"] > 0
+    assert (metrics["cached_tokens"] > 0) == (rig.block_size < 64)  # the prompts are shorter than that
 
 
 class DropsAnExtension(KVCacheManager):
@@ -244,10 +264,10 @@ class FreesSharedBlocks(KVCacheManager):
 )
 def test_negative_control_a_planted_fault_is_caught(manager):
     with pytest.raises((AssertionError, KeyError)):
-        run_standard(manager, check=False, max_num_batched_tokens=40, num_blocks=24)
+        run_standard(manager, check=False, max_num_batched_tokens=7, num_blocks=24)
 
 
 @pytest.mark.parametrize("manager", [DropsAnExtension, FreesSharedBlocks])
 def test_negative_control_the_integrity_check_alone_catches_lost_blocks(manager):
-    with pytest.raises(AssertionError, match="holds a block twice|references"):
+    with pytest.raises(AssertionError, match=r"holds a block twice|references"):
         run_standard(manager, check=True)

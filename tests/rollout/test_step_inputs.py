@@ -1,8 +1,8 @@
-"""build_step_inputs: every array against plain loops, over prefill chunks, decoding, scoring and all sampling options."""
+"""build_step_inputs: every array against plain loops, over chunks, decoding, scoring and all sampling options."""
 
 import numpy as np
-
 from scheduling_rig import Rig
+
 from zerokl.kernels.ops import StepInputs
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
@@ -10,14 +10,13 @@ from zerokl.rollout.step_inputs import build_step_inputs
 from zerokl.rollout.step_plan import StepPlan
 
 EOS = 40
-DTYPES = {
-    "token_ids": np.int32, "positions": np.int32, "slot_mapping": np.int32, "seq_starts": np.int32, "context_lens": np.int32,
-    "block_tables": np.int32, "logit_rows": np.int32, "temperature": np.float32, "top_k": np.int32, "top_p": np.float32,
-    "min_p": np.float32, "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
-    "seed": np.uint64, "sample_index": np.uint32, "position": np.uint32, "forced": np.int32, "history_start": np.int32,
-    "history_token": np.int32, "history_count": np.int32, "bias_start": np.int32, "bias_token": np.int32,
-    "bias_value": np.float32,
-}  # fmt: skip
+INPUT_ARRAYS = ["token_ids", "positions", "slot_mapping", "seq_starts", "context_lens", "block_tables", "logit_rows"]
+BATCH_DTYPES = {
+    np.int32: "top_k forced history_start history_token history_count bias_start bias_token",
+    np.float32: "temperature top_p min_p repetition_penalty presence_penalty frequency_penalty bias_value",
+    np.uint32: "sample_index position",
+    np.uint64: "seed",
+}
 
 
 def mixed_requests() -> list[Request]:
@@ -27,11 +26,13 @@ def mixed_requests() -> list[Request]:
         return rng.integers(0, 40, size).tolist()
 
     penal = SamplingParams(
-        temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.5,
-        max_tokens=30, min_tokens=3, logit_bias={3: 1.5, EOS: 2.0}, stop_token_ids=(5,), seed=9,
+        temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.5,
+        frequency_penalty=-0.5, max_tokens=30, min_tokens=3, logit_bias={3: 1.5, EOS: 2.0}, stop_token_ids=(5,), seed=9,
     )  # fmt: skip
     return [
-        Request.generate("long", ids(70), SamplingParams(max_tokens=6), seed=2**64 - 1, sample_index=3, eos_token_ids=(EOS,)),
+        Request.generate(
+            "long", ids(70), SamplingParams(max_tokens=6), seed=2**64 - 1, sample_index=3, eos_token_ids=(EOS,)
+        ),
         Request.generate("penal", ids(9), penal, seed=9, eos_token_ids=(EOS,)),
         Request.score("score", ids(50), score_start=20),
         Request.score("score_penal", ids(40), score_start=11, sampling_params=penal, eos_token_ids=(EOS,)),
@@ -59,12 +60,22 @@ def check_against_loops(plan: StepPlan, requests: dict[str, Request], inputs: St
     assert inputs.token_ids.tolist() == tokens and inputs.positions.tolist() == positions
     assert inputs.slot_mapping.tolist() == slots and inputs.logit_rows.tolist() == rows
     assert (inputs.step, inputs.policy) == (plan.step, plan.policy)
-    assert batch.want_raw == any(requests[e.request_id].sampling_params.raw_logprobs for e in plan.entries if e.num_rows)
+    assert batch.want_raw == any(
+        requests[e.request_id].sampling_params.raw_logprobs for e in plan.entries if e.num_rows
+    )
 
 
 def check_row(request: Request, position: int, row: int, batch) -> None:
     params = request.sampling_params
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
         array = getattr(batch, name)
         assert array[row] == array.dtype.type(getattr(params, name)), name
     assert batch.seed[row] == request.seed and batch.sample_index[row] == request.sample_index
@@ -93,7 +104,7 @@ def test_every_array_agrees_with_plain_loops():
             inputs = build_step_inputs(plan, rig.scheduler.requests, block_size)
             check_against_loops(plan, rig.scheduler.requests, inputs, block_size)
             rig.scheduler.update(plan, rig.model.execute(inputs))
-        assert len(rig.plans) == 0 and rig.scheduler.num_unfinished == 0
+        assert rig.scheduler.num_unfinished == 0
 
 
 def test_dtypes_and_contiguity():
@@ -103,8 +114,10 @@ def test_dtypes_and_contiguity():
     for _ in range(6):
         plan = rig.scheduler.plan()
         inputs = build_step_inputs(plan, rig.scheduler.requests, rig.block_size)
-        for name, dtype in DTYPES.items():
-            array = getattr(inputs, name) if hasattr(inputs, name) else getattr(inputs.sampling, name)
+        arrays = [(name, getattr(inputs, name), np.int32) for name in INPUT_ARRAYS]
+        for dtype, names in BATCH_DTYPES.items():
+            arrays += [(name, getattr(inputs.sampling, name), dtype) for name in names.split()]
+        for name, array, dtype in arrays:
             assert array.dtype == dtype and array.flags.c_contiguous, name
         rig.scheduler.update(plan, rig.model.execute(inputs))
 

@@ -1,5 +1,5 @@
-// Argument types and checks of bindings. Arrays are taken as they are: a wrong dtype or layout is refused, never copied,
-// because a copy of an `out` argument would swallow the result.
+// Argument types and checks of bindings. Arrays are taken as they are: a wrong dtype or layout is refused, never
+// copied, because a copy of an `out` argument would swallow the result.
 #pragma once
 
 #include <initializer_list>
@@ -26,8 +26,8 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// Refusals of one value of an array. Checks inside loops call these only on failure: making the text costs more than the
-// check.
+// Refusals of one value of an array. Checks inside loops call these only on failure: making the text costs more than
+// the check.
 [[noreturn]] inline void refuse(const std::string& entry, const std::string& bounds, int64_t got) {
   throw std::invalid_argument(entry + " must be in " + bounds + ", got " + std::to_string(got));
 }

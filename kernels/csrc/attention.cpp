@@ -38,9 +38,9 @@ struct Split {
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// -- reading the cache ------------------------------------------------------------------------------------------------------
+// -- reading the cache ------------------------------------------------------------------------------------------------
 
-// The paged keys and values of one sequence and KV head. Block sizes are multiples of 8, so eight keys are never parted.
+// The paged keys and values of one sequence and KV head. Blocks hold a multiple of 8 keys: eight are never parted.
 struct Pages {
   const zk::Attention& args;
   const int32_t* table;
@@ -107,7 +107,7 @@ Ahead keys_ahead(const Pages& pages, int64_t start, int64_t end) {
   return ahead;
 }
 
-// -- softmax of a split -----------------------------------------------------------------------------------------------------
+// -- softmax of a split -----------------------------------------------------------------------------------------------
 
 // Scores of a row -> weights e^(s - max), with their maximum and sum. Lane = key mod 16.
 inline void softmax_row(float* scores, int visible, float scale, float* max, float* sum) {
@@ -151,7 +151,7 @@ void softmax_split(Tile& tile, int first, float scale, Split& split) {
   std::memcpy(tile.sum, split.sum, sizeof tile.sum);
 }
 
-// -- weighted values --------------------------------------------------------------------------------------------------------
+// -- weighted values --------------------------------------------------------------------------------------------------
 
 struct ValueKernel {
   // acc[r] = (first split ? 0 : acc[r] * keep[r]) + take[r] * sum over visible j of weight[r][j] * values[j]
@@ -216,10 +216,11 @@ void add_values(Tile& tile, int first, int64_t dim, const Split& split, Ahead* a
   });
 }
 
-// -- tiles ------------------------------------------------------------------------------------------------------------------
+// -- tiles ------------------------------------------------------------------------------------------------------------
 
 // Rows [begin, begin + count) of a sequence whose first token of this step stands at `position`.
-void fill_tile(const zk::Attention& args, int64_t first_token, int64_t kv_head, int64_t begin, int64_t position, Tile& tile) {
+void fill_tile(const zk::Attention& args, int64_t first_token, int64_t kv_head, int64_t begin, int64_t position,
+               Tile& tile) {
   const int64_t group = args.heads / args.kv_heads;
   for (int r = 0; r < tile.count; ++r) {
     const int64_t token = (begin + r) / group, head = kv_head * group + (begin + r) % group;
@@ -269,7 +270,8 @@ int64_t sequence_of(const zk::Attention& args, int64_t index) {
 
 Pages pages_of(const zk::Attention& args, int64_t task) {
   const int64_t sequence = sequence_of(args, task / args.kv_heads);
-  return {args, args.block_tables + sequence * args.table_width, sequence, task % args.kv_heads, args.context_lens[sequence]};
+  return {args, args.block_tables + sequence * args.table_width, sequence, task % args.kv_heads,
+          args.context_lens[sequence]};
 }
 
 // One tile of one KV head.

@@ -1,8 +1,8 @@
 // Causal attention over a paged cache, and its backward pass over packed sequences.
 //
-// Keys are reduced in splits of KV_SPLIT, aligned to absolute positions; a split's result (maximum, sum, weighted values) is
-// merged into the result of the splits before it. What a query gets depends on its own position and the keys up to it, so
-// whole prefill, chunks, a cached prefix and decode agree bit for bit (docs/numerics.md, rule 2).
+// Keys are reduced in splits of KV_SPLIT, aligned to absolute positions; a split's result (maximum, sum, weighted
+// values) is merged into the result of the splits before it. What a query gets depends on its own position and the keys
+// up to it, so whole prefill, chunks, a cached prefix and decode agree bit for bit (docs/numerics.md, rule 2).
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,9 @@ struct Attention {
   const float* keys;  // see KvCache
   const float* values;
   const int32_t* block_tables;  // [S, table_width]
-  const int32_t* seq_starts;    // [S + 1]
+  const int32_t* seq_starts;  // [S + 1]
   const int32_t* context_lens;  // [S]
-  const int32_t* tile_starts;   // [S + 1]: tiles of sequences, summed up
+  const int32_t* tile_starts;  // [S + 1]: tiles of sequences, summed up
   int64_t table_width, sequences, heads, kv_heads, head_dim, block_size;
   float scale;
   float* out;  // [T, H, D]
@@ -33,7 +33,7 @@ struct Attention {
 
 struct AttentionBackward {
   const float *dout, *q, *k, *v, *out;  // packed: [T, H, D] and, for k and v, [T, KV, D]
-  const int32_t* seq_starts;            // [S + 1]
+  const int32_t* seq_starts;  // [S + 1]
   int64_t sequences, heads, kv_heads, head_dim;
   float scale;
   float *row_max, *row_sum, *row_dot;  // working memory, T * H floats each

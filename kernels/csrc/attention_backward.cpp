@@ -19,7 +19,9 @@ struct Task {
   const zk::AttentionBackward& args;
   int64_t first_token, tokens, kv_head, group, dim, width;  // width: padded dim
 
-  int64_t head_of(int64_t row) const { return (first_token + row / group) * args.heads + kv_head * group + row % group; }
+  int64_t head_of(int64_t row) const {
+    return (first_token + row / group) * args.heads + kv_head * group + row % group;
+  }
   int64_t query(int64_t row) const { return head_of(row) * dim; }
   int64_t key(int64_t j) const { return ((first_token + j) * args.kv_heads + kv_head) * dim; }
 };
@@ -38,6 +40,7 @@ struct KeyBlock {
 struct RowBlock {
   int64_t begin;
   int count;
+  int seen;  // keys of the block that the last row sees, the most of all rows
   const float* q_rows[TILE_ROWS];
   const float* dout_rows[TILE_ROWS];
   alignas(64) float q[TILE_ROWS * MAX_HEAD_DIM];
@@ -47,7 +50,7 @@ struct RowBlock {
   alignas(64) float ds[TILE_ROWS * KV_SPLIT];
 };
 
-// -- products ---------------------------------------------------------------------------------------------------------------
+// -- products ---------------------------------------------------------------------------------------------------------
 
 struct ProductKernel {
   // out[r] = (add ? out[r] : 0) + sum over t of weight[r * row_step + t * term_step] * x[t]
@@ -75,23 +78,23 @@ struct ProductKernel {
 };
 
 // x [terms, width] and out [rows, width], width a multiple of 16.
-void product(const float* weight, int64_t row_step, int64_t term_step, int rows, int terms, const float* x, int64_t width,
-             float* out, bool add) {
+void product(const float* weight, int64_t row_step, int64_t term_step, int rows, int terms, const float* x,
+             int64_t width, float* out, bool add) {
   const int groups = static_cast<int>(width / LANES);
   for_row_blocks(rows, [&](int row, int size) {
     for (int g = 0; g < groups; g += BLOCK_GROUPS)
-      dispatch_block<ProductKernel>(size, groups - g, weight + row * row_step, row_step, term_step, terms, x + g * LANES,
-                                    width, out + row * width + g * LANES, add);
+      dispatch_block<ProductKernel>(size, groups - g, weight + row * row_step, row_step, term_step, terms,
+                                    x + g * LANES, width, out + row * width + g * LANES, add);
   });
 }
 
-Columns columns_of(const float* data) {
-  Columns columns{{}, KV_SPLIT, SPLIT_GROUPS};
+Columns columns_of(const float* data, int count) {
+  Columns columns{{}, KV_SPLIT, (count + LANES - 1) / LANES};
   for (int g = 0; g < SPLIT_GROUPS; ++g) columns.group[g] = data + g * LANES;
   return columns;
 }
 
-// -- loading ----------------------------------------------------------------------------------------------------------------
+// -- loading ----------------------------------------------------------------------------------------------------------
 
 void load_columns(const Task& task, const float* source, const KeyBlock& block, float* columns) {
   for (int j = 0; j < KV_SPLIT; ++j) {
@@ -111,10 +114,19 @@ void load_keys(const Task& task, int64_t start, KeyBlock& block) {
   load_columns(task, task.args.k, block, block.k_columns);
 }
 
-// Rows from `begin` on that see the block, up to a tile.
-void load_queries(const Task& task, int64_t begin, RowBlock& rows) {
+inline int visible_keys(const Task& task, const KeyBlock& block, int64_t row) {
+  return static_cast<int>(min64(row / task.group + 1 - block.start, block.count));
+}
+
+// Up to a tile of rows from `begin` on.
+void take_rows(const Task& task, const KeyBlock& block, int64_t begin, RowBlock& rows) {
   rows.begin = begin;
   rows.count = static_cast<int>(min64(task.tokens * task.group - begin, TILE_ROWS));
+  rows.seen = visible_keys(task, block, begin + rows.count - 1);
+}
+
+void load_queries(const Task& task, RowBlock& rows) {
+  const int64_t begin = rows.begin;
   for (int r = 0; r < rows.count; ++r) {
     rows.q_rows[r] = rows.q + r * task.width;
     rows.dout_rows[r] = rows.dout + r * task.width;
@@ -123,11 +135,7 @@ void load_queries(const Task& task, int64_t begin, RowBlock& rows) {
   }
 }
 
-inline int visible_keys(const Task& task, const KeyBlock& block, int64_t row) {
-  return static_cast<int>(min64(row / task.group + 1 - block.start, block.count));
-}
-
-// -- first pass: softmax statistics -----------------------------------------------------------------------------------------
+// -- first pass: softmax statistics -----------------------------------------------------------------------------------
 
 inline vi lanes_below(int n) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -141,7 +149,8 @@ void update_statistics(const Task& task, const KeyBlock& block, int64_t row, con
   float* max = task.args.row_max + task.head_of(row);
   float* sum = task.args.row_sum + task.head_of(row);
   vf top = vset(block.start ? *max : -__builtin_inff());
-  for (int j = 0; j < visible; j += LANES) top = vmax(top, lanes_below(visible - j) ? vload(scores + j) * scale : lowest);
+  for (int j = 0; j < visible; j += LANES)
+    top = vmax(top, lanes_below(visible - j) ? vload(scores + j) * scale : lowest);
   const float new_max = reduce_max(top);
   vf total = vset(0.0f);
   for (int j = 0; j < visible; j += LANES)
@@ -150,40 +159,47 @@ void update_statistics(const Task& task, const KeyBlock& block, int64_t row, con
   *max = new_max;
 }
 
+float dot(const float* a, const float* b, int64_t n) {
+  vf sum = vset(0.0f);
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int part = static_cast<int>(min64(n - i, LANES));
+    sum = part == LANES ? vfma(vload(a + i), vload(b + i), sum)
+                        : vfma(vload_part(a + i, part, 0.0f), vload_part(b + i, part, 0.0f), sum);
+  }
+  return reduce_sum(sum);
+}
+
 void statistics_pass(const Task& task, KeyBlock& block, RowBlock& rows) {
+  const int64_t row_count = task.tokens * task.group;
+  Ahead nothing;
   for (int64_t start = 0; start < task.tokens; start += KV_SPLIT) {
     load_keys(task, start, block);
-    const Columns columns = columns_of(block.k_columns);
-    Ahead nothing;
-    for (int64_t begin = start * task.group; begin < task.tokens * task.group; begin += TILE_ROWS) {
-      rows.count = static_cast<int>(min64(task.tokens * task.group - begin, TILE_ROWS));
+    for (int64_t begin = start * task.group; begin < row_count; begin += TILE_ROWS) {
+      take_rows(task, block, begin, rows);
       for (int r = 0; r < rows.count; ++r) rows.q_rows[r] = task.args.q + task.query(begin + r);
-      score_rows(rows.q_rows, rows.count, task.dim, columns, rows.p, &nothing);
+      score_rows(rows.q_rows, rows.count, task.dim, columns_of(block.k_columns, rows.seen), rows.p, &nothing);
       for (int r = 0; r < rows.count; ++r) update_statistics(task, block, begin + r, rows.p + r * KV_SPLIT);
     }
   }
-  for (int64_t row = 0; row < task.tokens * task.group; ++row) {
-    const float *dout = task.args.dout + task.query(row), *out = task.args.out + task.query(row);
-    float dot = 0.0f;
-    for (int64_t d = 0; d < task.dim; ++d) dot = dot + dout[d] * out[d];
-    task.args.row_dot[task.head_of(row)] = dot;
-  }
+  for (int64_t row = 0; row < row_count; ++row)
+    task.args.row_dot[task.head_of(row)] =
+        dot(task.args.dout + task.query(row), task.args.out + task.query(row), task.dim);
 }
 
-// -- second pass: gradients -------------------------------------------------------------------------------------------------
+// -- second pass: gradients -------------------------------------------------------------------------------------------
 
 // Scores -> P and dP -> dS, zero where a row does not see the key.
-void softmax_gradient(const Task& task, const KeyBlock& block, int64_t row, float* p, float* ds) {
+void softmax_gradient(const Task& task, const KeyBlock& block, int64_t row, int seen, float* p, float* ds) {
   const int64_t at = task.head_of(row);
   const vf scale = vset(task.args.scale), max = vset(task.args.row_max[at]), dot = vset(task.args.row_dot[at]);
   const vf weight = vset(1.0f / task.args.row_sum[at]), zero = vset(0.0f);
   const int visible = visible_keys(task, block, row);
-  for (int j = 0; j < KV_SPLIT; j += LANES) {
-    const vi seen = lanes_below(visible - j);
+  for (int j = 0; j < seen; j += LANES) {
+    const vi mask = lanes_below(visible - j);
     const vf prob = vexp(vload(p + j) * scale - max) * weight;
     const vf slope = prob * (vload(ds + j) - dot) * scale;
-    vstore(p + j, seen ? prob : zero);
-    vstore(ds + j, seen ? slope : zero);
+    vstore(p + j, mask ? prob : zero);
+    vstore(ds + j, mask ? slope : zero);
   }
 }
 
@@ -195,15 +211,15 @@ void add_query_gradient(const Task& task, const KeyBlock& block, const RowBlock&
   }
 }
 
-void gradient_tile(const Task& task, KeyBlock& block, RowBlock& rows, bool first) {
+void gradient_tile(const Task& task, KeyBlock& block, RowBlock& rows) {
   Ahead nothing;
-  score_rows(rows.q_rows, rows.count, task.dim, columns_of(block.k_columns), rows.p, &nothing);
-  score_rows(rows.dout_rows, rows.count, task.dim, columns_of(block.v_columns), rows.ds, &nothing);
+  score_rows(rows.q_rows, rows.count, task.dim, columns_of(block.k_columns, rows.seen), rows.p, &nothing);
+  score_rows(rows.dout_rows, rows.count, task.dim, columns_of(block.v_columns, rows.seen), rows.ds, &nothing);
   for (int r = 0; r < rows.count; ++r)
-    softmax_gradient(task, block, rows.begin + r, rows.p + r * KV_SPLIT, rows.ds + r * KV_SPLIT);
-  product(rows.p, 1, KV_SPLIT, block.count, rows.count, rows.dout, task.width, block.dv, !first);
-  product(rows.ds, 1, KV_SPLIT, block.count, rows.count, rows.q, task.width, block.dk, !first);
-  product(rows.ds, KV_SPLIT, 1, rows.count, block.count, block.k_rows, task.width, rows.dq, false);
+    softmax_gradient(task, block, rows.begin + r, rows.seen, rows.p + r * KV_SPLIT, rows.ds + r * KV_SPLIT);
+  product(rows.p, 1, KV_SPLIT, rows.seen, rows.count, rows.dout, task.width, block.dv, true);
+  product(rows.ds, 1, KV_SPLIT, rows.seen, rows.count, rows.q, task.width, block.dk, true);
+  product(rows.ds, KV_SPLIT, 1, rows.count, rows.seen, block.k_rows, task.width, rows.dq, false);
   add_query_gradient(task, block, rows);
 }
 
@@ -213,10 +229,13 @@ void gradient_pass(const Task& task, KeyBlock& block, RowBlock& rows) {
     load_columns(task, task.args.v, block, block.v_columns);
     for (int j = 0; j < block.count; ++j)
       load_padded(task.args.k + task.key(start + j), task, block.k_rows + j * task.width);
-    const int64_t first_row = start * task.group;  // earlier tokens do not see these keys
-    for (int64_t begin = first_row; begin < task.tokens * task.group; begin += TILE_ROWS) {
-      load_queries(task, begin, rows);
-      gradient_tile(task, block, rows, begin == first_row);
+    std::memset(block.dk, 0, sizeof(float) * static_cast<size_t>(KV_SPLIT * task.width));
+    std::memset(block.dv, 0, sizeof(float) * static_cast<size_t>(KV_SPLIT * task.width));
+    // Tokens before the block do not see its keys.
+    for (int64_t begin = start * task.group; begin < task.tokens * task.group; begin += TILE_ROWS) {
+      take_rows(task, block, begin, rows);
+      load_queries(task, rows);
+      gradient_tile(task, block, rows);
     }
     for (int j = 0; j < block.count; ++j) {
       const size_t bytes = sizeof(float) * static_cast<size_t>(task.dim);
@@ -229,8 +248,13 @@ void gradient_pass(const Task& task, KeyBlock& block, RowBlock& rows) {
 void backward(const zk::AttentionBackward& args) {
   zk::parallel_for(args.sequences * args.kv_heads, [&](int64_t i) {
     const int64_t sequence = i / args.kv_heads, first = args.seq_starts[sequence];
-    const Task task{args,           first, args.seq_starts[sequence + 1] - first, i % args.kv_heads, args.heads / args.kv_heads,
-                    args.head_dim, padded(args.head_dim)};
+    const Task task{args,
+                    first,
+                    args.seq_starts[sequence + 1] - first,
+                    i % args.kv_heads,
+                    args.heads / args.kv_heads,
+                    args.head_dim,
+                    padded(args.head_dim)};
     KeyBlock block;
     RowBlock rows;
     statistics_pass(task, block, rows);

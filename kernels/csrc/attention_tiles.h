@@ -84,12 +84,18 @@ inline void for_row_blocks(int count, Body&& body) {
 template <class Kernel, int G, class... Args>
 inline void dispatch_rows(int rows, const Args&... args) {
   switch (rows) {
-    case 1: return Kernel::template run<1, G>(args...);
-    case 2: return Kernel::template run<2, G>(args...);
-    case 3: return Kernel::template run<3, G>(args...);
-    case 4: return Kernel::template run<4, G>(args...);
-    case 5: return Kernel::template run<5, G>(args...);
-    default: return Kernel::template run<6, G>(args...);
+    case 1:
+      return Kernel::template run<1, G>(args...);
+    case 2:
+      return Kernel::template run<2, G>(args...);
+    case 3:
+      return Kernel::template run<3, G>(args...);
+    case 4:
+      return Kernel::template run<4, G>(args...);
+    case 5:
+      return Kernel::template run<5, G>(args...);
+    default:
+      return Kernel::template run<6, G>(args...);
   }
 }
 template <class Kernel, class... Args>
@@ -102,8 +108,8 @@ inline void dispatch_block(int rows, int groups, const Args&... args) {
   dispatch_rows<Kernel, 1>(rows, args...);
 }
 
-// Cache lines to fetch while a kernel computes. Blocks of the cache lie anywhere, so the processor's own prefetching starts
-// anew in each; asking for the next piece of memory during the present one halves the time of decode.
+// Cache lines to fetch while a kernel computes. Blocks of the cache lie anywhere, so the processor's own prefetching
+// starts anew in each; asking for the next split's memory during the present one makes decode faster by a third.
 struct Ahead {
   const float* run[zk::KV_SPLIT / 8];  // `lines` lines each, `step` floats apart
   int runs = 0, lines = 0;
@@ -123,7 +129,7 @@ struct Ahead {
   }
 };
 
-// -- products of rows with the columns of a split ---------------------------------------------------------------------------
+// -- products of rows with the columns of a split ---------------------------------------------------------------------
 
 // A split's keys as columns: entry (d, j) is group[j / 16][d * stride + j % 16].
 struct Columns {

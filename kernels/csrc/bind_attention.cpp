@@ -24,8 +24,8 @@ void check_heads(int64_t heads, int64_t kv_heads, int64_t dim) {
 }
 
 // Every key that a sequence with tokens sees must lie in an existing block.
-void check_context(const Indices<1>& seq_starts, const Indices<1>& context_lens, const Indices<2>& tables, int64_t blocks,
-                   int64_t block_size) {
+void check_context(const Indices<1>& seq_starts, const Indices<1>& context_lens, const Indices<2>& tables,
+                   int64_t blocks, int64_t block_size) {
   const int64_t width = extent(tables, 1);
   for (int64_t s = 0; s < extent(context_lens, 0); ++s) {
     const int64_t tokens = seq_starts.data()[s + 1] - seq_starts.data()[s], context = context_lens.data()[s];
@@ -57,7 +57,8 @@ void attention(const In<3>& q, const In<4>& k_cache, const In<4>& v_cache, const
   const int64_t blocks = extent(k_cache, 0), kv_heads = extent(k_cache, 1), block_size = extent(k_cache, 3);
   check_heads(heads, kv_heads, dim);
   if (block_size < 8 || block_size % 8)
-    throw std::invalid_argument("block size (last axis of k_cache) must be a multiple of 8, got " + std::to_string(block_size));
+    throw std::invalid_argument("block size (last axis of k_cache) must be a multiple of 8, got " +
+                                std::to_string(block_size));
   expect_shape("k_cache", k_cache, {blocks, kv_heads, dim, block_size});
   expect_shape("v_cache", v_cache, {blocks, kv_heads, block_size, dim});
   expect_shape("seq_starts", seq_starts, {sequences + 1});
@@ -96,7 +97,8 @@ void check_starts(const Indices<1>& starts, int64_t tokens) {
 }
 
 void attention_backward(const In<3>& dout, const In<3>& q, const In<3>& k, const In<3>& v, const In<3>& out,
-                        const Indices<1>& seq_starts, float scale, const Out<3>& dq, const Out<3>& dk, const Out<3>& dv) {
+                        const Indices<1>& seq_starts, float scale, const Out<3>& dq, const Out<3>& dk,
+                        const Out<3>& dv) {
   const int64_t tokens = extent(q, 0), heads = extent(q, 1), dim = extent(q, 2), kv_heads = extent(k, 1);
   check_heads(heads, kv_heads, dim);
   expect_shape("dout", dout, {tokens, heads, dim});
@@ -132,11 +134,13 @@ void attention_backward(const In<3>& dout, const In<3>& q, const In<3>& k, const
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("attention", &attention, array("q"), array("k_cache"), array("v_cache"), array("block_tables"),
-        array("seq_starts"), array("context_lens"), "scale"_a, array("out"),
-        "Causal attention of q[T, H, D] over k_cache[blocks, KV, D, B] and v_cache[blocks, KV, B, D]. Sequence s owns tokens "
-        "seq_starts[s] : seq_starts[s + 1], the last at position context_lens[s] - 1; tokens past seq_starts[S] are left "
-        "alone. The same bits for any chunking, block size, batch, thread count and instruction set.");
+  m.def(
+      "attention", &attention, array("q"), array("k_cache"), array("v_cache"), array("block_tables"),
+      array("seq_starts"), array("context_lens"), "scale"_a, array("out"),
+      "Causal attention of q[T, H, D] over k_cache[blocks, KV, D, B] and v_cache[blocks, KV, B, D]. Sequence s owns "
+      "tokens "
+      "seq_starts[s] : seq_starts[s + 1], the last at position context_lens[s] - 1; tokens past seq_starts[S] are left "
+      "alone. The same bits for any chunking, block size, batch, thread count and instruction set.");
   m.def("attention_backward", &attention_backward, array("dout"), array("q"), array("k"), array("v"), array("out"),
         array("seq_starts"), "scale"_a, array("dq"), array("dk"), array("dv"),
         "Gradients of causal attention over packed sequences: q, out, dout, dq [T, H, D], the others [T, KV, D].");

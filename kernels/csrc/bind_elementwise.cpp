@@ -26,7 +26,8 @@ float* data_or_null(const std::optional<Array>& array) {
   return array ? array->data() : nullptr;
 }
 
-void gather(const char* index_name, const char* source_name, const In<2>& x, const Indices<1>& rows, const Out<2>& out) {
+void gather(const char* index_name, const char* source_name, const In<2>& x, const Indices<1>& rows,
+            const Out<2>& out) {
   expect_range(index_name, rows, 0, extent(x, 0));
   expect_shape("out", out, {extent(rows, 0), extent(x, 1)});
   if (out.data() == x.data() && out.size()) throw std::invalid_argument(std::string("out must not be ") + source_name);
@@ -34,7 +35,9 @@ void gather(const char* index_name, const char* source_name, const In<2>& x, con
   kernels().gather_rows(x.data(), rows.data(), extent(rows, 0), extent(x, 1), out.data());
 }
 
-void embedding(const Indices<1>& ids, const In<2>& table, const Out<2>& out) { gather("ids", "table", table, ids, out); }
+void embedding(const Indices<1>& ids, const In<2>& table, const Out<2>& out) {
+  gather("ids", "table", table, ids, out);
+}
 
 void gather_rows(const In<2>& x, const Indices<1>& rows, const Out<2>& out) { gather("rows", "x", x, rows, out); }
 

@@ -5,12 +5,12 @@
 
 namespace {
 
-constexpr int64_t SLICE = 64;       // columns per task where rows are summed: whole cache lines, one owner each
-constexpr int64_t PARTIAL = 256;    // rows per partial sum, for accuracy; fixed, so results do not depend on threads
+constexpr int64_t SLICE = 64;  // columns per task where rows are summed: whole cache lines, one owner each
+constexpr int64_t PARTIAL = 256;  // rows per partial sum, for accuracy; fixed, so results do not depend on threads
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// -- gathers ------------------------------------------------------------------------------------------------------------
+// -- gathers ----------------------------------------------------------------------------------------------------------
 
 void gather_rows(const float* x, const int32_t* rows, int64_t count, int64_t width, float* out) {
   for_rows(count, width, [&](int64_t first, int64_t last) {
@@ -29,7 +29,7 @@ void embedding_backward(const int32_t* ids, const float* dout, int64_t count, in
   });
 }
 
-// -- norms --------------------------------------------------------------------------------------------------------------
+// -- norms ------------------------------------------------------------------------------------------------------------
 
 inline float inverse_rms(const float* x, int64_t n, float eps) {
   vf sum = vset(0.0f);
@@ -110,10 +110,11 @@ void rms_norm_backward(const float* dy, const float* x, const float* w, const fl
   });
 }
 
-// -- rotary embedding -----------------------------------------------------------------------------------------------------
+// -- rotary embedding -------------------------------------------------------------------------------------------------
 
 // (a, b) -> (a cos - b sin, b cos + a sin), one rounded product and one fused step each.
-inline void rotate_halves(const float* x, const float* cosines, const float* sines, float sign, int64_t half, float* out) {
+inline void rotate_halves(const float* x, const float* cosines, const float* sines, float sign, int64_t half,
+                          float* out) {
   int64_t i = 0;
   for (; i + LANES <= half; i += LANES) {
     const vf a = vload(x + i), b = vload(x + half + i), c = vload(cosines + i), s = vload(sines + i) * vset(sign);
@@ -127,7 +128,8 @@ inline void rotate_halves(const float* x, const float* cosines, const float* sin
   }
 }
 
-inline void rotate_pairs(const float* x, const float* cosines, const float* sines, float sign, int64_t half, float* out) {
+inline void rotate_pairs(const float* x, const float* cosines, const float* sines, float sign, int64_t half,
+                         float* out) {
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1], c = cosines[i], s = sines[i] * sign;
     out[2 * i] = sfma(-b, s, a * c);
@@ -153,7 +155,7 @@ void rope(const float* x, int64_t tokens, int64_t heads, const zk::Rotary& rotar
   });
 }
 
-// -- SwiGLU ---------------------------------------------------------------------------------------------------------------
+// -- SwiGLU -----------------------------------------------------------------------------------------------------------
 
 inline vf swiglu_lanes(vf gate, vf up) {
   const vf s = gate / (vset(1.0f) + vexp(-gate));
@@ -190,15 +192,15 @@ void swiglu_backward(const float* dout, const float* gate, const float* up, int6
         continue;
       }
       const int part = static_cast<int>(count - i);
-      swiglu_gradient(vload_part(dout + i, part, 0.0f), vload_part(gate + i, part, 0.0f), vload_part(up + i, part, 0.0f),
-                      &dg, &du);
+      swiglu_gradient(vload_part(dout + i, part, 0.0f), vload_part(gate + i, part, 0.0f),
+                      vload_part(up + i, part, 0.0f), &dg, &du);
       vstore_part(dgate + i, dg, part);
       vstore_part(dup + i, du, part);
     }
   });
 }
 
-// -- KV cache -------------------------------------------------------------------------------------------------------------
+// -- KV cache ---------------------------------------------------------------------------------------------------------
 
 // Where head h of a slot starts; keys of one token lie block_size apart, its values side by side.
 inline void write_head(const zk::KvCache& cache, int64_t slot, int64_t h, const float* k, const float* v) {
@@ -250,8 +252,8 @@ void qkv_to_cache(const zk::QkvToCache& args) {
 namespace zk {
 
 const ElementwiseKernels ZK_CAT(elementwise_, ZK_ISA) = {
-    gather_rows, embedding_backward, rms_norm, add_rms_norm,    rms_norm_backward,
-    rope,        swiglu,             swiglu_backward, kv_write, qkv_to_cache,
+    gather_rows, embedding_backward, rms_norm, add_rms_norm, rms_norm_backward, rope,
+    swiglu,      swiglu_backward,    kv_write, qkv_to_cache,
 };
 
 }  // namespace zk

@@ -1,6 +1,6 @@
 // Ops that treat rows one by one: gathers, norms, rotary embedding, SwiGLU, and the way into the KV cache.
 //
-// All arrays are float32, C-contiguous. Outputs may be the very array of an input of the same shape, except where noted.
+// All arrays are float32, C-contiguous. An output may be the very array of an input of its shape, except where noted.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,15 @@ namespace zk {
 constexpr int64_t MAX_HEAD_DIM = 256;  // bounds the kernels' stack buffers
 
 struct Rotary {
-  const float* table;          // [P, 2, half]: cosines, then sines
-  const int32_t* positions;    // [T]
-  int64_t half;                // D / 2
-  bool interleaved;            // pairs (2i, 2i + 1) instead of (i, i + half)
-  bool inverse;                // rotate back: the gradient of the rotation
+  const float* table;  // [P, 2, half]: cosines, then sines
+  const int32_t* positions;  // [T]
+  int64_t half;  // D / 2
+  bool interleaved;  // pairs (2i, 2i + 1) instead of (i, i + half)
+  bool inverse;  // rotate back: the gradient of the rotation
 };
 
 struct KvCache {
-  float* keys;    // [blocks, KV, D, B]: transposed inside a block, so that sixteen keys at one d are one vector
+  float* keys;  // [blocks, KV, D, B]: transposed inside a block, so that sixteen keys at one d are one vector
   float* values;  // [blocks, KV, B, D]
   int64_t kv_heads, head_dim, block_size;
 };
@@ -43,15 +43,16 @@ struct ElementwiseKernels {
   // inv[r] = 1 / sqrt(mean(x[r]^2) + eps), out = (x * inv) * w; `inv` may be null.
   void (*rms_norm)(const float* x, const float* w, float eps, int64_t rows, int64_t width, float* out, float* inv);
   // sum = residual + delta, then rms_norm of sum; `out` must not be `sum`.
-  void (*add_rms_norm)(const float* residual, const float* delta, const float* w, float eps, int64_t rows, int64_t width,
-                       float* sum, float* out, float* inv);
+  void (*add_rms_norm)(const float* residual, const float* delta, const float* w, float eps, int64_t rows,
+                       int64_t width, float* sum, float* out, float* inv);
   // x and inv as in the forward op. dw is overwritten; `dx` must be neither dy nor x.
   void (*rms_norm_backward)(const float* dy, const float* x, const float* w, const float* inv, int64_t rows,
                             int64_t width, float* dx, float* dw);
   void (*rope)(const float* x, int64_t tokens, int64_t heads, const Rotary& rotary, float* out);
   // out = silu(gate) * up over `count` elements.
   void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
-  void (*swiglu_backward)(const float* dout, const float* gate, const float* up, int64_t count, float* dgate, float* dup);
+  void (*swiglu_backward)(const float* dout, const float* gate, const float* up, int64_t count, float* dgate,
+                          float* dup);
   void (*kv_write)(const float* k, const float* v, int64_t tokens, const int32_t* slots, const KvCache& cache);
   // Per-head norms, rotary embedding and kv_write in one pass; the same bits as the separate ops.
   void (*qkv_to_cache)(const QkvToCache& args);

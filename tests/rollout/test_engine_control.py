@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import FailingWorker, GatedWorker, in_thread, tiny_options, tiny_tensors
+from tiny_engine import FailingWorker, GatedWorker, in_thread, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -194,3 +194,14 @@ def test_a_process_that_never_closes_its_engine_ends(tiny_model: Path) -> None:
         [sys.executable, "-c", program, str(tiny_model)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "3\n", "")
+
+
+def test_a_killed_worker_process_fails_the_calls_in_flight(tiny_model: Path) -> None:
+    with RolloutEngine(tiny_options(tiny_model, worker="process", max_model_len=256)) as engine:
+        call = in_thread(lambda: engine.generate(["a"] * 8, SamplingParams(max_tokens=250, ignore_eos=True)))
+        wait_until(lambda: engine.metrics()["steps"] > 3)
+        os.kill(engine.health()["worker"]["pid"], signal.SIGKILL)
+        with pytest.raises(EngineFailedError) as caught:
+            call()
+        assert isinstance(caught.value.__cause__, WorkerError)
+    assert engine.health()["state"] == "failed"

@@ -74,7 +74,8 @@ class RolloutEngine:
         self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
         self._weights = WeightSets(worker, self._scheduler)
         self._weights.load_first(FolderWeights(path=config.model))
-        self._worker_facts = worker.describe()
+        self._worker = {key: value for key, value in worker.describe().items() if key in ("kind", "pid", "num_threads")}
+        self._describe_worker = worker.describe
         limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
@@ -224,11 +225,11 @@ class RolloutEngine:
         self._loop.at_boundary(self._kv_cache.reset).result()
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and sizes of now; cheap, and true at some moment between two steps."""
+        """Counters since the start, and sizes of now; read without stopping the loop, so they may be a step apart."""
         return self._loop.metrics()
 
     def health(self) -> dict[str, Any]:
-        """State ("running", "draining", "failed", "closed"), cause of a failure, load, versions, the worker's facts."""
+        """State ("running", "draining", "failed", "closed"), cause of a failure, load, versions, the worker's kind."""
         cause = self._loop.cause
         return {
             "state": self._loop.state,
@@ -237,8 +238,12 @@ class RolloutEngine:
             "num_waiting": self._scheduler.num_waiting,
             "num_held": self._loop.num_held,
             "weight_versions": dict(self._weights.versions),
-            "worker": dict(self._worker_facts),
+            "worker": dict(self._worker),
         }
+
+    def describe_worker(self) -> dict[str, Any]:
+        """Facts of the worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
+        return self._loop.at_boundary(self._describe_worker).result()
 
     def close(self) -> None:
         """Stop after the current step and free thread, worker and memory; idempotent.

@@ -85,15 +85,6 @@ void find_values(const Pages& pages, int count, Split& split) {
     std::memcpy(split.value_copy + j * split.value_stride, pages.value(split.start + j), static_cast<size_t>(dim) * 4);
 }
 
-// Likewise its values.
-Ahead values_ahead(const Pages& pages, int64_t start, int64_t end) {
-  Ahead ahead;
-  ahead.lines = static_cast<int>(pages.args.head_dim / 2);
-  ahead.step = LANES;
-  for (int64_t j = start; j < min64(start + KV_SPLIT, end); j += 8) ahead.run[ahead.runs++] = pages.value(j);
-  return ahead;
-}
-
 // The keys of a split that comes next; none in the odd layouts that would need more care.
 Ahead keys_ahead(const Pages& pages, int64_t start, int64_t end) {
   const int64_t size = pages.args.block_size, dim = pages.args.head_dim;
@@ -104,6 +95,15 @@ Ahead keys_ahead(const Pages& pages, int64_t start, int64_t end) {
   ahead.step = whole ? size : LANES;
   ahead.lines = static_cast<int>(whole ? dim : dim / 2);
   for (int64_t j = start; j < min64(start + KV_SPLIT, end); j += at_once) ahead.run[ahead.runs++] = pages.key(j);
+  return ahead;
+}
+
+// The values of a split that comes next.
+Ahead values_ahead(const Pages& pages, int64_t start, int64_t end) {
+  Ahead ahead;
+  ahead.lines = static_cast<int>(pages.args.head_dim / 2);
+  ahead.step = LANES;
+  for (int64_t j = start; j < min64(start + KV_SPLIT, end); j += 8) ahead.run[ahead.runs++] = pages.value(j);
   return ahead;
 }
 

@@ -16,7 +16,9 @@ constexpr int TILE_ROWS = 48;  // query rows that share one reading of a split; 
 
 // A query row is a (token, head) pair; the heads of one KV head are neighbours: row = token * group + head.
 // Tiles hold whole tokens wherever a group fits.
-constexpr int64_t rows_per_tile(int64_t group) { return group > TILE_ROWS ? TILE_ROWS : TILE_ROWS / group * group; }
+static constexpr int64_t rows_per_tile(int64_t group) {
+  return group > TILE_ROWS ? TILE_ROWS : TILE_ROWS / group * group;
+}
 
 struct Attention {
   const float* q;  // [T, H, D]

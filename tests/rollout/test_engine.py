@@ -263,3 +263,5 @@ def test_metrics_and_health_tell_what_happened(engine: RolloutEngine) -> None:
     health = engine.health()
     assert (health["state"], health["cause"], health["weight_versions"]) == ("running", None, {"policy": 0})
     assert health["worker"]["num_threads"] == 1
+    facts = engine.describe_worker()
+    assert facts["versions"] == {"policy": 0} and facts["peak_rss_bytes"] > 1e6

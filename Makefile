@@ -35,7 +35,7 @@ dev: .venv/.installed-test .venv/.installed-demo .venv/.installed-dev ## everyth
 ext: ## rebuild only the extension, incrementally, into the editable install
 	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake -S . -B build/ext -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(PY) > /dev/null
 	PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --build build/ext
-	cp build/ext/_cpu.*.so kernels/cpu/
+	for so in build/ext/_cpu.*.so; do cp $$so kernels/cpu/.new && mv kernels/cpu/.new kernels/cpu/$$(basename $$so); done
 
 lint: .venv/.installed-test .venv/.installed-dev .links/zerokl ## ruff, mypy and the import rules
 	.venv/bin/ruff check .

@@ -3,9 +3,10 @@
     python benchmarks/cpu_decode.py --json
 
 32 distinct prompts of 64 tokens, 64 new tokens each, float32, no cache hits. FLOPs are 2 x parameters used per token
-(attention not counted); a prefill token that needs no logits does not use the LM head. Floors: FLOPs over the FMA peak at 32
-sequences, weight bytes over the read bandwidth at one. Peaks are measured before and after each part and their best is taken,
-so that a busy neighbour cannot flatter the fractions. The run is repeated and the median run is reported.
+(attention not counted); a prefill token that needs no logits does not use the LM head. Floors: FLOPs over the FMA peak
+at 32 sequences, weight bytes over the read bandwidth at one. Peaks are measured before and after each part and their
+best is taken, so that a busy neighbour cannot flatter the fractions. The run is repeated and the median run is
+reported.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from time import perf_counter
 
 import numpy as np
 from machine_facts import machine_facts
+
 from zerokl.integrations.smollm2 import model_folder
 from zerokl.kernels.cpu import _cpu
 from zerokl.rollout.config import EngineConfig

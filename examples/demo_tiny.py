@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from run_display import RunDisplay, print_verdict
+
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.integrations.ppo_trainer import PPOConfig, PPOTrainer
@@ -55,7 +56,9 @@ def make_model(folder: Path, seed: int) -> None:
     save_pretrained(folder, content, random_tensors(ModelConfig.from_json(content), seed))
 
 
-def make_trainer(algo: str, policy: PolicyModel, engine: RolloutEngine, publisher: WeightPublisher, n: int) -> PolicyTrainer:
+def make_trainer(
+    algo: str, policy: PolicyModel, engine: RolloutEngine, publisher: WeightPublisher, n: int
+) -> PolicyTrainer:
     params = SamplingParams(n=n, max_tokens=OUTPUT_TOKENS)
     if algo == "ppo":
         ppo = PPOConfig(sampling_params=params, learning_rate=5e-3, micro_batch_tokens=4096, epochs=2)

@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
+
 from zerokl.integrations.report import StepReport
 
 COLUMNS = (
@@ -72,7 +73,9 @@ class RunDisplay:
         self.console.print(self._table(shown))
         save_plot(self.reports, self.folder / "run.png", self.title)
         print(f"log and plot: {self.folder / 'steps.jsonl'}, {self.folder / 'run.png'}")
-        return all(report.mismatch.k3_kl_max == 0.0 and not report.mismatch.differing_logprobs for report in self.reports)
+        return all(
+            report.mismatch.k3_kl_max == 0.0 and not report.mismatch.differing_logprobs for report in self.reports
+        )
 
     def _view(self) -> Group:
         return Group(self._table(self.reports[-LIVE_ROWS:]), self.spinner)
@@ -106,8 +109,12 @@ def save_plot(reports: list[StepReport], path: Path, title: str) -> None:
     figure.suptitle(title)
     reward.plot(steps, [r.reward_mean for r in reports], "o-", color="tab:green")
     reward.set(title="mean reward", ylim=(0, None))
-    divergence.plot(steps, [r.reference.k3_kl_mean for r in reports], "s-", color="tab:orange", label="reference (policy moves)")
-    divergence.plot(steps, [r.mismatch.k3_kl_mean for r in reports], "o-", color="tab:blue", label="mismatch (must be 0)")
+    divergence.plot(
+        steps, [r.reference.k3_kl_mean for r in reports], "s-", color="tab:orange", label="reference (policy moves)"
+    )
+    divergence.plot(
+        steps, [r.mismatch.k3_kl_mean for r in reports], "o-", color="tab:blue", label="mismatch (must be 0)"
+    )
     divergence.set(title="k3_kl_mean")
     divergence.legend()
     entropy.plot(steps, [r.entropy for r in reports], "o-", color="tab:purple")

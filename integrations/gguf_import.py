@@ -1,17 +1,16 @@
 """A GGUF file of the Llama family, dequantised into a Hugging Face style folder.
 
-The folder holds `config.json`, `model.safetensors` (float32), `tokenizer.json` and `tokenizer_config.json` (chat template), and
-is read by the engine and the trainer alike. Needs the package `gguf` (extra `demo`).
+The folder holds `config.json`, `model.safetensors` (float32), `tokenizer.json` and `tokenizer_config.json` (chat
+template), and is read by the engine and the trainer alike. Needs the package `gguf` (extra `demo`).
 
-Two things of the format matter. GGUF stores the rows of the query and key projections of Llama models in interleaved rotary
-order; here they are put back into half-split order (pairs i, i + D/2). And the file names its pre-tokenizer only by a label
-(`tokenizer.ggml.pre`); the rules behind the label are `_PRE_TOKENIZERS`.
+Two things of the format matter. GGUF stores the rows of the query and key projections of Llama models in interleaved
+rotary order; here they are put back into half-split order (pairs i, i + D/2). And the file names its pre-tokenizer
+only by a label (`tokenizer.ggml.pre`); the rules behind the label are `_PRE_TOKENIZERS`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -88,7 +87,7 @@ def convert_gguf(gguf_path: Path, folder: Path) -> Path:
         scratch.chmod(0o755)  # mkdtemp makes it private
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(scratch, folder)
+        scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (arXiv:2402.03300) as plain functions: advantages and the loss of a micro-batch."""
+"""Group relative policy optimisation (arXiv:2402.03300) as plain functions: advantages and a loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def group_advantages(
     """Reward minus its group's mean, over the group's standard deviation + epsilon.
 
     `rewards`: [G * group_size], the samples of one prompt side by side. `normalize=False` leaves the division out
-    (Dr. GRPO, arXiv:2503.20783). A group of equal rewards gets zeros. Raises ValueError for a length that is no multiple.
+    (Dr. GRPO, arXiv:2503.20783). A group of equal rewards gets zeros. Raises ValueError for a length that is no
+    multiple.
     """
     values = np.asarray(rewards, np.float64)
     if group_size < 2:
@@ -31,7 +32,8 @@ def group_advantages(
     centred = groups - groups.mean(axis=1, keepdims=True)
     if normalize:
         centred = centred / (groups.std(axis=1, keepdims=True) + epsilon)
-    return centred.reshape(-1).astype(np.float32)
+    advantages: NDArray[np.float32] = centred.reshape(-1).astype(np.float32)
+    return advantages
 
 
 def grpo_loss(
@@ -45,7 +47,8 @@ def grpo_loss(
 ) -> Tensor:
     """Sum over the R tokens of the clipped loss plus `kl_coef` times the k3 penalty against the reference.
 
-    All tensors are [R]; `advantages` repeats a sequence's advantage over its tokens. A sum, so that micro-batches add up:
+    All tensors are [R]; `advantages` repeats a sequence's advantage over its tokens. A sum, so that micro-batches add
+    up:
     divide by the tokens of the whole batch (token mean) before `backward`.
     """
     if kl_coef and reference_logprobs is None:

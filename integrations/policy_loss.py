@@ -14,7 +14,8 @@ def clipped_policy_loss(
 ) -> Tensor:
     """Per-token loss [R]: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), arXiv:1707.06347 eq. 7.
 
-    `logprobs` carries the gradient; `old_logprobs` are those of the rollout. Unequal bounds are DAPO's (arXiv:2503.14476).
+    `logprobs` carries the gradient; `old_logprobs` are those of the rollout. Unequal bounds are DAPO's
+    (arXiv:2503.14476).
     """
     paddle = import_paddle()
     if not (0.0 <= clip_low < 1.0 and clip_high >= 0.0):
@@ -25,7 +26,7 @@ def clipped_policy_loss(
 
 
 def reference_penalty(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Per-token k3 estimate [R] of KL(policy || reference), differentiable in `logprobs` (GRPO, arXiv:2402.03300 eq. 4)."""
+    """Per-token k3 estimate [R] of KL(policy || reference), with a gradient to `logprobs` (arXiv:2402.03300 eq. 4)."""
     paddle = import_paddle()
     r = reference_logprobs - logprobs
     return paddle.expm1(r) - r

@@ -1,7 +1,8 @@
-"""Proximal policy optimisation (arXiv:1707.06347) as plain functions: GAE, the clipped value loss, the loss of a batch."""
+"""Proximal policy optimisation (arXiv:1707.06347) as plain functions: GAE, value loss, whole loss."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ Tensor = Any  # paddle.Tensor
 def token_rewards(
     rewards: ArrayLike, cu_rows: ArrayLike, kl: ArrayLike | None = None, kl_coef: float = 0.0
 ) -> NDArray[np.float32]:
-    """[R]: each sequence's reward on its last token, minus `kl_coef` times the per-token `kl` (InstructGPT's shaping)."""
+    """[R]: a sequence's reward on its last token, minus `kl_coef` times the per-token `kl` (arXiv:2203.02155)."""
     bounds = np.asarray(cu_rows, np.int64)
     values = np.asarray(rewards, np.float64)
     if len(values) != len(bounds) - 1:
@@ -31,7 +32,8 @@ def generalized_advantages(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """GAE (arXiv:1506.02438): (advantages [R], returns [R]) of packed sequences that end after their last token.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t, with V beyond the end 0.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + V_t, with V beyond the end
+    0.
     """
     for name, value in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= value <= 1.0:
@@ -41,7 +43,7 @@ def generalized_advantages(
     if r.shape != v.shape or r.shape != (int(bounds[-1]),):
         raise ValueError(f"rewards and values must have shape ({int(bounds[-1])},), got {r.shape} and {v.shape}")
     advantages = np.zeros_like(r)
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         following_value = following_advantage = 0.0
         for t in range(end - 1, start - 1, -1):
             delta = r[t] + gamma * following_value - v[t]
@@ -54,7 +56,8 @@ def generalized_advantages(
 def whiten(values: ArrayLike, epsilon: float = 1e-8) -> NDArray[np.float32]:
     """Mean 0 and standard deviation 1 over the batch."""
     x = np.asarray(values, np.float64)
-    return ((x - x.mean()) / (x.std() + epsilon)).astype(np.float32)
+    whitened: NDArray[np.float32] = ((x - x.mean()) / (x.std() + epsilon)).astype(np.float32)
+    return whitened
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.2) -> Tensor:

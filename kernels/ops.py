@@ -50,8 +50,9 @@ class AttentionSpec:
 class SamplingBatch:
     """How to turn R rows of logits into tokens. All arrays have R rows and are C-contiguous.
 
-    Order of processing for a row: logits -> + logit bias -> repetition, presence, frequency penalties -> / temperature ->
-    top-k -> top-p (mass relative to what top-k kept) -> min-p (relative to the largest probability). Ties go to the lower id.
+    Order of processing for a row: logits -> + logit bias -> repetition, presence, frequency penalties -> / temperature
+    -> top-k -> top-p (mass relative to what top-k kept) -> min-p (relative to the largest probability). Ties go to the
+    lower id.
     """
 
     temperature: NDArray[np.float32]
@@ -63,7 +64,7 @@ class SamplingBatch:
     min_p: NDArray[np.float32]
     """0 means off."""
     repetition_penalty: NDArray[np.float32]
-    """1 means off. Divides positive and multiplies negative logits of tokens in the history (CTRL, arXiv:1909.05858)."""
+    """1 means off. Divides positive and multiplies negative logits of the history (CTRL, arXiv:1909.05858)."""
     presence_penalty: NDArray[np.float32]
     """Subtracted from tokens that the output holds."""
     frequency_penalty: NDArray[np.float32]
@@ -112,7 +113,8 @@ class StepInputs:
     """One forward step of one rank as plain arrays: all that a worker needs beside weights and KV pool.
 
     Sequence s owns tokens seq_starts[s] : seq_starts[s + 1]; its last token of this step stands at absolute position
-    context_lens[s] - 1. A bucketed runner may pad: sequences without tokens, tokens with slot -1, both ignored by every op.
+    context_lens[s] - 1. A bucketed runner may pad: sequences without tokens, tokens with slot -1, both ignored by
+    every op.
     """
 
     token_ids: NDArray[np.int32]
@@ -177,7 +179,8 @@ class DecoderParams(Generic[Array]):
 class Ops(Protocol[Array]):
     """One device's implementation. Rows are independent: an output row depends on its own input row and the weights."""
 
-    # -- packing, at load time ------------------------------------------------------------------------------------------
+    # -- packing, at load time
+    # ------------------------------------------------------------------------------------------
     def pack_linear(self, weights: Sequence[Array], biases: Sequence[Array | None]) -> Any:
         """Fuse matrices [N_i, K] (Hugging Face layout: y = x W^T + b) that share their input into one operand."""
         ...
@@ -186,7 +189,8 @@ class Ops(Protocol[Array]):
         """Fuse the two input matrices [F, E] of a SwiGLU block (with biases absent, as in every supported family)."""
         ...
 
-    # -- ops ------------------------------------------------------------------------------------------------------------
+    # -- ops
+    # ------------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Array) -> Array:
         """[T] -> [T, E]"""
         ...
@@ -226,7 +230,8 @@ class Ops(Protocol[Array]):
         """LM head on [R, E], then token, logprobs and entropy per row; logits need not be kept."""
         ...
 
-    # -- a step ---------------------------------------------------------------------------------------------------------
+    # -- a step
+    # ---------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Array]) -> None:
         """Take the step's metadata and make last step's buffers free for re-use."""
         ...

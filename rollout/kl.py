@@ -5,14 +5,16 @@ Two different quantities use these formulas and must not be mixed:
 - *mismatch*: the trainer's forward against the rollout, same weights. Exactly 0.0 here; anything else is a defect.
 - *reference*: the policy against a frozen reference. What the algorithm watches; grows as the policy learns.
 
-All functions take NumPy float32 or float64 arrays of one shape and compute in float64, where a difference of two float32
-values is exact. Estimators are J. Schulman's ("Approximating KL Divergence", 2020): with r = log p - log q of tokens
-drawn from q, k1 = -r, k2 = r^2 / 2, k3 = exp(r) - r - 1; k1 and k3 are unbiased for KL(q || p), k3 is never negative.
+All functions take NumPy float32 or float64 arrays of one shape and compute in float64, where a difference of two
+float32 values is exact. Estimators are J. Schulman's ("Approximating KL Divergence", 2020): with r = log p - log q of
+tokens drawn from q, k1 = -r, k2 = r^2 / 2, k3 = exp(r) - r - 1; k1 and k3 are unbiased for KL(q || p), k3 is never
+negative.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,7 @@ Correction = Literal["truncate", "mask"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLReport:
-    """Masked statistics over the tokens of a batch. k3 is exp-shaped, so a few corrupt tokens show in p99 and max first."""
+    """Masked statistics over the tokens of a batch. k3 is exp-shaped, so corrupt tokens show in p99 and max first."""
 
     num_tokens: int
     k1_kl_mean: float
@@ -40,7 +42,7 @@ class KLReport:
     """Tokens whose two logprobs are not the same number."""
 
     def metrics(self, prefix: str = "rollout_corr") -> dict[str, float]:
-        """Under the names that trainers log: `<prefix>/kl`, `<prefix>/k3_kl`, `training/rollout_probs_diff_mean`, ..."""
+        """Under names that trainers log: `<prefix>/kl`, `<prefix>/k3_kl`, `training/rollout_probs_diff_mean`, ..."""
         return {
             f"{prefix}/kl": self.k1_kl_mean,
             f"{prefix}/k3_kl": self.k3_kl_mean,
@@ -111,7 +113,7 @@ def importance_ratios(
         raise ValueError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
     bounds = _sequence_bounds(cu_seqlens, len(r))
     lengths = np.diff(bounds)
-    totals = np.array([r[start:end].sum() for start, end in zip(bounds[:-1], bounds[1:], strict=True)])
+    totals = np.array([r[start:end].sum() for start, end in pairwise(bounds)])
     if level == "geometric":
         totals = totals / np.maximum(lengths, 1)
     return np.repeat(np.exp(totals), lengths)

@@ -88,7 +88,7 @@ class AutogradOps:
     def attention(
         self,
         qkv: tuple[Tensor, ...],
-        layer: int,  # noqa: ARG002  # all layers share the scratch pool
+        layer: int,  # all layers share the scratch pool
         params: LayerParams[Tensor],
         rope: Floats,
         spec: AttentionSpec,

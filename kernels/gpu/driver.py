@@ -27,11 +27,11 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
         """Accept that device and no other."""
         assert device == self._device, f"this process computes on GPU {self._device}, not {device}"
 
-    def get_device_capability(self, device: int) -> tuple[int, int]:  # noqa: ARG002
+    def get_device_capability(self, device: int) -> tuple[int, int]:
         """Compute capability, major and minor."""
         return self._capability
 
-    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+    def get_current_stream(self, device: int) -> int:
         """Handle of the stream that Paddle works on."""
         return int(paddle.device.cuda.current_stream().cuda_stream)
 

@@ -1,8 +1,9 @@
-"""Right, not only equal: the engine on real weights against an independent float64 forward that shares no line with it."""
+"""Right, not only equal: the engine on real weights against an independent float64 forward."""
 
 import numpy as np
 import pytest
 from independent_llama import IndependentLlama
+
 from zerokl.kernels.dispatch import get_ops
 from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.rollout.config import EngineConfig
@@ -19,9 +20,10 @@ CHAT = (
 )
 TEXTS = (
     CHAT.format("What is the capital of France?") + "The capital of France is Paris.<|im_end|>",
-    CHAT.format("Write a haiku about the sea.") + "Waves kiss the cold shore,\nsalt wind hums an ancient song,\nthe moon pulls them home.",
+    CHAT.format("Write a haiku about the sea.")
+    + "Waves kiss the cold shore,\nsalt wind hums an ancient song,\nthe moon pulls them home.",
     CHAT.format("What is 12 + 30?") + "12 + 30 = 42.<|im_end|>",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,9 @@ def test_logits_agree_with_float64_as_well_as_a_float32_forward_does(sequences, 
         ours.append(np.abs(engine_logits(smollm2_folder, ids) - exact).ravel())
         theirs.append(np.abs(ordinary.logits(ids) - exact).ravel())
     error, usual = np.concatenate(ours), np.concatenate(theirs)
-    print(f"max {error.max():.2e}, p99.9 {np.quantile(error, 0.999):.2e}, float32 p99.9 {np.quantile(usual, 0.999):.2e}")
+    print(
+        f"max {error.max():.2e}, p99.9 {np.quantile(error, 0.999):.2e}, float32 p99.9 {np.quantile(usual, 0.999):.2e}"
+    )
     assert error.max() < 1e-3
     assert np.mean(error < 1e-4) > 0.99
     assert np.quantile(error, 0.999) <= 2 * np.quantile(usual, 0.999)

@@ -1,11 +1,13 @@
-"""The tokenizer built from a GGUF file, against an independent byte-level BPE over the file's own vocabulary and merges."""
+"""The tokenizer built from a GGUF file, against an independent byte-level BPE over the same merges."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import regex
 from tokenizers import Tokenizer
+
 from zerokl.integrations.gguf_import import hugging_face_name, unpermute_rotary_rows
 
 ODD_STRINGS = [
@@ -70,7 +72,7 @@ class PlainBpe:
 
     def merge(self, pieces):
         while len(pieces) > 1:
-            ranked = [(self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(zip(pieces, pieces[1:]))]
+            ranked = [(self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(pairwise(pieces))]
             rank, i = min(ranked)
             if rank == len(self.ranks):
                 break
@@ -109,12 +111,14 @@ def test_plain_byte_level_differs(tokenizer_path):
 def test_rotary_rows_return_to_half_split_order():
     heads, size, columns = 3, 8, 5
     rows = np.arange(heads * size * columns, dtype=np.float32).reshape(heads * size, columns)
-    stored = rows.reshape(heads, 2, size // 2, columns).swapaxes(1, 2).reshape(rows.shape)  # what the converter to GGUF does
+    stored = (
+        rows.reshape(heads, 2, size // 2, columns).swapaxes(1, 2).reshape(rows.shape)
+    )  # what the converter to GGUF does
     assert not np.array_equal(stored, rows)
     np.testing.assert_array_equal(unpermute_rotary_rows(stored, heads), rows)
 
 
 def test_unknown_tensor_is_named():
     assert hugging_face_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
-    with pytest.raises(ValueError, match="blk.0.ssm_a"):
+    with pytest.raises(ValueError, match=r"blk\.0\.ssm_a"):
         hugging_face_name("blk.0.ssm_a")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import paddle
 import pytest
+
 from zerokl.integrations.grpo import group_advantages, grpo_loss
 from zerokl.integrations.policy_loss import clipped_policy_loss, reference_penalty
 from zerokl.integrations.ppo import clipped_value_loss, generalized_advantages, ppo_loss, token_rewards, whiten
@@ -16,7 +17,9 @@ def tensor(*values):
 
 def test_group_advantages():
     np.testing.assert_allclose(group_advantages([1, 0, 1, 0, 3, 3], 2, normalize=False), [0.5, -0.5, 0.5, -0.5, 0, 0])
-    np.testing.assert_allclose(group_advantages([1.0, 0.0, 5, 5], 2, epsilon=0.5), [0.5, -0.5, 0, 0])  # 0.5 / (0.5 + 0.5)
+    np.testing.assert_allclose(
+        group_advantages([1.0, 0.0, 5, 5], 2, epsilon=0.5), [0.5, -0.5, 0, 0]
+    )  # 0.5 / (0.5 + 0.5)
     assert group_advantages([2.0] * 4, 4).tolist() == [0.0] * 4
 
 
@@ -44,7 +47,9 @@ def test_clipped_tokens_have_no_gradient():
 
 
 def test_reference_penalty_is_k3():
-    np.testing.assert_allclose(reference_penalty(tensor(-1.0, -1.0), tensor(-1.0, -2.0)).numpy(), [0.0, math.exp(-1)], rtol=1e-6)
+    np.testing.assert_allclose(
+        reference_penalty(tensor(-1.0, -1.0), tensor(-1.0, -2.0)).numpy(), [0.0, math.exp(-1)], rtol=1e-6
+    )
 
 
 def test_grpo_loss_adds_the_penalty():
@@ -68,7 +73,9 @@ def test_gae_does_not_leak_between_sequences():
 
 
 def test_token_rewards():
-    np.testing.assert_allclose(token_rewards([1.0, 2.0], [0, 2, 3], kl=[0.1, 0.2, 0.3], kl_coef=0.5), [-0.05, 0.9, 1.85])
+    np.testing.assert_allclose(
+        token_rewards([1.0, 2.0], [0, 2, 3], kl=[0.1, 0.2, 0.3], kl_coef=0.5), [-0.05, 0.9, 1.85]
+    )
 
 
 def test_whiten():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from zerokl.integrations.batch import micro_batches, pack_rollouts
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
@@ -84,7 +85,9 @@ def test_reference_kl_starts_at_zero_and_grows(run):
 
 def test_the_same_seed_gives_the_same_bits(run, folder):
     algo, reports, weights, rollouts = run
-    again, weights_again, rollouts_again = train(folder, algo, STEPS, worker="process" if algo == "grpo" else "inprocess")
+    again, weights_again, rollouts_again = train(
+        folder, algo, STEPS, worker="process" if algo == "grpo" else "inprocess"
+    )
     assert [report.reward_mean for report in again] == [report.reward_mean for report in reports]
     for name, array in weights.items():
         np.testing.assert_array_equal(array.view(np.int32), weights_again[name].view(np.int32), err_msg=name)

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: what they hold, and that a wheel works in an environment of its own, apart from the checkout."""
+"""The wheel and the sdist: what they hold, and that they work in an environment of their own."""
 
 import subprocess
 import sys
@@ -50,12 +50,22 @@ def test_wheel_holds_every_python_file_and_no_source(distributions):
         assert f"zerokl/{room}/py.typed" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]
     assert len([name for name in names if name.endswith(".so")]) == 1
-    assert not [name for name in names if not name.startswith(("zerokl/", "zerokl-"))], "something outside the namespace"
+    assert not [name for name in names if not name.startswith(("zerokl/", "zerokl-"))], (
+        "something outside the namespace"
+    )
 
 
 def test_sdist_holds_what_a_build_needs(distributions):
-    names = {name.split("/", 1)[-1] for name in tarfile.open(distributions[1]).getnames()}
-    for needed in ("pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "kernels/csrc/module.cpp", "rollout/engine.py"):
+    with tarfile.open(distributions[1]) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for needed in (
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "LICENSE",
+        "README.md",
+        "kernels/csrc/module.cpp",
+        "rollout/engine.py",
+    ):
         assert needed in names
     assert not [name for name in names if name.startswith(("models/", "runs/", ".venv/", "build/"))]
 

@@ -40,7 +40,8 @@ def test_all_modules_import_without_torch():
         f"for name in {names!r}: importlib.import_module(name)\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+    done = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c",
+    code],
                           capture_output=True, text=True, cwd="/")  # fmt: skip
     assert done.returncode == 0, done.stderr
 

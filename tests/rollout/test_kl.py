@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+
 from zerokl.rollout.kl import correction_weights, importance_ratios, kl_estimates, kl_report, mismatch_kl, reference_kl
 
 

@@ -121,7 +121,6 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_.store(true);
-      gate_.fetch_add(uint64_t{1} << GENERATION_SHIFT);
     }
     wake_.notify_all();
     for (auto& thread : threads_) thread.join();
@@ -181,7 +180,7 @@ class Pool {
     const DefaultFloatEnvironment environment;
     inside_task = true;
     uint64_t seen = 0;
-    auto called = [&] { return gate_.load() >> GENERATION_SHIFT != seen; };
+    auto called = [&] { return stop_.load() || gate_.load() >> GENERATION_SHIFT != seen; };
     for (;;) {
       if (!spin_until(called)) {
         std::unique_lock<std::mutex> lock(mutex_);

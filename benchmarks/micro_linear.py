@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def best_seconds(body: Callable[[], None], seconds: float) -> float:
 def report(
     name: str, work: float, body: Callable[[], None], limit: Callable[[], float], unit: str, seconds: float
 ) -> dict[str, object]:
-    """Rate of `body` (work in 1e9 units) and its share of the limit, the better of before and after."""
+    """Rate of `body`, which does `work`, and its share of the limit, the higher of those before and after."""
     before = limit()
     rate = work / best_seconds(body, seconds) / 1e9
     peak = max(before, limit())
@@ -88,12 +89,9 @@ def trainer_products(rows: int) -> dict[str, tuple[float, Callable[[], None]]]:
         x, w, dy = rng.random((rows, k), np.float32), rng.random((n, k), np.float32), rng.random((rows, n), np.float32)
         y, dx, dw = aligned(rows, n), aligned(rows, k), np.zeros((n, k), np.float32)
         flops = 2.0 * rows * n * k
-        found[f"unpacked {name} {rows}"] = flops, lambda x=x, w=w, y=y: _cpu.linear_unpacked(x, w, None, y)
-        found[f"dX {name} {rows}"] = flops, lambda dy=dy, w=w, dx=dx: _cpu.matmul(dy, w, dx)
-        found[f"dW {name} {rows}"] = (
-            flops,
-            lambda dy=dy, x=x, dw=dw: _cpu.matmul(dy, x, dw, trans_a=True, accumulate=True),
-        )
+        found[f"unpacked {name} {rows}"] = flops, partial(_cpu.linear_unpacked, x, w, None, y)
+        found[f"dX {name} {rows}"] = flops, partial(_cpu.matmul, dy, w, dx)
+        found[f"dW {name} {rows}"] = flops, partial(_cpu.matmul, dy, x, dw, trans_a=True, accumulate=True)
     return found
 
 

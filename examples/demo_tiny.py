@@ -38,8 +38,8 @@ OUTPUT_TOKENS = 4
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", choices=["grpo", "ppo"], default="grpo")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per step")
     parser.add_argument("--samples", type=int, default=8, help="answers per prompt")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -63,7 +63,7 @@ def make_trainer(
     if algo == "ppo":
         ppo = PPOConfig(sampling_params=params, learning_rate=5e-3, micro_batch_tokens=4096, epochs=2)
         return PPOTrainer(policy, engine, publisher, reward, ppo)
-    grpo = GRPOConfig(sampling_params=params, learning_rate=5e-3, micro_batch_tokens=4096)
+    grpo = GRPOConfig(sampling_params=params, learning_rate=3e-3, micro_batch_tokens=4096)
     return GRPOTrainer(policy, engine, publisher, reward, grpo)
 
 
@@ -83,8 +83,8 @@ def main() -> int:
                 prompts = rng.integers(0, VOCABULARY, (args.prompts, PROMPT_TOKENS)).tolist()
                 display.add(trainer.step(prompts))
     display.finish()
-    first, last = display.reports[0].reward_mean, display.reports[-1].reward_mean
-    print(f"mean reward {first:.3f} -> {last:.3f}")
+    rewards = [report.reward_mean for report in display.reports]
+    print(f"mean reward {rewards[0]:.3f} in the first step, {np.mean(rewards[-10:]):.3f} over the last ten")
     return print_verdict(display.reports)
 
 

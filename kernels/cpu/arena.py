@@ -1,4 +1,4 @@
-"""Static float32 buffers of the CPU ops: what one op wrote is used again once nobody looks at it."""
+"""Memory of the CPU ops: reused buffers for what a step computes, huge pages for the weights it reads."""
 
 from __future__ import annotations
 
@@ -8,17 +8,35 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.kernels.cpu import _cpu
+
 Floats = NDArray[np.float32]
 
 _ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
-def aligned_empty(*shape: int) -> Floats:
-    """An uninitialised float32 array that starts on a cache line."""
-    size = math.prod(shape)
-    storage = np.empty(size + _ALIGN // 4, np.float32)
-    start = -storage.ctypes.data % _ALIGN // 4
-    return storage[start : start + size].reshape(shape)
+_SLAB_FLOATS = 8 << 20  # 32 MiB: sixteen huge pages
+
+
+class Slabs:
+    """Memory of packed weights, cut from large pieces that lie on huge pages.
+
+    Streaming half a gigabyte of weights per decode step misses the TLB on small pages. A single matrix is often smaller
+    than a huge page or a fraction over a few of them, hence the common pieces. A piece is freed when the last array cut
+    from it is gone.
+    """
+
+    def __init__(self) -> None:
+        self._free: Floats = np.empty(0, np.float32)
+
+    def take(self, *shape: int) -> Floats:
+        """An uninitialised array that starts on a cache line."""
+        size = math.prod(shape)
+        lines = -(-size * 4 // _ALIGN) * _ALIGN // 4
+        if lines > len(self._free):
+            self._free = _cpu.aligned_empty(max(lines, _SLAB_FLOATS))
+        taken, self._free = self._free[:size], self._free[lines:]
+        return taken.reshape(shape)
 
 
 class _Slot:

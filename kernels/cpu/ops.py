@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
-from zerokl.kernels.cpu.arena import Arena, aligned_empty
+from zerokl.kernels.cpu.arena import Arena, Slabs
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Floats = NDArray[np.float32]
@@ -56,6 +56,7 @@ class CpuOps:
         if num_threads is not None:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
+        self._slabs = Slabs()
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -79,7 +80,7 @@ class CpuOps:
         """See `Ops.pack_linear`. A missing bias beside a present one counts as zeros."""
         weight = np.ascontiguousarray(weights[0]) if len(weights) == 1 else np.concatenate(weights)
         outputs, inputs = weight.shape
-        panels = aligned_empty(-(-outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
+        panels = self._slabs.take(-(-outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
         _cpu.pack_linear(weight, panels)
         bias = None
         if any(part is not None for part in biases):
@@ -90,7 +91,7 @@ class CpuOps:
     def pack_gate_up(self, gate: Floats, up: Floats) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
         outputs, inputs = gate.shape
-        panels = aligned_empty(-(-2 * outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
+        panels = self._slabs.take(-(-2 * outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
         _cpu.pack_gate_up(np.ascontiguousarray(gate), np.ascontiguousarray(up), panels)
         return PackedGateUp(panels, outputs)
 

@@ -109,8 +109,8 @@ void matmul(const In<2>& a, const In<2>& b, const Out<2>& out, bool trans_a, boo
                    accumulate ? Finish::add : Finish::store});
 }
 
-// Reading weights through 4 KiB pages costs some per cent of the memory bandwidth. Huge pages need alignment and a hint;
-// the rest that does not fill one stays on small pages.
+// Reading weights through 4 KiB pages costs some per cent of the memory bandwidth. Huge pages need alignment and a
+// hint; the rest that does not fill one stays on small pages.
 constexpr size_t HUGE_PAGE = size_t{2} << 20, CACHE_LINE = 64;
 
 nb::ndarray<nb::numpy, float, nb::ndim<1>> aligned_empty(int64_t floats) {

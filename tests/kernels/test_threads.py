@@ -101,6 +101,26 @@ def test_calls_from_several_threads():
     assert not wrong
 
 
+def test_count_changes_while_others_compute():
+    expected = product()
+    stop, wrong = threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            wrong.extend([1] * (not np.array_equal(product(), expected)))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(300):
+        _cpu.set_num_threads(1 + i % 4)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert not wrong
+
+
 def test_idle_threads_sleep():
     _cpu.set_num_threads(4)
     product()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import zerokl.kernels.cpu.ops as cpu_ops
 from zerokl.kernels.cpu import _cpu
-from zerokl.kernels.cpu.arena import Arena, aligned_empty
+from zerokl.kernels.cpu.arena import Arena, Slabs
 from zerokl.kernels.cpu.ops import CpuOps
 from zerokl.kernels.dispatch import get_ops
 from zerokl.kernels.ops import SamplingBatch, neutral_sampling
@@ -79,8 +79,11 @@ def test_arena_reshapes_and_grows_but_never_under_a_holder() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (1, 16)])
 def test_memory_starts_on_cache_lines(shape: tuple[int, ...]) -> None:
-    assert aligned_empty(*shape).shape == shape
-    assert address(aligned_empty(*shape)) % 64 == 0
+    slabs = Slabs()
+    first, second = slabs.take(*shape), slabs.take(*shape)
+    assert first.shape == second.shape == shape
+    assert address(first) % 64 == address(second) % 64 == 0
+    assert not np.shares_memory(first, second)
     assert address(Arena().take(3, shape[-1])) % 64 == 0
 
 

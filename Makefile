@@ -6,6 +6,8 @@
 PYTHON ?= $(shell bash tools/find_python.sh)
 PY := .venv/bin/python
 ALGO ?= grpo
+# A trainer takes and frees activations of many megabytes all the time; kept in the heap they need no fresh pages.
+TRAIN := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=17179869184 $(PY)
 EXTENSION_SOURCES := $(wildcard kernels/csrc/*) CMakeLists.txt pyproject.toml
 # Tests run with PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
 RUN := PYTHONSAFEPATH=1 $(PY)
@@ -16,10 +18,10 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/.installed-demo ## GRPO on the real SmolLM2-135M-Instruct, on the CPU
-	$(PY) examples/demo.py
+	$(TRAIN) examples/demo.py
 
 demo-tiny: .venv/.installed-demo ## the same loop on a tiny model that visibly learns (ALGO=grpo or ppo)
-	$(PY) examples/demo_tiny.py --algo $(ALGO)
+	$(TRAIN) examples/demo_tiny.py --algo $(ALGO)
 
 test: .venv/.installed-test ## the test suite
 	$(RUN) -m pytest -m "not slow and not long"

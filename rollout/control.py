@@ -1,7 +1,8 @@
 """What callers hand to the engine's loop thread, and the versions of the weights that it keeps.
 
 Two kinds of work travel in one ordered queue: a `Call` (requests to run) and an `Exclusive` (a change that must find
-no request in flight). What was submitted before an Exclusive finishes before it; what came later waits for it.
+no step, or no request, in flight). What was submitted before an Exclusive is taken up before it, and finished if it
+waits; what came later waits for it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Call:
     `groups` holds the requests of each id that `abort` knows: the n samples of a prompt, or the one scored sequence.
     """
 
-    __slots__ = ("aborted", "future", "groups", "num_left", "texts")
+    __slots__ = ("aborted", "error", "future", "groups", "num_left", "texts")
 
     def __init__(self, groups: dict[str, list[Request]]) -> None:
         assert groups and all(groups.values()), "a call without requests has nothing to wait for"
@@ -36,6 +37,8 @@ class Call:
         """Ids aborted before the call was taken up."""
         self.texts: dict[str, str] = {}
         """Request id -> text before the stop string, for requests that one ended."""
+        self.error: Exception | None = None
+        """Why the call fails once its requests have ended."""
         self.future: Future[None] = Future()
         # A waiting coroutine that is cancelled would otherwise cancel the future under the loop's hands.
         self.future.set_running_or_notify_cancel()
@@ -47,24 +50,27 @@ class Call:
 
 
 class Exclusive:
-    """A change applied when no request is in flight.
+    """A change applied between two steps, when no request is in flight (`waits`) or without waiting for them.
 
     `prepare` runs as soon as the queue reaches the change, while earlier requests are still running; if it raises, the
     change is off and nothing was held up. `apply` runs after them; its result resolves the future. `discard` undoes
     `prepare` when the caller cancels the future in between.
     """
 
-    __slots__ = ("apply", "discard", "future", "prepare")
+    __slots__ = ("apply", "discard", "future", "prepare", "waits")
 
     def __init__(
         self,
         apply: Callable[[], Any],
         prepare: Callable[[], None] = lambda: None,
         discard: Callable[[], None] = lambda: None,
+        *,
+        waits: bool = True,
     ) -> None:
         self.prepare = prepare
         self.apply = apply
         self.discard = discard
+        self.waits = waits
         self.future: Future[Any] = Future()
 
 
@@ -116,25 +122,38 @@ class WeightSets:
         self.commit()
         self.num_updates = 0
 
-    def stage(self, source: WeightSource, version: int | None) -> None:
-        """Have the worker prepare the next version. Raises ValueError unless `version` is above the live one."""
+    @property
+    def staged_version(self) -> int:
+        """Version of the staged set, which there is."""
+        assert self._staged is not None, "nothing is staged"
+        return self._staged
+
+    def stage(self, source: WeightSource, version: int | None, *, allow_rewind: bool = False) -> None:
+        """Have the worker prepare the next version.
+
+        Raises ValueError unless `version` follows the live one; with `allow_rewind` any will do.
+        """
         live = self.versions[POLICY]
         version = live + 1 if version is None else version
-        if version <= live:
-            raise ValueError(f"version must be above the live version {live}, got {version}")
+        if version != live + 1 and not allow_rewind:
+            kind = "a gap" if version > live else "a repetition" if version == live else "a step back"
+            raise ValueError(
+                f"version must be {live + 1}, the one after the live version, unless allow_rewind=True, "
+                f"got {version} ({kind})"
+            )
         start = time.perf_counter()
         self._worker.stage_weights(source, version)
         self._staged = version
         self.stage_seconds += time.perf_counter() - start
 
-    def commit(self) -> int:
-        """Make the staged version live; returns it."""
+    def commit(self, *, keep_running: bool = False) -> int:
+        """Make the staged version live; returns it. `keep_running`: as `Scheduler.set_weights` takes it."""
         assert self._staged is not None, "commit without a staged version"
         start = time.perf_counter()
         self._worker.commit_weights()
         version, self._staged = self._staged, None
         self._epoch += 1
-        self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version)
+        self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version, keep_running=keep_running)
         self.versions = {**self.versions, POLICY: version}
         self.commit_seconds += time.perf_counter() - start
         self.num_updates += 1

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,11 @@ from numpy.typing import NDArray
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
-from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
+from zerokl.rollout.control import POLICY, Call, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.in_flight import InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
@@ -29,13 +30,11 @@ from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition, ScoreRequests
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.text import Tokenizer
-from zerokl.rollout.worker import FolderWeights, Worker, make_worker, weight_source
-
-if TYPE_CHECKING:
-    from zerokl.weight_sync import PublishedWeights
+from zerokl.rollout.weight_updates import WeightUpdates
+from zerokl.rollout.worker import FolderWeights, Worker, make_worker
 
 
-class RolloutEngine:
+class RolloutEngine(WeightMethods):
     """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
 
         with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
@@ -84,6 +83,10 @@ class RolloutEngine:
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
         self._loop = EngineLoop(self._scheduler, worker, self._weights, stop_strings, config.block_size)
+        in_flight = InFlightRequests(
+            self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
+        )
+        self._updates = WeightUpdates(self._loop, self._weights, in_flight)
         self._loop.start()
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -164,50 +167,6 @@ class RolloutEngine:
             await self._await(call)
         return scores.logprobs()
 
-    # -- weights ------------------------------------------------------------------------------------------------------
-    def update_weights(
-        self,
-        source: Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights,
-        version: int | None = None,
-    ) -> int:
-        """Replace the policy's weights; returns their version. Mode "wait": no request sees two versions.
-
-        The new weights are read, checked and packed between two steps. Requests submitted earlier then finish under the
-        old version; later ones wait and run under the new one. `source`: arrays by Hugging Face name (a mapping or its
-        items), a folder of safetensors, or what `WeightPublisher.publish` returned. `version` must be above the live
-        one; by default that of the publication, else the live one + 1.
-
-        Raises ValueError for wrong tensors or a version that does not grow; the old version then goes on serving, as it
-        does when the wait is interrupted by Ctrl-C.
-        """
-        weights, version = weight_source(source, version)
-        change = Exclusive(
-            prepare=lambda: self._weights.stage(weights, version),
-            apply=self._weights.commit,
-            discard=self._weights.discard,
-        )
-        live: int = self._change(change)
-        return live
-
-    def pin_weights(self, name: str = "reference") -> int:
-        """Keep the live weights under `name` for `score(policy=name)`, without a copy; returns their version.
-
-        Waits for the requests submitted before. An earlier pin of that name is replaced.
-        """
-        if not isinstance(name, str) or not name or name == POLICY:
-            raise ValueError(f"name must be a non-empty string other than {POLICY!r}, got {name!r}")
-        version: int = self._change(Exclusive(lambda: self._weights.pin(name)))
-        return version
-
-    def drop_weights(self, name: str) -> None:
-        """Forget a pinned set, after the requests submitted before. Raises ValueError for an unknown name."""
-        self._change(Exclusive(lambda: self._weights.drop(name)))
-
-    def get_weight_version(self, name: str = POLICY) -> int:
-        """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
-        self._check_policy(name)
-        return self._weights.versions[name]
-
     # -- control ------------------------------------------------------------------------------------------------------
     def abort(self, ids: str | Collection[str]) -> int:
         """End the requests of these `request_ids` after the current step; returns how many samples it ended.
@@ -238,6 +197,7 @@ class RolloutEngine:
             "num_waiting": self._scheduler.num_waiting,
             "num_held": self._loop.num_held,
             "weight_versions": dict(self._weights.versions),
+            "hook_errors": self._updates.hooks.num_errors,
             "worker": dict(self._worker),
         }
 
@@ -286,11 +246,6 @@ class RolloutEngine:
             self._loop.submit(call)
         return scores, call
 
-    def _check_policy(self, name: str) -> None:
-        known = self._weights.versions
-        if name not in known:
-            raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
-
     def _wait(self, call: Call) -> None:
         try:
             call.future.result()
@@ -308,11 +263,3 @@ class RolloutEngine:
     def _give_up(self, call: Call) -> None:
         with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
             self._loop.abort(list(call.groups))
-
-    def _change(self, change: Exclusive) -> Any:
-        self._loop.submit(change)
-        try:
-            return change.future.result()
-        except KeyboardInterrupt:
-            change.future.cancel()
-            raise

@@ -194,7 +194,7 @@ class EngineLoop:
         """Apply or drop the change that is due; False while requests must still finish before it."""
         change = self._draining
         assert change is not None
-        if self._scheduler.num_unfinished and not change.future.cancelled():
+        if change.waits and self._scheduler.num_unfinished and not change.future.cancelled():
             return False
         start = time.perf_counter()
         if change.future.set_running_or_notify_cancel():
@@ -230,11 +230,12 @@ class EngineLoop:
         result = self._worker.execute(inputs)
         self._worker_seconds += time.perf_counter() - called
         for request in self._scheduler.update(plan, result):
-            self._deliver(request)
+            self.deliver(request)
         self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
         self._step_seconds += time.perf_counter() - start
 
-    def _deliver(self, request: Request) -> None:
+    def deliver(self, request: Request) -> None:
+        """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""
         call = self._running.pop(request.request_id)
         text = self._stop_strings.take_text(request)
         if text is not None:
@@ -242,7 +243,17 @@ class EngineLoop:
         call.num_left -= 1
         if not call.num_left:
             self._close_call(call)
-            call.future.set_result(None)
+            if call.error is None:
+                call.future.set_result(None)
+            else:
+                call.future.set_exception(call.error)
+
+    def refuse(self, request: Request, error: Exception) -> None:
+        """End the call of a request that is in flight, with an error."""
+        call = self._running[request.request_id]
+        call.error = error
+        for group in call.groups.values():
+            self._abort_group(group)
 
     def _close_call(self, call: Call) -> None:
         with self._wake:
@@ -269,7 +280,7 @@ class EngineLoop:
         aborted = [self._scheduler.abort(request.request_id) for request in group]
         finished = [request for request in aborted if request is not None]
         for request in finished:
-            self._deliver(request)
+            self.deliver(request)
         return len(finished)
 
     def _take_up_aborted(self) -> None:

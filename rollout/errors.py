@@ -13,3 +13,15 @@ class EngineFailedError(RuntimeError):
 
 class EngineClosedError(RuntimeError):
     """The engine was closed before or while the call ran."""
+
+
+class EngineAsleepError(RuntimeError):
+    """The call needs weights or a KV pool that `sleep` has put away; `wake_up` brings them back."""
+
+
+class StaleRequestError(RuntimeError):
+    """The call was ended by a weight update: it held tokens older than `max_staleness` allows."""
+
+
+class HookError(RuntimeError):
+    """A hook registered for `before_update` raised, which calls the update off; `__cause__` is what it raised."""

@@ -42,6 +42,13 @@ class Rollout:
     """Tokens of the prompt whose keys and values came from the prefix cache."""
     num_preemptions: int
     """Times the request lost its KV blocks and was computed again."""
+    num_restarts: int
+    """Times its tokens were dropped, as older than `max_staleness`, and it began anew."""
+    num_kept_updates: int
+    """Weight updates that it went through with keys and values of the weights before (`kv="keep"`).
+
+    Above 0 its later logprobs are those of no single version: a trainer's forward does not give the same bits.
+    """
     seed: int
     """Key of the random numbers; with the same weights, prompt and parameters it gives the same tokens."""
     sample_index: int
@@ -51,6 +58,14 @@ class Rollout:
     sampling_params: SamplingParams
     logprobs_definition: LogprobsDefinition = "processed_logprobs"
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
+
+    @property
+    def version_spans(self) -> list[tuple[int, int, int]]:
+        """(start, end, version) of each run of tokens that one version of the weights sampled, in order."""
+        versions = self.policy_versions
+        starts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist()] if len(versions) else []
+        ends = [*starts[1:], len(versions)]
+        return [(start, end, int(versions[start])) for start, end in zip(starts, ends, strict=False)]
 
     @classmethod
     def from_request(cls, request: Request, text: str | None = None) -> Rollout:
@@ -70,6 +85,8 @@ class Rollout:
             stop_reason=request.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
             num_preemptions=request.num_preemptions,
+            num_restarts=request.num_restarts,
+            num_kept_updates=request.num_kept_updates,
             seed=request.seed,
             sample_index=request.sample_index,
             prompt_index=request.prompt_index,

@@ -54,17 +54,20 @@ class Request:
         "compute_target",
         "finish_reason",
         "group_id",
+        "has_older_kv",
         "in_flight_step",
         "key_root",
         "kind",
         "num_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_kept_updates",
         "num_output_tokens",
         "num_overtaken",
         "num_preemptions",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_restarts",
         "num_tokens",
         "policy",
         "prompt_index",
@@ -128,6 +131,9 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.num_restarts = 0
+        self.num_kept_updates = 0
+        self.has_older_kv = False
         self.arrival = -1
         self.admission = -1
         self.num_overtaken = 0
@@ -275,6 +281,16 @@ class Request:
         if self.sampling.history is not None:
             for token in self._tokens[begin : begin + num_rows].tolist():
                 self.sampling.history.append(token)
+
+    def restart(self) -> None:
+        """Forget all results, of a request that holds no blocks: it is computed again from its first wanted row."""
+        assert self.num_blocks == 0, f"{self.request_id} holds blocks"
+        if self.kind == "generate":
+            self.num_tokens = self.compute_target = self.num_prompt_tokens
+        self.num_output_tokens = self.results.size = 0
+        self.sampling.restart(self.prompt_token_ids)
+        self.block_keys.clear()
+        self.num_restarts += 1
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Mark as finished; tokens and results so far stay readable."""

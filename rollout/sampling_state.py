@@ -91,6 +91,11 @@ class SamplingState:
         self._ban = _bias_arrays(bias | dict.fromkeys(self.stop_ids, -np.inf)) if bans else self._bias
         self.uses_bias = bool(bias) or bans
 
+    def restart(self, prompt: NDArray[np.int32]) -> None:
+        """Forget the output: the history is that of the prompt."""
+        if self.history is not None:
+            self.history = TokenHistory(prompt)
+
     def bias(self, output_index: int) -> BiasArrays:
         """(token ids, values to add) for the row of output token `output_index`: at first, stop tokens are banned."""
         return self._ban if output_index < self.min_tokens else self._bias

@@ -53,9 +53,13 @@ class Scheduler:
         self._counts: Counter[str] = Counter()
 
     # -- weight sets -------------------------------------------------------------------------------
-    def set_weights(self, name: str, *, epoch: int, version: int) -> None:
-        """Declare or replace a weight set. Raises ValueError while requests of that name run on the old one."""
-        if self._running.count(name):
+    def set_weights(self, name: str, *, epoch: int, version: int, keep_running: bool = False) -> None:
+        """Declare or replace a weight set.
+
+        Raises ValueError while requests of that name run on the old one, unless `keep_running` says that they go on
+        with the blocks they hold.
+        """
+        if self._running.count(name) and not keep_running:
             raise ValueError(
                 f"weight set {name!r} must not be replaced under {self._running.count(name)} running requests: "
                 "drain, abort or preempt them first"

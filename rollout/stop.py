@@ -97,6 +97,10 @@ class StopStrings:
             found = watch.push(int(token))
         return found
 
+    def forget(self, request: Request) -> None:
+        """The request begins anew: what was seen of its output does not count."""
+        self._watches.pop(request.request_id, None)
+
     def take_text(self, request: Request) -> str | None:
         """Forget a finished request; its text if a stop string ended it."""
         watch = self._watches.pop(request.request_id, None)

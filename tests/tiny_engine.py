@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
@@ -128,3 +129,31 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.001)
     raise AssertionError("the condition never came true")
+
+
+def gated_engine(folder: Path, **changes: Any) -> tuple[RolloutEngine, GatedWorker]:
+    """An engine whose steps wait for permits, and its worker."""
+    workers: list[GatedWorker] = []
+
+    def make(config: EngineConfig) -> GatedWorker:
+        workers.append(GatedWorker(config))
+        return workers[0]
+
+    return RolloutEngine(tiny_options(folder, **changes), make_worker=make), workers[0]
+
+
+def update_after(
+    engine: RolloutEngine, worker: GatedWorker, num_steps: int, source: Any, **options: Any
+) -> Callable[[], int]:
+    """Let `num_steps` steps pass, and have the update taken up right after them; joins the update.
+
+    Requests must be in flight already. Steps go on to wait for permits afterwards.
+    """
+    for _ in range(num_steps - 1):
+        worker.began.acquire()
+        worker.gate.release()
+    worker.began.acquire()
+    update = in_thread(lambda: engine.update_weights(source, **options))
+    wait_until(lambda: engine.health()["num_held"] == 1)
+    worker.gate.release()
+    return update

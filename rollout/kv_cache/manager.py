@@ -102,14 +102,23 @@ class KVCacheManager:
         request.num_blocks += 1
 
     def publish(self, request: Request) -> None:
-        """Make full blocks that were computed since the last call available to others."""
+        """Make full blocks that were computed since the last call available to others.
+
+        A request with keys and values of earlier weights in its blocks publishes nothing: what it computes from them
+        belongs to no epoch.
+        """
         num_full = request.num_computed_tokens // self.block_size
-        if num_full == request.num_published_blocks or not self._shares(request):
+        if num_full == request.num_published_blocks or request.has_older_kv or not self._shares(request):
             return
         blocks = request.block_table[:num_full].tolist()
         for index in range(request.num_published_blocks, num_full):
             self._prefixes.insert(self._key(request, index), self._block_tokens(request, index), blocks[index])
         request.num_published_blocks = num_full
+
+    def keep_older(self, request: Request) -> None:
+        """The weights change under a request that keeps its blocks; they stay its own until it lets go of them."""
+        request.has_older_kv = True
+        request.num_kept_updates += 1
 
     def release(self, request: Request) -> None:
         """Take all blocks back. Published ones keep their content until they are needed."""
@@ -118,6 +127,7 @@ class KVCacheManager:
             self._pool.release(block, keep=block in self._prefixes)
         request.num_blocks = 0
         request.num_published_blocks = 0
+        request.has_older_kv = False
 
     # -- sharing -----------------------------------------------------------------------------------
     def shareable_tokens(self, request: Request) -> int:

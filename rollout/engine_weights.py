@@ -1,0 +1,153 @@
+"""The engine's methods about weights: updates, hooks, pinned sets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zerokl.rollout.control import POLICY, Exclusive, WeightSets
+from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.hooks import Hook, HookName, OnHookError
+from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
+from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
+from zerokl.rollout.worker import weight_source
+
+if TYPE_CHECKING:
+    from zerokl.weight_sync import PublishedWeights
+
+    Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
+
+
+class HotSwap:
+    """What `RolloutEngine.hot_swap` yields: `version` is the one that its end has made live, None before."""
+
+    def __init__(self) -> None:
+        self.version: int | None = None
+
+
+class WeightMethods:
+    """The part of `RolloutEngine` that changes weights; the engine makes the collaborators."""
+
+    _loop: EngineLoop
+    _weights: WeightSets
+    _updates: WeightUpdates
+
+    def update_weights(
+        self,
+        source: Source,
+        version: int | None = None,
+        *,
+        mode: UpdateMode = "wait",
+        kv: KVMode | None = None,
+        max_staleness: int | None = None,
+        on_stale: OnStale = "requeue",
+        allow_rewind: bool = False,
+    ) -> int:
+        """Replace the policy's weights; returns their version.
+
+        `source`: arrays by Hugging Face name (a mapping or its items), a folder of safetensors, or what
+        `WeightPublisher.publish` returned. `version`: by default that of the publication, else the live one + 1; any
+        other than the live one + 1 needs `allow_rewind`. The new weights are read, checked and packed, then become live
+        between two steps. What that means for the policy's requests submitted earlier is `mode`'s:
+
+        - "wait": they finish first, under the old version; later ones wait. No request sees two versions.
+        - "keep": they go on. With kv="recompute" (the default; the mode is also called "retract") their keys and
+          values are computed again: later tokens are those of a fresh engine with the new weights and the same prefix,
+          bit for bit. With kv="keep" ("in_place") old keys and values stay in use, by these requests alone; such
+          rollouts say so in `num_kept_updates`. `max_staleness` bounds how many versions a request's oldest token may
+          lie behind: beyond it the request begins anew, or with on_stale="refuse" its call raises StaleRequestError.
+        - "abort": they end with finish_reason "abort" and the tokens so far.
+
+        Where it does not wait, a score call in flight begins anew: its result is of one version.
+
+        Raises ValueError for wrong options, tensors or version, HookError; the old version then goes on serving, as it
+        does when the wait is interrupted by Ctrl-C.
+        """
+        return self._make_update(
+            source, version, mode=mode, kv=kv, max_staleness=max_staleness, on_stale=on_stale, allow_rewind=allow_rewind
+        ).run()
+
+    async def aupdate_weights(self, source: Source, version: int | None = None, **options: Any) -> int:
+        """`update_weights` for coroutines, with its options. Cancelling the task gives up an update that waits."""
+        update = self._make_update(source, version, **options)
+        running = asyncio.ensure_future(asyncio.to_thread(update.run))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            update.give_up()
+            running.add_done_callback(_forget)
+            raise
+
+    @contextmanager
+    def hot_swap(self, source: Source | Callable[[], Source], **options: Any) -> Iterator[HotSwap]:
+        """Train inside, serve after: a body that ends well is followed by `update_weights`, with its options.
+
+            with engine.hot_swap(policy.named_arrays, mode="keep") as swap:
+                optimizer.step()
+            print(swap.version)
+
+        `source` may be a function that gives the weights at the end of the body. A body that raises updates nothing.
+        """
+        InFlightOptions(**{key: value for key, value in options.items() if key not in ("version", "allow_rewind")})
+        swap = HotSwap()
+        yield swap
+        swap.version = self.update_weights(source() if callable(source) else source, **options)
+
+    def add_update_hook(self, name: HookName, hook: Hook, *, on_error: OnHookError | None = None) -> Callable[[], None]:
+        """Have `hook(UpdateEvent)` called "before_update", "after_commit" or "on_failure"; returns what removes it.
+
+        Hooks run in the thread that asked for the update and may call the engine. `before_update` comes before anything
+        is read; what it raises calls the update off with HookError, or with on_error="report" is logged. What the
+        others raise is always logged, and counted in `health()["hook_errors"]`: the update's own outcome stands.
+        """
+        return self._updates.hooks.add(name, hook, on_error)
+
+    # -- sets ---------------------------------------------------------------------------------------------------------
+    def pin_weights(self, name: str = "reference") -> int:
+        """Keep the live weights under `name` for `score(policy=name)`, without a copy; returns their version.
+
+        Waits for the requests submitted before. An earlier pin of that name is replaced.
+        """
+        if not isinstance(name, str) or not name or name == POLICY:
+            raise ValueError(f"name must be a non-empty string other than {POLICY!r}, got {name!r}")
+        version: int = self._change(Exclusive(lambda: self._weights.pin(name)))
+        return version
+
+    def drop_weights(self, name: str) -> None:
+        """Forget a pinned set, after the requests submitted before. Raises ValueError for an unknown name."""
+        self._change(Exclusive(lambda: self._weights.drop(name)))
+
+    def get_weight_version(self, name: str = POLICY) -> int:
+        """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
+        self._check_policy(name)
+        return self._weights.versions[name]
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    def _make_update(
+        self, source: Source, version: int | None = None, *, allow_rewind: bool = False, **options: Any
+    ) -> WeightUpdate:
+        in_flight = InFlightOptions(**options)
+        weights, version = weight_source(source, version)
+        return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
+
+    def _check_policy(self, name: str) -> None:
+        known = self._weights.versions
+        if name not in known:
+            raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
+
+    def _change(self, change: Exclusive) -> Any:
+        self._loop.submit(change)
+        try:
+            return change.future.result()
+        except KeyboardInterrupt:
+            change.future.cancel()
+            raise
+
+
+def _forget(future: asyncio.Future[Any]) -> None:
+    """Look at the outcome that nobody waits for any more, or asyncio complains that nobody did."""
+    if not future.cancelled():
+        future.exception()

@@ -16,6 +16,7 @@ _EXPORTS = {
     "PackedBatch": "batch",
     "PolicyModel": "policy_model",
     "PolicyTrainer": "trainer",
+    "PublishEvery": "publish_hook",
     "StepReport": "report",
     "micro_batches": "batch",
     "pack_rollouts": "batch",

@@ -172,6 +172,12 @@ class WeightSets:
         self.versions = {**self.versions, name: version}
         return version
 
+    def drop_pins(self) -> None:
+        """The worker has lost all pinned sets."""
+        for name in set(self.versions) - {POLICY}:
+            self._scheduler.drop_weights(name)
+        self.versions = {POLICY: self.versions[POLICY]}
+
     def drop(self, name: str) -> None:
         """Forget a pinned set. Raises ValueError for an unknown name and for the policy itself."""
         if name == POLICY or name not in self.versions:

@@ -28,6 +28,7 @@ from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition, ScoreRequests
+from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.text import Tokenizer
 from zerokl.rollout.weight_updates import WeightUpdates
@@ -72,6 +73,7 @@ class RolloutEngine(WeightMethods):
         stop_strings = StopStrings(self._tokenizer)
         self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
         self._weights = WeightSets(worker, self._scheduler)
+        self._sleep = Sleep(worker, self._weights, self._kv_cache)
         self._weights.load_first(FolderWeights(path=config.model))
         self._worker = {key: value for key, value in worker.describe().items() if key in ("kind", "pid", "num_threads")}
         self._describe_worker = worker.describe
@@ -82,11 +84,13 @@ class RolloutEngine(WeightMethods):
             vocab_size=self._model_config.vocab_size,
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
-        self._loop = EngineLoop(self._scheduler, worker, self._weights, stop_strings, config.block_size)
+        self._loop = EngineLoop(
+            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake
+        )
         in_flight = InFlightRequests(
             self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
         )
-        self._updates = WeightUpdates(self._loop, self._weights, in_flight)
+        self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep)
         self._loop.start()
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -188,16 +192,20 @@ class RolloutEngine(WeightMethods):
         return self._loop.metrics()
 
     def health(self) -> dict[str, Any]:
-        """State ("running", "draining", "failed", "closed"), cause of a failure, load, versions, the worker's kind."""
-        cause = self._loop.cause
+        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, the worker's kind.
+
+        States are "running", "draining", "asleep", "failed" and "closed".
+        """
+        cause, state = self._loop.cause, self._loop.state
         return {
-            "state": self._loop.state,
+            "state": "asleep" if state == "running" and self._sleep.parts else state,
             "cause": None if cause is None else repr(cause),
             "num_running": self._scheduler.num_running,
             "num_waiting": self._scheduler.num_waiting,
             "num_held": self._loop.num_held,
             "weight_versions": dict(self._weights.versions),
             "hook_errors": self._updates.hooks.num_errors,
+            "asleep": dict(self._sleep.parts),
             "worker": dict(self._worker),
         }
 
@@ -240,6 +248,7 @@ class RolloutEngine(WeightMethods):
     def _submit_scores(
         self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any
     ) -> tuple[ScoreRequests, Call | None]:
+        self._sleep.check_awake()
         self._check_policy(policy)
         scores, call = self._calls.score_call(sequences, sampling_params, definition, policy, prompt_lens)
         if call is not None:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
-from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
@@ -32,13 +32,21 @@ class EngineLoop:
     """Owns the loop thread from `start` to `close`. Public methods may be called from any thread."""
 
     def __init__(
-        self, scheduler: Scheduler, worker: Worker, weights: WeightSets, stop_strings: StopStrings, block_size: int
+        self,
+        scheduler: Scheduler,
+        worker: Worker,
+        weights: WeightSets,
+        stop_strings: StopStrings,
+        block_size: int,
+        check_awake: Callable[[], None],
     ) -> None:
+        """`check_awake` raises EngineAsleepError where requests cannot run."""
         self._scheduler = scheduler
         self._worker = worker
         self._weights = weights
         self._stop_strings = stop_strings
         self._block_size = block_size
+        self._check_awake = check_awake
         self._wake = threading.Condition()
         # Guarded by _wake, as are _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
@@ -76,10 +84,14 @@ class EngineLoop:
         return len(self._inbox)
 
     def submit(self, item: Call | Exclusive) -> None:
-        """Queue a call or a change. Raises ValueError if an id is in use, EngineFailedError or EngineClosedError."""
+        """Queue a call or a change.
+
+        Raises ValueError if an id is in use, EngineAsleepError, EngineFailedError or EngineClosedError.
+        """
         with self._wake:
-            self._check_alive()
+            self.check_alive()
             if isinstance(item, Call):
+                self._check_awake()
                 taken = next((name for name in item.groups if name in self._open), None)
                 if taken is not None:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
@@ -92,7 +104,7 @@ class EngineLoop:
         future: Future[Result] = Future()
         future.set_running_or_notify_cancel()
         with self._wake:
-            self._check_alive()
+            self.check_alive()
             self._urgent.append((action, future))
             self._wake.notify()
         return future
@@ -127,7 +139,8 @@ class EngineLoop:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise EngineFailedError or EngineClosedError where the loop has ended, or is about to be."""
         if self._ended == "failed":
             raise EngineFailedError(f"the engine has failed: {self.cause!r}") from self.cause
         if self._ended == "closed" or self._closing:
@@ -208,10 +221,11 @@ class EngineLoop:
     def _add(self, call: Call) -> None:
         added: list[Request] = []
         try:
+            self._check_awake()
             for request in call.requests:
                 self._scheduler.add(request)
                 added.append(request)
-        except ValueError as error:  # the weight set was dropped since the call was checked
+        except (ValueError, EngineAsleepError) as error:  # weights were dropped or put away since the call was checked
             for request in added:
                 self._scheduler.abort(request.request_id)
             self._close_call(call)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.hooks import Hook, HookName, OnHookError
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
+from zerokl.rollout.sleep import Sleep, SleepTag, sleep_level, sleep_tags
 from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
 from zerokl.rollout.worker import weight_source
 
@@ -34,6 +36,7 @@ class WeightMethods:
     _loop: EngineLoop
     _weights: WeightSets
     _updates: WeightUpdates
+    _sleep: Sleep
 
     def update_weights(
         self,
@@ -113,17 +116,50 @@ class WeightMethods:
         """
         if not isinstance(name, str) or not name or name == POLICY:
             raise ValueError(f"name must be a non-empty string other than {POLICY!r}, got {name!r}")
-        version: int = self._change(Exclusive(lambda: self._weights.pin(name)))
+        version: int = self._change(Exclusive(lambda: self._weights.pin(name), self._sleep.check_weights))
         return version
 
     def drop_weights(self, name: str) -> None:
         """Forget a pinned set, after the requests submitted before. Raises ValueError for an unknown name."""
-        self._change(Exclusive(lambda: self._weights.drop(name)))
+        self._change(Exclusive(lambda: self._weights.drop(name), self._sleep.check_weights))
 
     def get_weight_version(self, name: str = POLICY) -> int:
         """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
         self._check_policy(name)
         return self._weights.versions[name]
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+    def sleep(
+        self,
+        tags: SleepTag | Collection[SleepTag] | None = None,
+        level: int = 1,
+        *,
+        spill_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Free the worker's memory of "weights" (all sets) and "kv_cache" (the pool), by default both.
+
+        Waits for the requests submitted before. Until `wake_up`, `generate` and `score` raise EngineAsleepError. What
+        `level` means is said of the weights; keys and values are dropped at either, and cached prefixes with them.
+
+        - Level 1: the packed weights are written to an unlinked file in `spill_dir` (by default the system's folder for
+          temporary files, which must not be in memory, or nothing is gained). `wake_up` reads them back, byte for byte.
+        - Level 2: they are dropped, pinned sets and all. `update_weights` brings new ones and ends the sleep of
+          "weights"; until then `wake_up` leaves it as it is.
+
+        Raises ValueError for a tag or level that there is not, and where the file cannot be written: nothing is freed
+        then.
+        """
+        chosen, level = sleep_tags(tags), sleep_level(level)
+        folder = None if spill_dir is None else os.fspath(spill_dir)
+        self._change(Exclusive(lambda: self._sleep.put_away(chosen, level, folder)))
+
+    def wake_up(self, tags: SleepTag | Collection[SleepTag] | None = None) -> list[str]:
+        """Bring parts back, by default all; returns those that are still away. What is awake is passed over."""
+        chosen = sleep_tags(tags)
+        away: list[str] = self._change(
+            Exclusive(lambda: list(self._sleep.parts), lambda: self._sleep.bring_back(chosen))
+        )
+        return away
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _make_update(
@@ -139,12 +175,13 @@ class WeightMethods:
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
     def _change(self, change: Exclusive) -> Any:
-        self._loop.submit(change)
-        try:
-            return change.future.result()
-        except KeyboardInterrupt:
-            change.future.cancel()
-            raise
+        with self._updates.lock:
+            self._loop.submit(change)
+            try:
+                return change.future.result()
+            except KeyboardInterrupt:
+                change.future.cancel()
+                raise
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

@@ -117,9 +117,9 @@ def test_ctrl_c_gives_up_an_update_that_waits(tiny_model: Path) -> None:
     engine, worker = gated_engine(tiny_model)
 
     def interrupt() -> None:
-        while engine.health()["state"] != "draining":
-            worker.gate.release()
-            worker.began.acquire()
+        wait_until(lambda: engine.health()["num_held"] == 1)
+        worker.gate.release()
+        wait_until(lambda: engine.health()["state"] == "draining")
         os.kill(os.getpid(), signal.SIGINT)
 
     with engine:

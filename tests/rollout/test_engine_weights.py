@@ -95,10 +95,9 @@ def test_requests_before_an_update_finish_under_the_old_version_and_later_ones_w
     early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    # One step at a time until the loop has taken up the update: it drains then.
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
+    wait_until(lambda: engine.health()["num_held"] == 1)
+    worker.gate.release()
+    wait_until(lambda: engine.health()["state"] == "draining")
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     wait_until(lambda: engine.health()["num_held"] == 1)
     worker.open()
@@ -113,9 +112,9 @@ def test_a_held_call_can_be_aborted_and_a_drain_given_up_by_closing(gated: tuple
     early = in_thread(lambda: engine.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
+    wait_until(lambda: engine.health()["num_held"] == 1)
+    worker.gate.release()
+    wait_until(lambda: engine.health()["state"] == "draining")
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS, request_ids=["late"]))
     wait_until(lambda: engine.health()["num_held"] == 1)
     aborting = in_thread(lambda: engine.abort("late"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +13,22 @@ from zerokl.kernels.ops import AttentionSpec, KVPool, Ops
 Array = TypeVar("Array")
 
 DEVICES = ("cpu", "gpu", "reference")
+
+
+class WeightPacker(Protocol[Array]):
+    """The part of an op table that makes a set of weights."""
+
+    def tensor(self, values: NDArray[np.float32]) -> Array:
+        """A copy of `values` in the device's form, independent of it afterwards."""
+        ...
+
+    def pack_linear(self, weights: Sequence[Array], biases: Sequence[Array | None]) -> Any:
+        """See `Ops.pack_linear`."""
+        ...
+
+    def pack_gate_up(self, gate: Array, up: Array) -> Any:
+        """See `Ops.pack_gate_up`."""
+        ...
 
 
 class EngineOps(Ops[Array], Protocol[Array]):
@@ -47,3 +64,40 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
 
         return ReferenceOps()
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+def weight_packer(ops: EngineOps[Any], *, beside_steps: bool) -> WeightPacker[Any]:
+    """What packs a new set of weights for `ops`; with `beside_steps`, while another thread may run steps."""
+    from zerokl.kernels.cpu.ops import CpuOps
+
+    if isinstance(ops, CpuOps):
+        return ops.packer.next_set(beside_steps=beside_steps)
+    return ops
+
+
+def release_spare_weights(ops: EngineOps[Any]) -> int:
+    """Give memory of dropped sets of weights, which the next set would use again, to the system; returns its bytes."""
+    from zerokl.kernels.cpu.ops import CpuOps
+
+    return ops.packer.slabs.release_spare() if isinstance(ops, CpuOps) else 0
+
+
+def forget_step(ops: EngineOps[Any]) -> None:
+    """Have `ops` let go of the pool and the buffers of the last step."""
+    from zerokl.kernels.cpu.ops import CpuOps
+
+    if isinstance(ops, CpuOps):
+        ops.forget_step()
+
+
+def host_storage(ops: EngineOps[Any]) -> Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]] | None:
+    """What gives uninitialised NumPy arrays for weights of `ops`; None where its arrays are not NumPy's."""
+    from zerokl.kernels.cpu.ops import CpuOps
+
+    if not isinstance(ops, CpuOps):
+        return None
+
+    def take(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        return ops.packer.slabs.take(*shape) if dtype == np.float32 else np.empty(shape, dtype)
+
+    return take

@@ -12,10 +12,14 @@ from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync.errors import (
     ChecksumError,
+    IncompleteUpdateError,
     ManifestError,
+    ParentMismatchError,
     SegmentBusyError,
     SegmentMissingError,
     SegmentTruncatedError,
+    UpdateInProgressError,
+    VersionOrderError,
 )
 
 _TRACEBACK_CHARS = 16_384
@@ -76,6 +80,25 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PutAway:
+    """Worker.sleep; answered by Done."""
+
+    weights: bool
+    kv_cache: bool
+    level: int
+    spill_dir: str
+    """Empty: the default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BringBack:
+    """Worker.wake_up; answered by Done."""
+
+    weights: bool
+    kv_cache: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Describe:
     """Worker.describe; answered by Facts."""
 
@@ -124,6 +147,8 @@ Message = (
     | Discard
     | Pin
     | Drop
+    | PutAway
+    | BringBack
     | Describe
     | Close
     | Done
@@ -136,18 +161,22 @@ _ERROR_CLASSES: tuple[type[Exception], ...] = (
     ChecksumError,
     FileNotFoundError,
     FloatingPointError,
+    IncompleteUpdateError,
     ManifestError,
     MemoryError,
     NotADirectoryError,
     NotImplementedError,
     OSError,
+    ParentMismatchError,
     PermissionError,
     RuntimeError,
     SegmentBusyError,
     SegmentMissingError,
     SegmentTruncatedError,
     TypeError,
+    UpdateInProgressError,
     ValueError,
+    VersionOrderError,
     WorkerError,
 )
 _ERRORS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in _ERROR_CLASSES}

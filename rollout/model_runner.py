@@ -9,19 +9,22 @@ one set from beginning to end. Each set carries an epoch that never repeats, bes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zerokl.kernels.dispatch import get_ops
-from zerokl.kernels.ops import DecoderParams, SampleResult, StepInputs
+from zerokl.kernels.dispatch import forget_step, get_ops, host_storage, release_spare_weights, weight_packer
+from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
+from zerokl.rollout.spill import SpilledSets
+from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
@@ -53,7 +56,7 @@ class WeightSet:
 
 
 class ModelRunner:
-    """One model, one KV pool, several sets of weights. Calls come from one thread at a time."""
+    """One model, one KV pool, several sets of weights. One thread calls; `stage` may run beside it."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         """Make the ops and allocate the KV pool; no weights yet.
@@ -65,15 +68,22 @@ class ModelRunner:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         self._config = model_config
         self._spec = DecoderSpec.from_config(model_config)
+        self._device = config.device
         self._ops = get_ops(config.device, num_threads)
-        self._pool = self._ops.kv_pool(
-            model_config.num_hidden_layers, config.num_blocks, config.block_size, self._spec.attention
+        self._make_pool = partial(
+            self._ops.kv_pool,
+            model_config.num_hidden_layers,
+            config.num_blocks,
+            config.block_size,
+            self._spec.attention,
         )
+        self._pool: KVPool[Any] | None = self._make_pool()
         positions = config.max_model_len or model_config.max_position_embeddings
         self._rope = self._ops.tensor(rope_table(model_config.rope, model_config.head_dim, positions))
         self._epochs = count(1)
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
+        self._spilled: SpilledSets | None = None
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
@@ -89,6 +99,8 @@ class ModelRunner:
         weights = self._sets.get(inputs.policy)
         if weights is None:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
+        if self._pool is None:
+            raise ValueError("there is no KV pool: it is asleep")
         hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
         if not len(inputs.logit_rows):
             return _no_rows(inputs.sampling.want_raw)
@@ -97,18 +109,35 @@ class ModelRunner:
             raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
         return result
 
-    def stage(self, tensors: Mapping[str, Any], version: int = 0) -> None:
-        """Pack a complete set of weights beside the live one, in place of what was staged before.
+    def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
+        """Pack a set of weights beside the live one, in place of what was staged before.
 
-        `tensors` maps Hugging Face names to float32 NumPy arrays (read-only ones will do, and a mapping that reads on
-        access, such as `models.loader.open_tensors` gives, keeps the peak of memory low). Everything kept is a copy:
-        the sources may be overwritten afterwards. Raises ValueError naming missing, extra or misshapen tensors;
-        nothing is staged then.
+        May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
+        ones will do, and a mapping that reads on access, such as `models.loader.open_tensors` gives, keeps the peak of
+        memory low). Everything kept is a copy: the sources may be overwritten afterwards. With `delta` they are those
+        that differ from the live set's, and what was packed of the others is shared with it. Raises ValueError naming
+        missing, extra or misshapen tensors; nothing is staged then.
         """
         self._staged = None
-        check_tensors(tensors, self._config)
-        params = build_params(self._ops, self._config, tensors, self._rope, keep=self._ops.tensor)
+        live = self._sets.get(LIVE)
+        previous = None
+        if delta:
+            assert live is not None, "a delta without live weights"
+            previous = Previous(params=live.params, changed=frozenset(tensors))
+            tensors = Overlay(tensors, self.live_tensors())
+        else:
+            check_tensors(tensors, self._config)
+        packer = weight_packer(self._ops, beside_steps=live is not None)
+        params = build_params(packer, self._config, tensors, self._rope, keep=packer.tensor, previous=previous)
         self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
+
+    def live_tensors(self) -> Mapping[str, Any]:
+        """What the live set was packed of, unpacked on access. Raises ValueError where the device cannot."""
+        if self._device != "cpu":
+            raise ValueError(f"device {self._device!r} cannot read packed weights back: publish all tensors")
+        from zerokl.rollout.models.packed_tensors import PackedTensors
+
+        return PackedTensors(self._sets[LIVE].params, self._config)
 
     def commit(self) -> None:
         """Make the staged set the live one, from the next step on."""
@@ -135,6 +164,38 @@ class ModelRunner:
         if name == LIVE or name not in self._sets:
             raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
         del self._sets[name]
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:
+        """Free the memory of "weights" (all sets) and "kv_cache". Level 1 writes the sets to a file in `spill_dir`.
+
+        Raises ValueError where that cannot be done; nothing is freed then.
+        """
+        if "weights" in tags:
+            spilled = self._spill(spill_dir) if level == 1 else None
+            if self._spilled is not None and self._spilled is not spilled:
+                self._spilled.close()
+            self._spilled, self._sets, self._staged = spilled, {}, None
+        if "kv_cache" in tags:
+            self._pool = None
+        forget_step(self._ops)
+        release_spare_weights(self._ops)
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
+        if "weights" in tags and self._spilled is not None:
+            take = host_storage(self._ops)
+            assert take is not None, "spilled without a way back"
+            self._sets = self._spilled.restore(take)
+            self._spilled.close()
+            self._spilled = None
+        if "kv_cache" in tags and self._pool is None:
+            self._pool = self._make_pool()
+
+    def _spill(self, spill_dir: str | None) -> SpilledSets | None:
+        if host_storage(self._ops) is None:
+            raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
+        return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled
 
 
 def _no_rows(want_raw: bool) -> SampleResult:

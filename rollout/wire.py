@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult, SamplingBatch, StepInputs
 from zerokl.rollout.messages import (
+    BringBack,
     Close,
     Commit,
     Configure,
@@ -33,6 +34,7 @@ from zerokl.rollout.messages import (
     Hello,
     Message,
     Pin,
+    PutAway,
     Sampled,
     Stage,
 )
@@ -58,6 +60,8 @@ _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
     Discard: (),
     Pin: (str,),
     Drop: (str,),
+    PutAway: (bool, bool, int, str),
+    BringBack: (bool, bool),
     Describe: (),
     Close: (),
     Done: (),

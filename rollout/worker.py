@@ -1,6 +1,7 @@
 """The worker: whoever owns weights and KV pool and runs steps, in this process or in one of its own.
 
-The engine's loop thread is the only caller of a worker, so an implementation needs no locks. Life of a worker:
+The engine's loop thread is the only caller of a worker, except that another may stage weights while steps run. Life of
+a worker:
 
     made (no weights) -> stage_weights(folder, 0) -> commit_weights() -> execute() ... -> close()
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.weight_sync import PublishedWeights
+    from zerokl.weight_sync.session import LiveWeights, UpdateSession
 
 INT64_MAX = 2**63 - 1
 
@@ -82,7 +84,8 @@ def weight_source(source: Any, version: int | None) -> tuple[WeightSource, int |
 
 
 class Worker(Protocol):
-    """One rank. Methods are called by one thread at a time and return when the work is done.
+    """One rank. Methods are called by one thread at a time and return when the work is done; only `stage_weights` may
+    run in another thread beside `execute`.
 
     Raises `zerokl.rollout.errors.WorkerError` from any method once the worker cannot go on. A ValueError (bad weights,
     unknown name) is the caller's fault and leaves the worker as it was.
@@ -96,9 +99,10 @@ class Worker(Protocol):
         ...
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        """Read, verify and pack a complete set of weights beside the live one. Replaces what was staged before.
+        """Read, verify and pack a set of weights beside the live one. Replaces what was staged before.
 
-        Raises ValueError naming the tensors that are missing, extra or misshapen; nothing is staged then.
+        A delta is refused unless its parent is the live version. Raises ValueError naming the tensors that are missing,
+        extra or misshapen; nothing is staged then.
         """
         ...
 
@@ -116,6 +120,18 @@ class Worker(Protocol):
 
     def drop_weights(self, name: str) -> None:
         """Forget a pinned set. Raises ValueError for an unknown name."""
+        ...
+
+    def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
+        """Free the memory of "weights" (all sets) and "kv_cache" (the pool), each possibly free already.
+
+        Level 1 writes the sets to an unlinked file in `spill_dir` (None: the system's folder for temporary files),
+        level 2 drops them. Raises ValueError where they cannot be written; nothing is freed then.
+        """
+        ...
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """Read the sets of level 1 back, byte for byte, and make an empty KV pool; what is there stays."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -138,6 +154,8 @@ class LocalWorker:
 
         self._model_config = ModelConfig.from_json(config.model)
         self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
+        self._session: UpdateSession | None = None
+        self._checksums: dict[str, int] = {}
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
     def execute(self, inputs: StepInputs) -> SampleResult:
@@ -147,6 +165,7 @@ class LocalWorker:
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """As `Worker.stage_weights`."""
         runner = self._live_runner()
+        self._session = None
         if isinstance(source, TensorWeights):
             runner.stage({name: as_array(tensor) for name, tensor in source.tensors.items()}, version)
         elif isinstance(source, FolderWeights):
@@ -155,17 +174,23 @@ class LocalWorker:
             # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
             runner.stage(open_tensors(source.path, self._model_config), version)
         else:
-            from zerokl.weight_sync import open_published
-
-            with open_published(source.published) as tensors:
-                runner.stage(tensors, version)
+            self._stage_published(runner, source.published, version)
 
     def commit_weights(self) -> None:
         """As `Worker.commit_weights`."""
-        self._live_runner().commit()
+        runner, session = self._live_runner(), self._session
+        if session is None:
+            runner.commit()
+            self._checksums = {}
+        else:
+            session.commit(runner.commit)
+            self._checksums = session.checksums
+            session.publish()
+        self._session = None
 
     def discard_staged(self) -> None:
         """As `Worker.discard_staged`."""
+        self._session = None
         self._live_runner().discard_staged()
 
     def pin_weights(self, name: str) -> None:
@@ -175,6 +200,14 @@ class LocalWorker:
     def drop_weights(self, name: str) -> None:
         """As `Worker.drop_weights`."""
         self._live_runner().drop(name)
+
+    def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
+        """As `Worker.sleep`."""
+        self._live_runner().sleep(tags, level, spill_dir)
+
+    def wake_up(self, tags: Collection[str]) -> None:
+        """As `Worker.wake_up`."""
+        self._live_runner().wake_up(tags)
 
     def describe(self) -> dict[str, Any]:
         """As `Worker.describe`."""
@@ -189,6 +222,35 @@ class LocalWorker:
     def close(self) -> None:
         """As `Worker.close`."""
         self._runner = None
+
+    def _stage_published(self, runner: ModelRunner, published: PublishedWeights, version: int) -> None:
+        from zerokl.rollout.models.layout import LM_HEAD, expected_tensors
+        from zerokl.weight_sync.receiver import lease_published
+        from zerokl.weight_sync.session import UpdateSession
+
+        expected = expected_tensors(self._model_config)
+        tied = {LM_HEAD: next(iter(expected.values()))} if LM_HEAD not in expected else {}
+        delta = published.manifest.parent is not None
+        session = UpdateSession(expected, self._live_weights(runner) if delta else None, tied)
+        with lease_published(published) as lease:
+            try:
+                session.begin(version, lease.manifest)
+                for bucket in lease.buckets():
+                    session.stage(bucket)
+                    del bucket
+                runner.stage(session.verify(), version, delta=delta)
+            finally:
+                session.release()
+        self._session = session
+
+    def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
+        from zerokl.rollout.model_runner import LIVE
+        from zerokl.weight_sync.session import LiveWeights
+
+        live = runner.weight_sets.get(LIVE)
+        if live is None:
+            return None
+        return LiveWeights(version=live.version, tensors=runner.live_tensors(), checksums=self._checksums)
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:

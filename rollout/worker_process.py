@@ -18,6 +18,7 @@ import zmq
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.messages import (
+    BringBack,
     Close,
     Commit,
     Configure,
@@ -30,12 +31,17 @@ from zerokl.rollout.messages import (
     Hello,
     Message,
     Pin,
+    PutAway,
     Sampled,
     Stage,
     failure_of,
 )
 from zerokl.rollout.wire import WireError, decode, encode
 from zerokl.rollout.worker import LocalWorker
+from zerokl.rollout.worker_channels import STAGING, STEPS
+
+_SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter while another waits: a step must not wait long for one that stages."""
 
 
 def main() -> None:
@@ -44,40 +50,63 @@ def main() -> None:
     # Ctrl-C in a terminal reaches every process of the group; what it means for the worker is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent, folder), name="zerokl-parent-watch", daemon=True).start()
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
-        socket.connect(endpoint(folder))
-        socket.send_multipart(encode(0, Hello(pid=os.getpid())))
-        serve(socket)
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as steps, context.socket(zmq.PAIR) as staging:
+        for socket, name in ((steps, STEPS), (staging, STAGING)):
+            socket.connect(f"ipc://{folder}/{name}")
+            socket.send_multipart(encode(0, Hello(pid=os.getpid())))
+        serve(steps, staging)
 
 
-def endpoint(folder: Path) -> str:
-    """ZMQ address of the socket in the private folder that engine and worker share until they are connected."""
-    return f"ipc://{folder}/socket"
+def serve(steps: zmq.Socket[bytes], staging: zmq.Socket[bytes]) -> None:
+    """Answer messages, one at a time, until Close; weights are staged in a thread of its own meanwhile.
 
-
-def serve(socket: zmq.Socket[bytes]) -> None:
-    """Answer messages, one at a time, until Close. Raises WireError when one cannot be read."""
+    Raises WireError when a message cannot be read.
+    """
     worker: LocalWorker | None = None
     while True:
-        sequence, message = decode(socket.recv_multipart())
+        sequence, message = decode(steps.recv_multipart())
         if isinstance(message, Close):
             break
-        reply: Message
-        try:
-            if isinstance(message, Configure):
-                worker = LocalWorker(EngineConfig.from_dict(message.options))
-                reply = Done()
-            elif worker is None:
-                raise RuntimeError("the worker was not configured")
-            else:
-                reply = answer(worker, message)
-        except WireError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it, and decides
-            reply = failure_of(error)
-        socket.send_multipart(encode(sequence, reply))
-    if worker is not None:
-        worker.close()
+        if isinstance(message, Configure):
+            reply, worker = configure(message)
+            if worker is not None:
+                threading.Thread(
+                    target=serve_staging, args=(staging, worker), name="zerokl-staging", daemon=True
+                ).start()
+        else:
+            reply = reply_to(worker, message)
+        steps.send_multipart(encode(sequence, reply))
+    # The staging thread may be waiting on its socket, which only it may close: the process ends without it.
+    os._exit(0)
+
+
+def configure(message: Configure) -> tuple[Message, LocalWorker | None]:
+    """Make the worker; the reply, and the worker if it could be made."""
+    try:
+        worker = LocalWorker(EngineConfig.from_dict(message.options))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it, and decides
+        return failure_of(error), None
+    return Done(), worker
+
+
+def serve_staging(socket: zmq.Socket[bytes], worker: LocalWorker) -> None:
+    """Answer the messages of the staging channel, in a thread of its own, for as long as the process lives."""
+    while True:
+        sequence, message = decode(socket.recv_multipart())
+        socket.send_multipart(encode(sequence, reply_to(worker, message)))
+
+
+def reply_to(worker: LocalWorker | None, message: Message) -> Message:
+    """What `answer` gives, or what it raised as a message."""
+    try:
+        if worker is None:
+            raise RuntimeError("the worker was not configured")
+        return answer(worker, message)
+    except WireError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it, and decides
+        return failure_of(error)
 
 
 def answer(worker: LocalWorker, message: Message) -> Message:
@@ -96,9 +125,17 @@ def answer(worker: LocalWorker, message: Message) -> Message:
         worker.pin_weights(message.name)
     elif isinstance(message, Drop):
         worker.drop_weights(message.name)
+    elif isinstance(message, PutAway):
+        worker.sleep(_tags(message), message.level, message.spill_dir or None)
+    elif isinstance(message, BringBack):
+        worker.wake_up(_tags(message))
     else:
         raise WireError(f"{type(message).__name__} is not a message to a worker")
     return Done()
+
+
+def _tags(message: PutAway | BringBack) -> list[str]:
+    return [tag for tag in ("weights", "kv_cache") if getattr(message, tag)]
 
 
 def _end_with(parent: int, folder: Path) -> None:

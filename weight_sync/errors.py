@@ -36,3 +36,27 @@ class BufferLeasedError(WeightSyncError):
 
 class SharedMemoryFullError(WeightSyncError):
     """The system's shared memory cannot hold the segment; nothing was written."""
+
+
+class ProtocolError(WeightSyncError):
+    """A step of an update came out of order: a fault of the program that drives it."""
+
+
+class VersionOrderError(WeightSyncError, ValueError):
+    """The version is not the one after the live one, and a rewind was not asked for."""
+
+
+class ParentMismatchError(WeightSyncError, ValueError):
+    """A delta applies to another version than the live one, or gives another result than its publisher has."""
+
+
+class IncompleteUpdateError(WeightSyncError, ValueError):
+    """The source ended before all bytes of the manifest were there."""
+
+
+class UpdateInProgressError(WeightSyncError, ValueError):
+    """Another update holds the only place where weights are staged."""
+
+
+class DiskFullError(WeightSyncError):
+    """The file system cannot hold the publication; the one before is as it was."""

@@ -13,10 +13,11 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+import xxhash
 
 from zerokl.weight_sync.errors import ManifestError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
 ALIGNMENT = 64
@@ -26,8 +27,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     f"{kind}{bits}": np.dtype(f"{kind}{bits}")
     for kind, widths in {"float": (64, 32, 16), "int": (64, 32, 16, 8), "uint": (64, 32, 16, 8)}.items()
     for bits in widths
-}
-"""Element types that may be published, in the machine's byte order (publisher and receiver share the machine)."""
+} | {"bfloat16": np.dtype("uint16")}
+"""Element types that may be published, in the machine's byte order (publisher and receiver share the machine).
+
+bfloat16 is stored as its bit pattern."""
 
 _MAX_INT = 2**63 - 1
 _MAX_NAME = 1024
@@ -52,6 +55,8 @@ class TensorSpec:
     """Bytes from the start of the segment, a multiple of 64."""
     checksum: int = 0
     """xxh3_64 of the bytes, with seed 0."""
+    span: tuple[int, int] | None = None
+    """Elements [start, stop) in C order that are there, in a delta; None: all."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -63,11 +68,21 @@ class TensorSpec:
             raise ManifestError(f"tensor {self.name!r}: offset {self.offset!r} is not a multiple of {ALIGNMENT} from 0")
         if not _is_int(self.checksum, 2**64 - 1):
             raise ManifestError(f"tensor {self.name!r}: checksum {self.checksum!r} is not an unsigned 64-bit integer")
+        if self.span is not None:
+            size = math.prod(self.shape)
+            ends = self.span if isinstance(self.span, tuple) and len(self.span) == 2 else (-1, -1)
+            if not all(_is_int(end, size) for end in ends) or ends[0] >= ends[1]:
+                raise ManifestError(f"tensor {self.name!r}: span {self.span!r} is not a range of its {size} elements")
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that are there."""
+        return math.prod(self.shape) if self.span is None else self.span[1] - self.span[0]
 
     @property
     def nbytes(self) -> int:
         """Size without the padding to the next tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return self.num_elements * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +110,10 @@ class ManifestDiff:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A complete set of tensors of one version. Raises ManifestError when tensors repeat, overlap or do not fit."""
+    """The tensors of one version: all of them, or a delta, those that differ from the parent version's.
+
+    Raises ManifestError when tensors repeat, overlap or do not fit.
+    """
 
     version: int
     """Policy version, from 0."""
@@ -103,12 +121,24 @@ class Manifest:
     """By ascending offset."""
     total_bytes: int
     """Size that the segment must have at least."""
+    parent: int | None = None
+    """Version that this delta applies to; None: the set is complete."""
+    result: int | None = None
+    """Of a delta: `result_checksum` of the complete set that it must give."""
+    inexact: bool = False
+    """Whether values were rounded on the way, so that the trainer's differ."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.version, _MAX_INT):
             raise ManifestError(f"version {self.version!r} is not an integer from 0 to 2**63 - 1")
         if not _is_int(self.total_bytes, _MAX_INT):
             raise ManifestError(f"total_bytes {self.total_bytes!r} is not an integer from 0 to 2**63 - 1")
+        if (self.parent is None) != (self.result is None):
+            raise ManifestError(f"parent {self.parent!r} and result {self.result!r} belong together")
+        if self.parent is not None and not (_is_int(self.parent, _MAX_INT) and _is_int(self.result, 2**64 - 1)):
+            raise ManifestError(f"parent {self.parent!r}, result {self.result!r} are not a version and a checksum")
+        if type(self.inexact) is not bool:
+            raise ManifestError(f"inexact {self.inexact!r} is not a bool")
         names: set[str] = set()
         end = 0
         for spec in self.tensors:
@@ -116,6 +146,8 @@ class Manifest:
                 raise ManifestError(f"tensor {spec.name!r} is listed twice")
             if spec.offset < end:
                 raise ManifestError(f"tensor {spec.name!r}: offset {spec.offset}, but the one before ends at {end}")
+            if spec.span is not None and self.parent is None:
+                raise ManifestError(f"tensor {spec.name!r}: has a span, but the set is no delta")
             names.add(spec.name)
             end = spec.offset + spec.nbytes
             if end > self.total_bytes:
@@ -125,7 +157,7 @@ class Manifest:
         """Compare names, both ways, and shapes with those of a model."""
         given = {spec.name: spec.shape for spec in self.tensors}
         return ManifestDiff(
-            missing=tuple(name for name in expected if name not in given),
+            missing=tuple(name for name in expected if name not in given) if self.parent is None else (),
             extra=tuple(name for name in given if name not in expected),
             misshapen=tuple(
                 (name, shape, tuple(expected[name]))
@@ -141,18 +173,26 @@ class Manifest:
             raise ManifestError(f"version {self.version} does not fit the model: {difference.describe()}")
 
     def to_bytes(self) -> bytes:
-        """Encode as msgpack [format version, version, total_bytes, rows of name, dtype, shape, offset, checksum]."""
-        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum) for spec in self.tensors]
-        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.version, self.total_bytes, rows))
+        """Encode as msgpack [format version, the fields, rows of the fields of each tensor]."""
+        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.span) for spec in self.tensors]
+        fields = (self.version, self.total_bytes, self.parent, self.result, self.inexact)
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, rows))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes) -> Manifest:
         """Inverse of `to_bytes`. Raises ManifestError for anything else than its output, whatever the bytes."""
-        version, total_bytes, rows = _unpack(encoded, "manifest", 3)
+        version, total_bytes, parent, result, inexact, rows = _unpack(encoded, "manifest", 6)
         if not isinstance(rows, list):
             raise ManifestError("manifest: the tensor table is not a list")
-        return Manifest(version=version, total_bytes=total_bytes, tensors=tuple(_spec_from_row(row) for row in rows))
+        return Manifest(
+            version=version,
+            total_bytes=total_bytes,
+            parent=parent,
+            result=result,
+            inexact=inexact,
+            tensors=tuple(_spec_from_row(row) for row in rows),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,15 +222,26 @@ class PublishedWeights:
         return PublishedWeights(segment=segment, manifest=Manifest.from_bytes(manifest))
 
 
-def plan_layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:
+def result_checksum(checksums: Mapping[str, int]) -> int:
+    """One checksum of a complete set, from those of its tensors' float32 bytes by name, in whatever order."""
+    whole = xxhash.xxh3_64()
+    for name in sorted(checksums):
+        whole.update(msgpack.packb((name, checksums[name])))
+    return whole.intdigest()
+
+
+def plan_layout(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, spans: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[tuple[TensorSpec, ...], int]:
     """Place (name, dtype, shape) one after the other, each on a 64-byte boundary; checksums are left 0.
 
-    Returns the specs and the size of the segment in bytes.
+    Of the tensors in `spans` only these elements. Returns the specs and the size of the segment in bytes.
     """
     specs = []
     offset = 0
     for name, dtype, shape in tensors:
-        spec = TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset)
+        span = None if spans is None else spans.get(name)
+        spec = TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, span=span)
         specs.append(spec)
         offset += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     return tuple(specs), offset
@@ -212,9 +263,10 @@ def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
 
 
 def _spec_from_row(row: Any) -> TensorSpec:
-    if not isinstance(row, list) or len(row) != 5 or not isinstance(row[1], str) or not isinstance(row[2], list):
-        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum")
-    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4])
+    if not isinstance(row, list) or len(row) != 6 or not isinstance(row[1], str) or not isinstance(row[2], list):
+        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, span")
+    span = tuple(row[5]) if isinstance(row[5], list) else row[5]
+    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], span=span)
 
 
 def _check_name(name: object) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import ManifestError
-from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout
+from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
 from zerokl.weight_sync.shared_memory import write_tensors
 
@@ -38,29 +40,88 @@ class WeightPublisher:
         self._segments: list[OwnedSegment | None] = [None] * buffers
         self._next = 0
         self._closed = False
+        self._checksums: dict[str, int] = {}
+        self._version: int | None = None
 
     def publish(
-        self, tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]], version: int
+        self,
+        tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]],
+        version: int,
+        *,
+        dtype: Literal["bfloat16"] | None = None,
+        inexact: bool = True,
     ) -> PublishedWeights:
         """Copy arrays, by name, into the next buffer; returns what a receiver needs to open them.
 
-        The arrays may have any strides and the dtypes of `manifest.DTYPES`; they are read before this returns.
-        `version` counts from 0. Raises ManifestError for a name, dtype or version that cannot be published,
-        BufferLeasedError while a reader has the next buffer open, SharedMemoryFullError; the latest publication then
-        stays as it was.
+        The arrays may have any strides and NumPy dtypes of `manifest.DTYPES`; they are read before this returns. With
+        `dtype="bfloat16"` float32 values are rounded to nearest on the way; the manifest is then marked `inexact`,
+        unless the caller vouches with inexact=False that its own forward rounds alike. `version` counts from 0. Raises
+        ManifestError for a name, dtype or version that cannot be published, BufferLeasedError while a reader has the
+        next buffer open, SharedMemoryFullError; the latest publication then stays as it was.
         """
-        if self._closed:
-            raise ValueError(f"publisher {self._name!r} is closed")
-        named = _checked(tensors)
-        specs, total_bytes = plan_layout((name, array.dtype.name, array.shape) for name, array in named)
-        planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes)  # refuses before a write
-        segment = self._next_segment(total_bytes)
-        with segment.writing() as memory:
-            written = write_tensors(memory, planned.tensors, [array for _, array in named])
-        self._next = (self._next + 1) % len(self._segments)
-        return PublishedWeights(
-            segment=segment.name, manifest=Manifest(version=version, tensors=written, total_bytes=total_bytes)
+        named = self._checked(tensors)
+        if dtype not in (None, "bfloat16"):
+            raise ManifestError(f"dtype must be None or 'bfloat16', got {dtype!r}")
+        if dtype and (wrong := [name for name, array in named if array.dtype != np.float32]):
+            raise ManifestError(f"dtype='bfloat16' rounds float32 tensors, {wrong[0]!r} is none")
+        specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in named)
+        planned = Manifest(
+            version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact
+        )  # refuses before a write
+        published = self._write(planned, [array for _, array in named])
+        complete = all(spec.dtype == "float32" for spec in specs)
+        self._checksums = {spec.name: spec.checksum for spec in published.manifest.tensors} if complete else {}
+        self._version = version
+        return published
+
+    def publish_delta(
+        self,
+        changed: Mapping[str, NDArray[np.float32]] | Iterable[tuple[str, NDArray[np.float32]]],
+        version: int,
+        *,
+        spans: Mapping[str, tuple[int, int]] | None = None,
+    ) -> PublishedWeights:
+        """Publish only the tensors that differ from this publisher's latest publication, the delta's parent.
+
+        `changed` holds whole float32 tensors; of those in `spans` only the elements [start, stop), in C order, are
+        copied, and the others must be as they were. The receiver verifies the checksum of the whole result. Raises as
+        `publish` does, and ManifestError for tensors that the parent has not or that are no float32, or when the parent
+        was not all float32.
+        """
+        named = self._checked(changed)
+        spans = spans or {}
+        if not self._checksums:
+            raise ManifestError("a delta needs a complete float32 publication of this publisher before it")
+        for name, array in named:
+            if name not in self._checksums or array.dtype != np.float32:
+                raise ManifestError(f"tensor {name!r}: a delta holds float32 tensors of its parent, got {array.dtype}")
+        if strays := sorted(spans.keys() - {name for name, _ in named}):
+            raise ManifestError(f"spans: {strays[0]!r} is not among the changed tensors")
+        arrays = [np.ascontiguousarray(array) for _, array in named]
+        whole = {name: checksum_of(array) for (name, _), array in zip(named, arrays, strict=True)}
+        checksums = {**self._checksums, **whole}
+        specs, total_bytes = plan_layout(((name, array.dtype.name, array.shape) for name, array in named), spans=spans)
+        planned = Manifest(
+            version=version,
+            tensors=specs,
+            total_bytes=total_bytes,
+            parent=self._version,
+            result=result_checksum(checksums),
         )
+        parts = [
+            array if spec.span is None else array.reshape(-1)[slice(*spec.span)]
+            for spec, array in zip(specs, arrays, strict=True)
+        ]
+        published = self._write(planned, parts)
+        self._checksums, self._version = checksums, version
+        return published
+
+    def _write(self, planned: Manifest, arrays: list[NDArray[Any]]) -> PublishedWeights:
+        segment = self._next_segment(planned.total_bytes)
+        with segment.writing() as memory:
+            written = write_tensors(memory, planned.tensors, arrays)
+        self._next = (self._next + 1) % len(self._segments)
+        return PublishedWeights(segment=segment.name, manifest=replace(planned, tensors=written))
 
     def close(self) -> None:
         """Remove the segments; idempotent. Readers that have one open keep what they see."""
@@ -89,14 +150,15 @@ class WeightPublisher:
         segment = self._segments[self._next] = OwnedSegment(self._name, size)
         return segment
 
-
-def _checked(
-    tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]],
-) -> list[tuple[str, NDArray[Any]]]:
-    named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    for name, array in named:
-        if not isinstance(array, np.ndarray):
-            raise ManifestError(f"tensor {name!r} is a {type(array).__name__}, not a numpy array")
-        if not array.dtype.isnative:
-            raise ManifestError(f"tensor {name!r}: dtype {array.dtype.str!r} is not in this machine's byte order")
-    return named
+    def _checked(
+        self, tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]]
+    ) -> list[tuple[str, NDArray[Any]]]:
+        if self._closed:
+            raise ValueError(f"publisher {self._name!r} is closed")
+        named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        for name, array in named:
+            if not isinstance(array, np.ndarray):
+                raise ManifestError(f"tensor {name!r} is a {type(array).__name__}, not a numpy array")
+            if not array.dtype.isnative:
+                raise ManifestError(f"tensor {name!r}: dtype {array.dtype.str!r} is not in this machine's byte order")
+        return named

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.weight_sync.manifest import PublishedWeights
+from zerokl.weight_sync.manifest import Manifest, PublishedWeights
 from zerokl.weight_sync.segments import attach, reap_if_dead
 from zerokl.weight_sync.shared_memory import map_tensors, verify_checksums
+from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Piece
 
 
 @contextmanager
@@ -32,6 +34,32 @@ def open_published(published: PublishedWeights) -> Iterator[dict[str, NDArray[An
         yield tensors
     finally:
         tensors.clear()
+        _release(memory)
+        reap_if_dead(published.segment)
+
+
+class SegmentLease:
+    """A segment that is mapped: a `Lease` whose buckets are views of it, and last."""
+
+    def __init__(self, memory: mmap.mmap, manifest: Manifest) -> None:
+        self._memory = memory
+        self.manifest = manifest
+
+    def buckets(self, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[Bucket]:
+        """One tensor each; nothing is copied, so `bucket_bytes` bounds nothing."""
+        for spec in self.manifest.tensors:
+            offset = spec.offset if spec.nbytes else 0
+            data = np.frombuffer(self._memory, np.uint8, spec.nbytes, offset)
+            yield Bucket(pieces=(Piece(name=spec.name, start=0, data=data),), lasting=True)
+
+
+@contextmanager
+def lease_published(published: PublishedWeights) -> Iterator[SegmentLease]:
+    """Map a segment; its content is for an `UpdateSession` to verify. Otherwise as `open_published`."""
+    memory = attach(published.segment, published.manifest.total_bytes)
+    try:
+        yield SegmentLease(memory, published.manifest)
+    finally:
         _release(memory)
         reap_if_dead(published.segment)
 

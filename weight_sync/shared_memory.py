@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,9 +13,13 @@ from numpy.typing import NDArray
 
 from zerokl.weight_sync.errors import ChecksumError
 from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec
+from zerokl.weight_sync.views import narrow
 
 _CHUNK_BYTES = 1 << 20
 """Copied, then hashed while still in the cache; 1 MiB measured fastest on Zen 4, where the hash alone does 30 GB/s."""
+
+_ROUNDED = 1 << 17
+"""Elements that are rounded at once: their intermediates stay in the cache."""
 
 
 def write_tensors(
@@ -24,10 +27,10 @@ def write_tensors(
 ) -> tuple[TensorSpec, ...]:
     """Copy each array to the place of its spec; returns the specs with the checksums of what the segment now holds.
 
-    Arrays may be strided; shapes and dtypes are the specs'.
+    Arrays may be strided; shapes (of a span: flat) and dtypes are the specs', but float32 is rounded to bfloat16.
     """
     return tuple(
-        replace(spec, checksum=_copy_and_hash(_view(memory, spec), array))
+        replace(spec, checksum=_copy_and_hash(_view(memory, spec), array, spec.dtype == "bfloat16"))
         for spec, array in zip(specs, arrays, strict=True)
     )
 
@@ -54,10 +57,13 @@ def verify_checksums(memory: mmap.mmap, manifest: Manifest) -> None:
 def _view(memory: mmap.mmap, spec: TensorSpec) -> NDArray[Any]:
     offset = spec.offset if spec.nbytes else 0  # an empty tensor may be placed at the very end, which NumPy refuses
     # `frombuffer` holds the mapping open for as long as the view lives; `np.ndarray(buffer=...)` would not.
-    return np.frombuffer(memory, DTYPES[spec.dtype], math.prod(spec.shape), offset).reshape(spec.shape)
+    flat = np.frombuffer(memory, DTYPES[spec.dtype], spec.num_elements, offset)
+    return flat if spec.span is not None else flat.reshape(spec.shape)
 
 
-def _copy_and_hash(target: NDArray[Any], source: NDArray[Any]) -> int:
+def _copy_and_hash(target: NDArray[Any], source: NDArray[Any], bfloat16: bool) -> int:
+    if bfloat16:
+        return _round_and_hash(target.reshape(-1), np.ascontiguousarray(source).reshape(-1))
     if target.nbytes <= _CHUNK_BYTES or not source.flags.c_contiguous:
         np.copyto(target, source, casting="no")
         return xxhash.xxh3_64_intdigest(target.data)
@@ -66,5 +72,14 @@ def _copy_and_hash(target: NDArray[Any], source: NDArray[Any]) -> int:
     for start in range(0, len(to_bytes), _CHUNK_BYTES):
         chunk = to_bytes[start : start + _CHUNK_BYTES]
         np.copyto(chunk, from_bytes[start : start + _CHUNK_BYTES])
+        digest.update(chunk.data)
+    return digest.intdigest()
+
+
+def _round_and_hash(target: NDArray[np.uint16], source: NDArray[np.float32]) -> int:
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(target), _ROUNDED):
+        chunk = target[start : start + _ROUNDED]
+        narrow(source[start : start + _ROUNDED], chunk)
         digest.update(chunk.data)
     return digest.intdigest()

@@ -22,21 +22,52 @@ class Slabs:
     """Memory of packed weights, cut from large pieces that lie on huge pages.
 
     Streaming half a gigabyte of weights per decode step misses the TLB on small pages. A single matrix is often smaller
-    than a huge page or a fraction over a few of them, hence the common pieces. A piece is freed when the last array cut
-    from it is gone.
+    than a huge page or a fraction over a few of them, hence the common pieces. Once the last array cut from a piece is
+    gone, which is told by reference counts, it is cut again: fresh pages are many times slower to fill than known ones.
+    One thread takes at a time; arrays may be dropped by any.
     """
 
     def __init__(self) -> None:
-        self._free: Floats = np.empty(0, np.float32)
+        self._pieces: list[Floats] = []
+        self._free: Floats | None = None
+        probe = [np.empty(1, np.float32)]
+        self._idle = sys.getrefcount(probe[0])
 
     def take(self, *shape: int) -> Floats:
         """An uninitialised array that starts on a cache line."""
         size = math.prod(shape)
         lines = -(-size * 4 // _ALIGN) * _ALIGN // 4
-        if lines > len(self._free):
-            self._free = _cpu.aligned_empty(max(lines, _SLAB_FLOATS))
+        if self._free is None or lines > len(self._free):
+            self._free = None
+            self._free = self._piece(lines)[:]
         taken, self._free = self._free[:size], self._free[lines:]
         return taken.reshape(shape)
+
+    def finish(self) -> None:
+        """Cut the next array from another piece: sets of weights that share none come back as a whole."""
+        self._free = None
+
+    def release_spare(self) -> int:
+        """Give the pieces that nothing was cut from back to the system; returns their bytes."""
+        self.finish()
+        before, spare = self.nbytes(), set(self._spare())
+        self._pieces = [piece for index, piece in enumerate(self._pieces) if index not in spare]
+        return before - self.nbytes()
+
+    def nbytes(self) -> int:
+        """Bytes of all pieces, in use or not."""
+        return sum(piece.nbytes for piece in self._pieces)
+
+    def _piece(self, lines: int) -> Floats:
+        fitting = [index for index in self._spare() if len(self._pieces[index]) >= lines]
+        if fitting:
+            return self._pieces[min(fitting, key=lambda index: len(self._pieces[index]))]
+        piece = _cpu.aligned_empty(max(lines, _SLAB_FLOATS))
+        self._pieces.append(piece)
+        return piece
+
+    def _spare(self) -> list[int]:
+        return [index for index in range(len(self._pieces)) if sys.getrefcount(self._pieces[index]) == self._idle]
 
 
 class _Slot:

@@ -7,40 +7,19 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
-from zerokl.kernels.cpu.arena import Arena, Slabs
+from zerokl.kernels.cpu.arena import Arena
+from zerokl.kernels.cpu.packing import PackedGateUp, PackedLinear, Packer
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
-_PANEL_COLUMNS = 32
 _LOGIT_BYTES = 32 << 20  # of one LM-head call: rows are independent, so larger batches go through in parts
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """Matrices [N_i, K] on top of each other, in panels of 32 outputs."""
-
-    panels: Floats
-    """[ceil(N / 32), K, 32], zero padded."""
-    bias: Floats | None
-    """[N]"""
-    num_outputs: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedGateUp:
-    """Gate and up matrices [F, E] in panels of 16 gate and the 16 up outputs beside them."""
-
-    panels: Floats
-    """[ceil(F / 16), E, 32], zero padded."""
-    num_outputs: int
 
 
 class CpuOps:
@@ -56,7 +35,7 @@ class CpuOps:
         if num_threads is not None:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
-        self._slabs = Slabs()
+        self.packer = Packer()
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -75,25 +54,19 @@ class CpuOps:
             block_size=block_size,
         )
 
+    def forget_step(self) -> None:
+        """Let go of the pool and the buffers of the last step; the next step takes them anew."""
+        self._inputs, self._pool, self._layer_caches = None, None, []
+        self._arena = Arena()
+
     # -- packing ------------------------------------------------------------------------------------------------------
     def pack_linear(self, weights: Sequence[Floats], biases: Sequence[Floats | None]) -> PackedLinear:
         """See `Ops.pack_linear`. A missing bias beside a present one counts as zeros."""
-        weight = np.ascontiguousarray(weights[0]) if len(weights) == 1 else np.concatenate(weights)
-        outputs, inputs = weight.shape
-        panels = self._slabs.take(-(-outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
-        _cpu.pack_linear(weight, panels)
-        bias = None
-        if any(part is not None for part in biases):
-            parts = [np.zeros(len(w), np.float32) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            bias = np.concatenate(parts)
-        return PackedLinear(panels, bias, outputs)
+        return self.packer.pack_linear(weights, biases)
 
     def pack_gate_up(self, gate: Floats, up: Floats) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
-        outputs, inputs = gate.shape
-        panels = self._slabs.take(-(-2 * outputs // _PANEL_COLUMNS), inputs, _PANEL_COLUMNS)
-        _cpu.pack_gate_up(np.ascontiguousarray(gate), np.ascontiguousarray(up), panels)
-        return PackedGateUp(panels, outputs)
+        return self.packer.pack_gate_up(gate, up)
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:

@@ -6,9 +6,9 @@ it is given and nothing else, and a device may record a step as one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from zerokl.kernels.ops import AttentionSpec, DecoderParams, KVPool, LayerParams, Ops, StepInputs
 
@@ -16,6 +16,7 @@ from .config import ModelConfig
 from .layout import EMBED, FINAL_NORM, LM_HEAD, layer_prefix
 
 Array = TypeVar("Array")
+Operand = TypeVar("Operand", contravariant=True)
 
 MlpBlock = Callable[[Ops[Any], Any, LayerParams[Any]], Any]
 """(ops, normed input [T, E], layer) -> [T, E]: the part between a layer's second norm and its residual sum."""
@@ -52,57 +53,121 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
     )
 
 
+class Packs(Protocol[Operand]):
+    """The part of an op table that `build_params` needs."""
+
+    def pack_linear(self, weights: Sequence[Operand], biases: Sequence[Operand | None]) -> Any:
+        """See `Ops.pack_linear`."""
+        ...
+
+    def pack_gate_up(self, gate: Operand, up: Operand) -> Any:
+        """See `Ops.pack_gate_up`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Previous:
+    """Parameters whose parts are used again where none of their tensors has changed."""
+
+    params: DecoderParams[Any]
+    changed: Set[str]
+
+    def part(self, owner: Any, field: str, names: Sequence[str]) -> Any:
+        """The owner's field, or None where one of the tensors in it has changed."""
+        return getattr(owner, field) if self.changed.isdisjoint(names) else None
+
+
 def build_params(
-    ops: Ops[Array],
+    ops: Packs[Array],
     config: ModelConfig,
     tensors: Mapping[str, Array],
     rope: Array,
     *,
     keep: Callable[[Array], Array] = lambda array: array,
+    previous: Previous | None = None,
 ) -> DecoderParams[Array]:
     """Pack tensors under their Hugging Face names (checked before, by `loader.check_tensors`) for `ops`.
 
     `rope` is `rope.rope_table` in the device's form. `keep` makes what is stored unpacked (norm weights, embedding) the
     caller's own; packing copies. Each tensor is looked up once, in forward order, and dropped when packed (the
-    embedding twice where tied), so `tensors` may read from disk.
+    embedding twice where tied), so `tensors` may read from disk. Of `previous` the parts are taken over, and their
+    tensors not looked up, that have not changed.
     """
-    embed = keep(tensors[EMBED])
-    layers = tuple(_build_layer(ops, config, tensors, index, keep) for index in range(config.num_hidden_layers))
-    head = embed if config.tie_word_embeddings else tensors[LM_HEAD]
+    build = _PartBuilder(ops, tensors, keep, previous)
+    root = None if previous is None else previous.params
+    embed = build.kept(root, "embed", EMBED)
+    layers = tuple(
+        _build_layer(build, config, index, None if root is None else root.layers[index])
+        for index in range(config.num_hidden_layers)
+    )
     return DecoderParams(
         embed=embed,
         layers=layers,
-        final_norm=keep(tensors[FINAL_NORM]),
-        lm_head=ops.pack_linear([head], [None]),
+        final_norm=build.kept(root, "final_norm", FINAL_NORM),
+        lm_head=build.tied_head(root, embed)
+        if config.tie_word_embeddings
+        else build.linear(root, "lm_head", [LM_HEAD], [None]),
         rope=rope,
     )
 
 
+class _PartBuilder:
+    """Makes the parts of `DecoderParams`, or takes those of the previous ones."""
+
+    def __init__(
+        self,
+        ops: Packs[Any],
+        tensors: Mapping[str, Any],
+        keep: Callable[[Any], Any],
+        previous: Previous | None,
+    ) -> None:
+        self._ops, self._tensors, self._keep, self._previous = ops, tensors, keep, previous
+
+    def kept(self, owner: Any, field: str, name: str) -> Any:
+        old = self._old(owner, field, [name])
+        return self._keep(self._tensors[name]) if old is None else old
+
+    def linear(self, owner: Any, field: str, weights: Sequence[str], biases: Sequence[str | None]) -> Any:
+        old = self._old(owner, field, [*weights, *(name for name in biases if name is not None)])
+        if old is not None:
+            return old
+        return self._ops.pack_linear(
+            [self._tensors[name] for name in weights],
+            [None if name is None else self._tensors[name] for name in biases],
+        )
+
+    def tied_head(self, owner: Any, embed: Any) -> Any:
+        old = self._old(owner, "lm_head", [EMBED])
+        return self._ops.pack_linear([embed], [None]) if old is None else old
+
+    def gate_up(self, owner: Any, field: str, gate: str, up: str) -> Any:
+        old = self._old(owner, field, [gate, up])
+        return self._ops.pack_gate_up(self._tensors[gate], self._tensors[up]) if old is None else old
+
+    def _old(self, owner: Any, field: str, names: Sequence[str]) -> Any:
+        return None if self._previous is None else self._previous.part(owner, field, names)
+
+
 def _build_layer(
-    ops: Ops[Array],
-    config: ModelConfig,
-    tensors: Mapping[str, Array],
-    index: int,
-    keep: Callable[[Array], Array],
-) -> LayerParams[Array]:
+    build: _PartBuilder, config: ModelConfig, index: int, old: LayerParams[Any] | None
+) -> LayerParams[Any]:
     prefix = layer_prefix(index)
     attention = prefix + "self_attn."
-    projections = ("q_proj", "k_proj", "v_proj")
+    projections = [attention + name for name in ("q_proj", "k_proj", "v_proj")]
     return LayerParams(
-        input_norm=keep(tensors[prefix + "input_layernorm.weight"]),
-        qkv=ops.pack_linear(
-            [tensors[f"{attention}{name}.weight"] for name in projections],
-            [tensors[f"{attention}{name}.bias"] if config.qkv_bias else None for name in projections],
+        input_norm=build.kept(old, "input_norm", prefix + "input_layernorm.weight"),
+        qkv=build.linear(
+            old,
+            "qkv",
+            [f"{name}.weight" for name in projections],
+            [f"{name}.bias" if config.qkv_bias else None for name in projections],
         ),
-        q_norm=keep(tensors[attention + "q_norm.weight"]) if config.qk_norm else None,
-        k_norm=keep(tensors[attention + "k_norm.weight"]) if config.qk_norm else None,
-        o=ops.pack_linear(
-            [tensors[attention + "o_proj.weight"]],
-            [tensors[attention + "o_proj.bias"] if config.o_bias else None],
-        ),
-        post_norm=keep(tensors[prefix + "post_attention_layernorm.weight"]),
-        gate_up=ops.pack_gate_up(tensors[prefix + "mlp.gate_proj.weight"], tensors[prefix + "mlp.up_proj.weight"]),
-        down=ops.pack_linear([tensors[prefix + "mlp.down_proj.weight"]], [None]),
+        q_norm=build.kept(old, "q_norm", attention + "q_norm.weight") if config.qk_norm else None,
+        k_norm=build.kept(old, "k_norm", attention + "k_norm.weight") if config.qk_norm else None,
+        o=build.linear(old, "o", [attention + "o_proj.weight"], [attention + "o_proj.bias" if config.o_bias else None]),
+        post_norm=build.kept(old, "post_norm", prefix + "post_attention_layernorm.weight"),
+        gate_up=build.gate_up(old, "gate_up", prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
+        down=build.linear(old, "down", [prefix + "mlp.down_proj.weight"], [None]),
     )
 
 

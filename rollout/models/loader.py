@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,15 @@ INDEX_FILE = "model.safetensors.index.json"
 # Derived from the configuration; early Llama checkpoints hold it, transformers ignores it likewise.
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 _MAX_NAMES = 8
+
+
+@runtime_checkable
+class HasShapes(Protocol):
+    """A mapping of float32 arrays that are made on access, and whose shapes are known before."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, without reading data."""
+        ...
 
 
 class TensorFolder(Mapping[str, NDArray[np.float32]]):
@@ -77,6 +86,11 @@ def check_tensors(tensors: Mapping[str, Any], config: ModelConfig, source: str =
     """
     if isinstance(tensors, TensorFolder):
         check_shapes(tensors.shapes(), config, source)
+        return
+    if isinstance(tensors, HasShapes):
+        check_shapes(tensors.shapes(), config, source)
+        if config.tie_word_embeddings and LM_HEAD in tensors:
+            _check_tied(tensors, source)
         return
     check_shapes({name: tuple(array.shape) for name, array in tensors.items()}, config, source)
     for name, array in tensors.items():

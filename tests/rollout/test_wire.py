@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from zerokl.kernels.ops import SampleResult, SamplingBatch, StepInputs, neutral_sampling
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import (
+    BringBack,
     Close,
     Commit,
     Configure,
@@ -26,6 +27,7 @@ from zerokl.rollout.messages import (
     Failed,
     Hello,
     Pin,
+    PutAway,
     Sampled,
     Stage,
     exception_of,
@@ -117,6 +119,8 @@ def vars_of(instance: Any) -> list[Any]:
         Discard(),
         Pin(name="reference"),
         Drop(name=""),
+        PutAway(weights=True, kv_cache=False, level=1, spill_dir="/tmp"),
+        BringBack(weights=False, kv_cache=True),
         Describe(),
         Close(),
         Done(),

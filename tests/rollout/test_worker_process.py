@@ -19,7 +19,7 @@ import pytest
 from leftovers import children_of, segments_of, wait_for_end
 
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling
-from zerokl.rollout import worker_link
+from zerokl.rollout import worker_channels
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.models.config import ModelConfig
@@ -136,7 +136,7 @@ def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RemoteW
         with pytest.raises(ValueError, match="nobody") as unknown:
             worker.execute(a_step("nobody"))
     assert isinstance(missing.value.__cause__, RemoteTraceback) and "stage" in str(missing.value.__cause__)
-    assert type(missing.value) is ValueError and type(unknown.value) is ValueError
+    assert isinstance(missing.value, ValueError) and type(unknown.value) is ValueError
     assert same(remote.execute(a_step()), before)
 
 
@@ -215,7 +215,7 @@ def test_the_last_words_of_a_crash_are_in_the_error(
 
 
 def test_a_child_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
-    monkeypatch.setattr(worker_link, "_BOOT", "raise SystemExit('no zerokl here')")
+    monkeypatch.setattr(worker_channels, "_BOOT", "raise SystemExit('no zerokl here')")
     with pytest.raises(WorkerDiedError, match=r"(?s)ended with exit status 1; it wrote:\nno zerokl here"):
         RemoteWorker(config)
 
@@ -261,7 +261,7 @@ def test_close_leaves_no_process_thread_descriptor_or_folder(
 def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch, mortal: RemoteWorker
 ) -> None:
-    monkeypatch.setattr(worker_link, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(worker_channels, "CLOSE_SECONDS", 0.2)
     pid = mortal.describe()["pid"]
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:

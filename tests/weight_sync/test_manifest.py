@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +30,7 @@ def test_layout_is_aligned_and_dense_and_survives_the_wire(tensors: list[Any], v
     end = 0
     for spec, (name, dtype, shape) in zip(manifest.tensors, tensors, strict=True):
         assert (spec.name, spec.dtype, spec.shape) == (name, dtype, shape)
-        assert spec.nbytes == math.prod(shape) * np.dtype(dtype).itemsize
+        assert spec.nbytes == math.prod(shape) * DTYPES[dtype].itemsize
         assert spec.offset % ALIGNMENT == 0 and 0 <= spec.offset - end < ALIGNMENT
         end = spec.offset + spec.nbytes
     assert 0 <= manifest.total_bytes - end < ALIGNMENT
@@ -71,7 +70,7 @@ def test_arbitrary_bytes_raise_the_typed_error(encoded: bytes) -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0} | changes
+    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0, "span": None} | changes
 
 
 @pytest.mark.parametrize(
@@ -94,6 +93,10 @@ def row(**changes: Any) -> dict[str, Any]:
         ([row(offset=128)], "'w': ends at byte 152, beyond total_bytes 128"),
         ([row(shape=[2**40, 2**40])], "beyond total_bytes"),
         ([row() | {"more": 1}], "is not a row"),
+        ([row(span=[0, 2])], "has a span, but the set is no delta"),
+        ([row(span=[0, 7])], "span .0, 7. is not a range of its 6 elements"),
+        ([row(span=[2, 2])], "is not a range"),
+        ([row(span=3)], "is not a range"),
         (["w"], "is not a row"),
         ("w", "the tensor table is not a list"),
     ],
@@ -101,21 +104,24 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_malformed_tables_name_tensor_field_and_value(rows: Any, message: str) -> None:
     table = [list(entry.values()) if isinstance(entry, dict) else entry for entry in rows] if rows != "w" else rows
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_bytes(msgpack.packb([1, 0, 128, table]))
+        Manifest.from_bytes(msgpack.packb([2, 0, 128, None, None, False, table]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([2, 0, 0, []], "format version 2 is not 1"),
+        ([1, 0, 0, []], "format version 1 is not 2"),
         ([], "expected a list"),
         ({"format": 1}, "expected a list, got dict"),
-        ([1, 0, 0], "expected 4 fields, got 3"),
-        ([1, -1, 0, []], "version -1 is not an integer from 0"),
-        ([1, True, 0, []], "version True is not"),
-        ([1, 2**63, 0, []], "is not an integer from 0"),
-        ([1, 0, -1, []], "total_bytes -1 is not"),
-        ([1, 0, "0", []], "total_bytes '0' is not"),
+        ([2, 0, 0], "expected 7 fields, got 3"),
+        ([2, -1, 0, None, None, False, []], "version -1 is not an integer from 0"),
+        ([2, True, 0, None, None, False, []], "version True is not"),
+        ([2, 2**63, 0, None, None, False, []], "is not an integer from 0"),
+        ([2, 0, -1, None, None, False, []], "total_bytes -1 is not"),
+        ([2, 0, "0", None, None, False, []], "total_bytes '0' is not"),
+        ([2, 1, 0, 0, None, False, []], "belong together"),
+        ([2, 1, 0, -1, 7, False, []], "not a version and a checksum"),
+        ([2, 1, 0, None, None, 0, []], "inexact 0 is not a bool"),
     ],
 )
 def test_malformed_heads_are_refused(content: Any, message: str) -> None:

@@ -1,0 +1,74 @@
+"""The tensors that a set of packed weights was made of, read back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.cpu.packing import unpack_gate_up, unpack_linear
+from zerokl.kernels.ops import DecoderParams, LayerParams
+
+from .config import ModelConfig
+from .layout import EMBED, FINAL_NORM, LM_HEAD, expected_tensors
+
+Floats = NDArray[np.float32]
+
+_KEPT = {
+    "input_layernorm.weight": "input_norm",
+    "self_attn.q_norm.weight": "q_norm",
+    "self_attn.k_norm.weight": "k_norm",
+    "post_attention_layernorm.weight": "post_norm",
+}
+
+
+class PackedTensors(Mapping[str, Floats]):
+    """Tensors by Hugging Face name, unpacked on access from parameters of the CPU ops. Not to be written to."""
+
+    def __init__(self, params: DecoderParams[Any], config: ModelConfig) -> None:
+        self._params = params
+        self._config = config
+        self._shapes = expected_tensors(config)
+
+    def __getitem__(self, name: str) -> Floats:
+        if name not in self._shapes:
+            raise KeyError(name)
+        if name == EMBED:
+            return _floats(self._params.embed)
+        if name == FINAL_NORM:
+            return _floats(self._params.final_norm)
+        if name == LM_HEAD:
+            return unpack_linear(self._params.lm_head)
+        _, _, index, rest = name.split(".", 3)
+        return self._of_layer(self._params.layers[int(index)], rest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _of_layer(self, layer: LayerParams[Any], name: str) -> Floats:
+        if name in _KEPT:
+            return _floats(getattr(layer, _KEPT[name]))
+        block, part, kind = name.split(".")
+        if part in ("gate_proj", "up_proj"):
+            return unpack_gate_up(layer.gate_up)[part == "up_proj"]
+        if block == "mlp":
+            return unpack_linear(layer.down)
+        packed, rows = (layer.o, slice(None)) if part == "o_proj" else (layer.qkv, self._rows(part))
+        return _floats(packed.bias[rows] if kind == "bias" else unpack_linear(packed)[rows])
+
+    def _rows(self, part: str) -> slice:
+        queries = self._config.num_attention_heads * self._config.head_dim
+        keys = self._config.num_key_value_heads * self._config.head_dim
+        starts = {"q_proj": (0, queries), "k_proj": (queries, keys), "v_proj": (queries + keys, keys)}
+        start, size = starts[part]
+        return slice(start, start + size)
+
+
+def _floats(array: Any) -> Floats:
+    floats: Floats = array
+    return floats

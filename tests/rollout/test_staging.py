@@ -1,0 +1,141 @@
+"""Weights staged while steps run, and deltas: equal to a fresh worker, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zerokl.kernels.ops import StepInputs, neutral_sampling
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.layout import expected_tensors
+from zerokl.rollout.models.packed_tensors import PackedTensors
+from zerokl.rollout.models.saver import save_pretrained
+from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker, make_worker
+from zerokl.weight_sync import WeightPublisher
+from zerokl.weight_sync.errors import ParentMismatchError
+
+CONTENTS = [
+    tiny_config("LlamaForCausalLM"),
+    tiny_config("Qwen3ForCausalLM", tie_word_embeddings=True),
+    tiny_config("Qwen2ForCausalLM"),
+]
+
+
+def a_step() -> StepInputs:
+    rows = np.arange(19, dtype=np.int32)
+    sampling = dataclasses.replace(neutral_sampling(19), seed=rows.astype(np.uint64), want_raw=True)
+    tokens = np.arange(1, 20, dtype=np.int32)
+    return step_inputs([tokens], [0], [[5, 3]], 16, logit_rows=rows, sampling=sampling)
+
+
+def bits(worker: Worker) -> bytes:
+    result = worker.execute(a_step())
+    return result.tokens.tobytes() + result.logprobs.tobytes()
+
+
+def options(folder: Path, content: dict[str, Any], **changes: Any) -> EngineConfig:
+    save_pretrained(folder, content, random_tensors(ModelConfig.from_json(content), 0))
+    return EngineConfig(model=str(folder), num_blocks=8, max_model_len=128, num_threads=1, **changes)
+
+
+@pytest.fixture(params=["inprocess", "process"])
+def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Worker]:
+    made = make_worker(options(tmp_path, CONTENTS[0], worker=request.param))
+    made.stage_weights(FolderWeights(path=str(tmp_path)), 0)
+    made.commit_weights()
+    yield made
+    made.close()
+
+
+def fresh_bits(folder: Path, tensors: dict[str, Any]) -> bytes:
+    fresh = LocalWorker(EngineConfig(model=str(folder), num_blocks=8, max_model_len=128, num_threads=1))
+    fresh.stage_weights(TensorWeights(tensors=tensors), 0)
+    fresh.commit_weights()
+    return bits(fresh)
+
+
+def test_steps_beside_staging_see_one_version(worker: Worker, tmp_path: Path) -> None:
+    model = ModelConfig.from_json(CONTENTS[0])
+    sets = [random_tensors(model, seed) for seed in range(2)]
+    expected = [fresh_bits(tmp_path, tensors) for tensors in sets]
+    with WeightPublisher() as publisher:
+        for version in range(1, 9):
+            published = publisher.publish(sets[version % 2], version)
+            stager = threading.Thread(target=worker.stage_weights, args=(SharedWeights(published=published), version))
+            stager.start()
+            seen = [bits(worker)]
+            while stager.is_alive():
+                seen.append(bits(worker))
+            assert set(seen) == {expected[(version - 1) % 2]}
+            worker.commit_weights()
+            assert bits(worker) == expected[version % 2]
+
+
+def test_a_chain_of_deltas_equals_a_fresh_worker(worker: Worker, tmp_path: Path) -> None:
+    tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 0)
+    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    with WeightPublisher() as publisher:
+        publisher.publish(tensors, 0)
+        for version in range(1, 21):
+            name = names[version % 3]
+            tensors[name] = tensors[name] * np.float32(1.01)
+            tensors[name].reshape(-1)[:8] += np.float32(0.125)
+            published = publisher.publish_delta({name: tensors[name]}, version)
+            worker.stage_weights(SharedWeights(published=published), version)
+            worker.commit_weights()
+        assert bits(worker) == fresh_bits(tmp_path, tensors)
+        with pytest.raises(ParentMismatchError, match="delta to version 19, but version 20 is live"):
+            worker.stage_weights(SharedWeights(published=published), 21)
+        assert bits(worker) == fresh_bits(tmp_path, tensors)
+
+
+def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
+    before = bits(worker)
+    name = "model.layers.0.mlp.down_proj.weight"
+    original = random_tensors(ModelConfig.from_json(CONTENTS[0]), 0)
+    with WeightPublisher() as publisher:
+        publisher.publish(original, 0)
+        perturbed = original[name].copy()
+        perturbed[3, 5:9] += np.float32(0.5)
+        for version, values in enumerate((perturbed, original[name]), 1):
+            published = publisher.publish_delta({name: values}, version, spans={name: (3 * 80 + 5, 3 * 80 + 9)})
+            worker.stage_weights(SharedWeights(published=published), version)
+            worker.commit_weights()
+            assert (bits(worker) == before) == (version == 2)
+
+
+def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp_path: Path) -> None:
+    tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 7)
+    with WeightPublisher() as publisher:
+        published = publisher.publish(tensors, 1, dtype="bfloat16")
+    wide = {name: (array.view(np.uint32) & 0).view(np.float32) for name, array in tensors.items()}
+    for name, array in tensors.items():
+        whole = array.view(np.uint32)
+        wide[name] = ((whole + 0x7FFF + (whole >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+    with WeightPublisher() as publisher:
+        published = publisher.publish(tensors, 1, dtype="bfloat16")
+        worker.stage_weights(SharedWeights(published=published), 1)
+        worker.commit_weights()
+    assert bits(worker) == fresh_bits(tmp_path, wide)
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=lambda content: content["architectures"][0])
+def test_packed_weights_can_be_read_back(content: dict[str, Any], tmp_path: Path) -> None:
+    model = ModelConfig.from_json(content)
+    worker = LocalWorker(options(tmp_path, content))
+    worker.stage_weights(FolderWeights(path=str(tmp_path)), 0)
+    worker.commit_weights()
+    live = worker._live_runner().live_tensors()
+    assert isinstance(live, PackedTensors) and list(live) == list(expected_tensors(model))
+    for name, array in random_tensors(model, 0).items():
+        np.testing.assert_array_equal(live[name], array, err_msg=name)
+    with pytest.raises(KeyError):
+        live["lm_head.bias"]

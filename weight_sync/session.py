@@ -1,0 +1,256 @@
+"""The receiving half of an update: begin(version, manifest) -> stage(bucket)* -> verify -> commit -> publish, or abort.
+
+A session is one update. Nothing that it does before `commit` can be seen from outside, and whatever raises before has
+aborted it: there is no state in which a part of an update serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from zerokl.weight_sync.checksums import checksum_of
+from zerokl.weight_sync.errors import (
+    ChecksumError,
+    IncompleteUpdateError,
+    ManifestError,
+    ParentMismatchError,
+    ProtocolError,
+    VersionOrderError,
+)
+from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec, result_checksum
+from zerokl.weight_sync.transport import Bucket, Piece
+from zerokl.weight_sync.views import WideTensors
+
+State = Literal["idle", "staging", "verified", "committed", "published", "aborted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveWeights:
+    """The version that serves, as far as a delta needs it."""
+
+    version: int
+    tensors: Mapping[str, NDArray[np.float32]]
+    """All of them; read for tensors of which a delta brings a part, or whose checksum is not known."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """xxh3_64 of the float32 bytes by name, where known; others are added as they are computed."""
+
+    def checksum(self, name: str) -> int:
+        """That of one tensor."""
+        if name not in self.checksums:
+            self.checksums[name] = checksum_of(np.ascontiguousarray(self.tensors[name]))
+        return self.checksums[name]
+
+
+def check_version(live: int, version: int, *, allow_rewind: bool = False) -> None:
+    """Raise VersionOrderError unless `version` follows the live one; with `allow_rewind` any will do."""
+    if version != live + 1 and not allow_rewind:
+        kind = "a gap" if version > live else "a repetition" if version == live else "a step back"
+        raise VersionOrderError(
+            f"version must be {live + 1}, the one after the live version, unless allow_rewind=True, "
+            f"got {version} ({kind})"
+        )
+
+
+class UpdateSession:
+    """One update of a model whose tensors are `expected`, name -> shape; `optional` ones may be there as well.
+
+    Without `live` only complete sets are taken. Calls come from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        live: LiveWeights | None = None,
+        optional: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.state: State = "idle"
+        self.checksums: dict[str, int] = {}
+        """Of the new set's float32 bytes, once verified; where they are not known, the name is missing."""
+        self._expected = expected
+        self._optional = optional or {}
+        self._live = live
+        self._manifest: Manifest | None = None
+        self._stored: dict[str, NDArray[Any]] = {}
+        self._missing: dict[str, int] = {}
+        self._specs: dict[str, TensorSpec] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is being staged. Raises ProtocolError before `begin`."""
+        if self._manifest is None:
+            raise ProtocolError("the update has not begun: there is no manifest yet")
+        return self._manifest
+
+    def begin(self, version: int, manifest: Manifest) -> None:
+        """Check the manifest against the model and, of a delta, the parent. Raises ManifestError, ParentMismatchError.
+
+        `version` is the one that the update shall have; it replaces the manifest's.
+        """
+        self._enter("begin", "idle")
+        with _aborting(self):
+            if type(version) is not int or version < 0:
+                raise VersionOrderError(f"version must be an integer from 0, got {version!r}")
+            self._check_parent(manifest)
+            names = {spec.name for spec in manifest.tensors}
+            manifest.require({**self._expected, **{k: v for k, v in self._optional.items() if k in names}})
+            self._manifest = manifest
+            self._specs = {spec.name: spec for spec in manifest.tensors}
+            self._missing = {spec.name: spec.nbytes for spec in manifest.tensors}
+            self.state = "staging"
+
+    def stage(self, bucket: Bucket) -> None:
+        """Take pieces of tensors. Raises ManifestError for a piece that is nowhere in the manifest or came before."""
+        self._enter("stage", "staging")
+        with _aborting(self):
+            for piece in bucket.pieces:
+                self._take(piece, lasting=bucket.lasting)
+
+    def verify(self) -> WideTensors:
+        """The tensors, by name, float32 on access, after their checksums and the result's were found as published.
+
+        Of a delta, those that it changes. Raises IncompleteUpdateError, ChecksumError, ParentMismatchError.
+        """
+        self._enter("verify", "staging")
+        with _aborting(self):
+            self._check_complete()
+            for spec in self.manifest.tensors:
+                self._check_tensor(spec)
+            tensors = WideTensors(self._arrays(), {name: spec.dtype for name, spec in self._specs.items()})
+            self._check_result(tensors)
+            self.state = "verified"
+            return tensors
+
+    def commit(self, flip: Callable[[], None]) -> None:
+        """Let the new version serve: `flip` does, in one step. If it raises, the update is aborted."""
+        self._enter("commit", "verified")
+        with _aborting(self):
+            flip()
+            self.state = "committed"
+
+    def publish(self) -> int:
+        """Name the version to the world; returns it."""
+        self._enter("publish", "committed")
+        self.state = "published"
+        self._release()
+        return self.manifest.version
+
+    def abort(self) -> None:
+        """Forget what was staged. Idempotent, and possible until the commit; raises ProtocolError after it."""
+        if self.state in ("committed", "published"):
+            raise ProtocolError(f"abort of version {self.manifest.version}, which is {self.state}")
+        self.state = "aborted"
+        self._release()
+
+    def release(self) -> None:
+        """Drop the verified tensors once they are packed, so that their lease can end."""
+        self._release()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    def _enter(self, step: str, needed: State) -> None:
+        if self.state != needed:
+            raise ProtocolError(f"{step} needs an update that is {needed}, this one is {self.state}")
+
+    def _release(self) -> None:
+        self._stored = {}
+
+    def _check_parent(self, manifest: Manifest) -> None:
+        if manifest.parent is None:
+            return
+        if self._live is None:
+            raise ParentMismatchError(f"version {manifest.version} is a delta, but no complete set is live")
+        if manifest.parent != self._live.version:
+            raise ParentMismatchError(
+                f"version {manifest.version} is a delta to version {manifest.parent}, "
+                f"but version {self._live.version} is live"
+            )
+
+    def _take(self, piece: Piece, *, lasting: bool) -> None:
+        spec = self._specs.get(piece.name)
+        if spec is None:
+            raise ManifestError(f"tensor {piece.name!r} is not in the manifest of version {self.manifest.version}")
+        end = piece.start + len(piece.data)
+        if not 0 <= piece.start <= end <= spec.nbytes:
+            raise ManifestError(f"tensor {piece.name!r}: bytes {piece.start} to {end} of {spec.nbytes} do not exist")
+        if lasting and len(piece.data) == spec.nbytes and piece.name not in self._stored:
+            self._stored[piece.name] = piece.data
+        else:
+            done = spec.nbytes - self._missing[piece.name]
+            if piece.start != done:
+                raise ManifestError(f"tensor {piece.name!r}: byte {piece.start} came where {done} was due")
+            if piece.name not in self._stored:
+                self._stored[piece.name] = np.empty(spec.nbytes, np.uint8)
+            self._stored[piece.name][piece.start : end] = piece.data
+        self._missing[piece.name] = spec.nbytes - end
+
+    def _check_complete(self) -> None:
+        missing = [name for name, count in self._missing.items() if count or name not in self._stored]
+        missing = [name for name in missing if self._specs[name].nbytes]
+        if missing:
+            raise IncompleteUpdateError(
+                f"version {self.manifest.version}: {len(missing)} tensors did not arrive whole, "
+                f"the first of them {missing[0]!r} ({self._missing[missing[0]]} bytes are missing)"
+            )
+
+    def _check_tensor(self, spec: TensorSpec) -> None:
+        stored = self._stored.get(spec.name)
+        actual = xxhash.xxh3_64_intdigest(b"") if stored is None else checksum_of(stored)
+        if actual != spec.checksum:
+            self._stored.clear()
+            raise ChecksumError(
+                f"tensor {spec.name!r} of version {self.manifest.version}: checksum {actual:016x} is not the "
+                f"manifest's {spec.checksum:016x}; it was damaged or overwritten by a later publication"
+            )
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {spec.name: self._array(spec) for spec in self.manifest.tensors}
+
+    def _array(self, spec: TensorSpec) -> NDArray[Any]:
+        stored = self._stored.get(spec.name, np.empty(0, np.uint8)).view(DTYPES[spec.dtype])
+        if spec.span is None:
+            return stored.reshape(spec.shape)
+        assert self._live is not None, "a span outside of a delta"
+        if spec.dtype != "float32":
+            raise ManifestError(f"tensor {spec.name!r}: a span must be of float32, got {spec.dtype}")
+        whole = np.array(self._live.tensors[spec.name], np.float32, order="C")
+        whole.reshape(-1)[spec.span[0] : spec.span[1]] = stored
+        return whole
+
+    def _check_result(self, tensors: WideTensors) -> None:
+        known = {
+            name: checksum_of(tensors[name]) if spec.span is not None else spec.checksum
+            for name, spec in self._specs.items()
+            if spec.dtype == "float32"
+        }
+        if self.manifest.parent is None:
+            self.checksums = known
+            return
+        assert self._live is not None, "checked at the start"
+        known = {name: known[name] if name in known else checksum_of(tensors[name]) for name in tensors}
+        rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
+        self.checksums = {**rest, **known}
+        actual = result_checksum({name: self.checksums[name] for name in self._expected})
+        if actual != self.manifest.result:
+            raise ParentMismatchError(
+                f"version {self.manifest.version}: applied to version {self.manifest.parent} as it is here, the delta "
+                f"gives a set of checksum {actual:016x}, its publisher has {self.manifest.result:016x}"
+            )
+
+
+class _aborting:  # noqa: N801 - reads as a statement
+    """Aborts the session when its block raises."""
+
+    def __init__(self, session: UpdateSession) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if error is not None and not isinstance(error, ProtocolError):
+            self._session.abort()

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
@@ -43,7 +44,6 @@ class EngineLoop:
         """`check_awake` raises EngineAsleepError where requests cannot run."""
         self._scheduler = scheduler
         self._worker = worker
-        self._weights = weights
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
@@ -59,11 +59,7 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
-        self._decode_tokens = 0
-        self._step_seconds = 0.0
-        self._worker_seconds = 0.0
-        self._drain_seconds = 0.0
-        self._drain_start = 0.0
+        self._meter = LoopMeter(scheduler, weights)
         self.cause: BaseException | None = None
         """What made the engine fail."""
         self._thread = threading.Thread(target=self._run, name="zerokl-engine-loop", daemon=True)
@@ -114,21 +110,8 @@ class EngineLoop:
         return self.at_boundary(lambda: self._abort(ids))
 
     def metrics(self) -> dict[str, float]:
-        """The scheduler's counters; tokens by kind, calls and changes held, seconds of steps and weights."""
-        scheduler = self._scheduler.metrics()
-        return {
-            **scheduler,
-            "held": self.num_held,
-            "kv_usage": 1.0 - scheduler["free_blocks"] / scheduler["total_blocks"],
-            "prefill_tokens": scheduler["computed_tokens"] - self._decode_tokens,
-            "decode_tokens": self._decode_tokens,
-            "step_seconds": self._step_seconds,
-            "worker_seconds": self._worker_seconds,
-            "weight_updates": self._weights.num_updates,
-            "weight_stage_seconds": self._weights.stage_seconds,
-            "weight_drain_seconds": self._drain_seconds,
-            "weight_commit_seconds": self._weights.commit_seconds,
-        }
+        """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
+        return {**self._meter.metrics(), "held": self.num_held}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -201,7 +184,7 @@ class EngineLoop:
             self._draining = None
             if change.future.set_running_or_notify_cancel():
                 change.future.set_exception(error)
-        self._drain_start = time.perf_counter()
+        self._meter.begin_drain()
 
     def _apply_change(self) -> bool:
         """Apply or drop the change that is due; False while requests must still finish before it."""
@@ -209,13 +192,12 @@ class EngineLoop:
         assert change is not None
         if change.waits and self._scheduler.num_unfinished and not change.future.cancelled():
             return False
-        start = time.perf_counter()
+        self._meter.end_drain()
         if change.future.set_running_or_notify_cancel():
             settle(change.future, change.apply)
         else:
             change.discard()
         self._draining = None
-        self._drain_seconds += start - self._drain_start
         return True
 
     def _add(self, call: Call) -> None:
@@ -242,11 +224,10 @@ class EngineLoop:
         inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
         result = self._worker.execute(inputs)
-        self._worker_seconds += time.perf_counter() - called
+        worker_seconds = time.perf_counter() - called
         for request in self._scheduler.update(plan, result):
             self.deliver(request)
-        self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
-        self._step_seconds += time.perf_counter() - start
+        self._meter.count_step(plan, seconds=time.perf_counter() - start, worker_seconds=worker_seconds)
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""

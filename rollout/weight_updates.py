@@ -115,8 +115,7 @@ class WeightUpdate:
         try:
             hooks.call("before_update", self._event)
             with self._updates.lock:
-                self._stage()
-                live = self._apply()
+                live = self._stage_and_apply()
         except BaseException as error:
             hooks.call("on_failure", dataclasses.replace(self._event, error=error))
             raise
@@ -127,7 +126,9 @@ class WeightUpdate:
         """Have `run` raise CancelledError, if the commit has not begun; from any thread."""
         self._change.future.cancel()
 
-    def _apply(self) -> int:
+    def _stage_and_apply(self) -> int:
+        if not self._change.future.cancelled():
+            self._stage()
         if self._change.future.cancelled():
             self._updates.discard()
             raise CancelledError

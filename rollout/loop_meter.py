@@ -1,0 +1,52 @@
+"""What the engine loop has done so far, in tokens and seconds."""
+
+from __future__ import annotations
+
+import time
+
+from zerokl.rollout.control import WeightSets
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.step_plan import StepPlan
+
+
+class LoopMeter:
+    """Counters that the loop thread keeps; any thread may read them, a step apart."""
+
+    def __init__(self, scheduler: Scheduler, weights: WeightSets) -> None:
+        self._scheduler = scheduler
+        self._weights = weights
+        self._decode_tokens = 0
+        self._step_seconds = 0.0
+        self._worker_seconds = 0.0
+        self._drain_seconds = 0.0
+        self._drain_start = 0.0
+
+    def count_step(self, plan: StepPlan, *, seconds: float, worker_seconds: float) -> None:
+        """One step is done."""
+        self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
+        self._step_seconds += seconds
+        self._worker_seconds += worker_seconds
+
+    def begin_drain(self) -> None:
+        """From here on a change waits for requests in flight."""
+        self._drain_start = time.perf_counter()
+
+    def end_drain(self) -> None:
+        """The change is due now."""
+        self._drain_seconds += time.perf_counter() - self._drain_start
+
+    def metrics(self) -> dict[str, float]:
+        """The scheduler's counters; tokens by kind, seconds of steps and weights."""
+        scheduler = self._scheduler.metrics()
+        return {
+            **scheduler,
+            "kv_usage": 1.0 - scheduler["free_blocks"] / scheduler["total_blocks"],
+            "prefill_tokens": scheduler["computed_tokens"] - self._decode_tokens,
+            "decode_tokens": self._decode_tokens,
+            "step_seconds": self._step_seconds,
+            "worker_seconds": self._worker_seconds,
+            "weight_updates": self._weights.num_updates,
+            "weight_stage_seconds": self._weights.stage_seconds,
+            "weight_drain_seconds": self._drain_seconds,
+            "weight_commit_seconds": self._weights.commit_seconds,
+        }

@@ -10,6 +10,7 @@ Arrays that come out of `decode` are writable and share the frame's memory.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -39,8 +40,10 @@ from zerokl.rollout.messages import (
     Stage,
 )
 from zerokl.rollout.worker import FolderWeights, SharedWeights
+from zerokl.weight_sync.disk import PublishedFile
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import PublishedWeights
+from zerokl.weight_sync.shards import PublishedShards
 
 PROTOCOL_VERSION = 1
 """Raised with every change of the messages or of the tables below; any other is refused."""
@@ -125,11 +128,7 @@ def encode(sequence: int, message: Message) -> list[bytes]:
     elif isinstance(message, Sampled):
         body = [_pack(RESULT_ARRAYS, message.result, chunks)]
     elif isinstance(message, Stage):
-        folder = isinstance(message.source, FolderWeights)
-        place = (
-            message.source.path if isinstance(message.source, FolderWeights) else message.source.published.to_bytes()
-        )
-        body = ["folder" if folder else "shared", place, message.version]
+        body = [*_source_fields(message.source), message.version]
     else:
         body = [getattr(message, field.name) for field in fields(message)]
     header: bytes = msgpack.packb((PROTOCOL_VERSION, sequence, type(message).__name__, body))
@@ -227,15 +226,28 @@ def _message(kind: type[Any], body: list[Any], payload: _Payload) -> Message:
     return message
 
 
+def _source_fields(source: FolderWeights | SharedWeights) -> tuple[str, str | bytes]:
+    if isinstance(source, FolderWeights):
+        return "folder", source.path
+    published = source.published
+    if isinstance(published, PublishedFile):
+        return f"file {published.version}", published.path
+    return "shards" if isinstance(published, PublishedShards) else "shared", published.to_bytes()
+
+
 def _stage(body: list[Any]) -> Stage:
-    if body[:1] == ["folder"]:
+    kind = body[0] if body and isinstance(body[0], str) else ""
+    if kind == "folder" or re.fullmatch(r"file \d{1,19}", kind):
         _check_types("Stage", body, (str, str, int))
-        return Stage(source=FolderWeights(path=body[1]), version=body[2])
-    if body[:1] != ["shared"]:
+        if kind == "folder":
+            return Stage(source=FolderWeights(path=body[1]), version=body[2])
+        file = PublishedFile(path=body[1], version=int(kind[5:]))
+        return Stage(source=SharedWeights(published=file), version=body[2])
+    if kind not in ("shared", "shards"):
         raise WireError(f"Stage: {body!r:.200} has no known source of weights")
     _check_types("Stage", body, (str, bytes, int))
     try:
-        published = PublishedWeights.from_bytes(body[1])
+        published = (PublishedWeights if kind == "shared" else PublishedShards).from_bytes(body[1])
     except ManifestError as error:
         raise WireError(f"Stage: {error}") from error
     return Stage(source=SharedWeights(published=published), version=body[2])

@@ -27,8 +27,10 @@ from zerokl.rollout.validation import check_int
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.model_runner import ModelRunner
-    from zerokl.weight_sync import PublishedWeights
+    from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
     from zerokl.weight_sync.session import LiveWeights, UpdateSession
+
+    Published = PublishedWeights | PublishedFile | PublishedShards
 
 INT64_MAX = 2**63 - 1
 
@@ -52,9 +54,9 @@ class FolderWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedWeights:
-    """Weights that a trainer published (`zerokl.weight_sync.WeightPublisher`); mapped, not copied, by the worker."""
+    """Weights that a trainer published: in shared memory, mapped by the worker and not copied, or in a file."""
 
-    published: PublishedWeights
+    published: Published
 
 
 WeightSource = TensorWeights | FolderWeights | SharedWeights
@@ -66,11 +68,11 @@ def weight_source(source: Any, version: int | None) -> tuple[WeightSource, int |
 
     Raises ValueError for a source of another kind and for a version that is not an integer from 0.
     """
-    from zerokl.weight_sync.manifest import PublishedWeights
+    from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
 
     if version is not None:
         version = check_int("version", version, 0, INT64_MAX)
-    if isinstance(source, PublishedWeights):
+    if isinstance(source, (PublishedWeights, PublishedFile, PublishedShards)):
         return SharedWeights(published=source), source.version if version is None else version
     if isinstance(source, (str, os.PathLike)):
         return FolderWeights(path=os.fspath(source)), version
@@ -223,22 +225,22 @@ class LocalWorker:
         """As `Worker.close`."""
         self._runner = None
 
-    def _stage_published(self, runner: ModelRunner, published: PublishedWeights, version: int) -> None:
+    def _stage_published(self, runner: ModelRunner, published: Published, version: int) -> None:
         from zerokl.rollout.models.layout import LM_HEAD, expected_tensors
-        from zerokl.weight_sync.receiver import lease_published
-        from zerokl.weight_sync.session import UpdateSession
+        from zerokl.weight_sync.session import UpdateSession, receive
+        from zerokl.weight_sync.shards import PublishedShards
 
         expected = expected_tensors(self._model_config)
         tied = {LM_HEAD: next(iter(expected.values()))} if LM_HEAD not in expected else {}
-        delta = published.manifest.parent is not None
-        session = UpdateSession(expected, self._live_weights(runner) if delta else None, tied)
-        with lease_published(published) as lease:
+        if isinstance(published, PublishedShards):
+            with published.verified() as tensors:
+                runner.stage(tensors, version)
+            return
+        with published.open() as lease:
+            delta = lease.manifest.parent is not None
+            session = UpdateSession(expected, self._live_weights(runner) if delta else None, tied)
             try:
-                session.begin(version, lease.manifest)
-                for bucket in lease.buckets():
-                    session.stage(bucket)
-                    del bucket
-                runner.stage(session.verify(), version, delta=delta)
+                runner.stage(receive(session, version, lease), version, delta=delta)
             finally:
                 session.release()
         self._session = session

@@ -35,7 +35,7 @@ from zerokl.rollout.messages import (
 )
 from zerokl.rollout.worker import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
 from zerokl.rollout.worker_channels import WorkerDiedError, WorkerLink
-from zerokl.weight_sync import WeightPublisher, reap_dead_segments
+from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
@@ -81,6 +81,9 @@ class RemoteWorker:
         elif isinstance(source, FolderWeights):
             absolute = FolderWeights(path=str(Path(source.path).absolute()))  # working directories may have parted
             self._stage(Stage(source=absolute, version=version))
+        elif isinstance(source.published, PublishedFile):
+            file = dataclasses.replace(source.published, path=str(Path(source.published.path).absolute()))
+            self._stage(Stage(source=SharedWeights(published=file), version=version))
         else:
             self._stage(Stage(source=source, version=version))
 

@@ -9,40 +9,75 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerokl.weight_sync.disk import PublishedFile, publish_file
     from zerokl.weight_sync.errors import (
         BufferLeasedError,
         ChecksumError,
+        DiskFullError,
+        IncompleteUpdateError,
         ManifestError,
+        ParentMismatchError,
+        ProtocolError,
         SegmentBusyError,
         SegmentMissingError,
         SegmentTruncatedError,
         SharedMemoryFullError,
+        VersionOrderError,
         WeightSyncError,
     )
+    from zerokl.weight_sync.inproc import PublishedArrays
+    from zerokl.weight_sync.layouts import TrainerLayout, from_hugging_face, paddleformers_layout, to_hugging_face
     from zerokl.weight_sync.manifest import Manifest, ManifestDiff, PublishedWeights, TensorSpec
     from zerokl.weight_sync.publisher import WeightPublisher
     from zerokl.weight_sync.receiver import open_published
     from zerokl.weight_sync.segments import reap_dead_segments
+    from zerokl.weight_sync.session import LiveWeights, UpdateSession
+    from zerokl.weight_sync.shards import PublishedShards
 
 __all__ = [
     "BufferLeasedError",
     "ChecksumError",
+    "DiskFullError",
+    "IncompleteUpdateError",
+    "LiveWeights",
     "Manifest",
     "ManifestDiff",
     "ManifestError",
+    "ParentMismatchError",
+    "ProtocolError",
+    "PublishedArrays",
+    "PublishedFile",
+    "PublishedShards",
     "PublishedWeights",
     "SegmentBusyError",
     "SegmentMissingError",
     "SegmentTruncatedError",
     "SharedMemoryFullError",
     "TensorSpec",
+    "TrainerLayout",
+    "UpdateSession",
+    "VersionOrderError",
     "WeightPublisher",
     "WeightSyncError",
+    "from_hugging_face",
     "open_published",
+    "paddleformers_layout",
+    "publish_file",
     "reap_dead_segments",
+    "to_hugging_face",
 ]
 
 _MODULES = {
+    "LiveWeights": "session",
+    "PublishedArrays": "inproc",
+    "PublishedFile": "disk",
+    "PublishedShards": "shards",
+    "TrainerLayout": "layouts",
+    "UpdateSession": "session",
+    "from_hugging_face": "layouts",
+    "paddleformers_layout": "layouts",
+    "publish_file": "disk",
+    "to_hugging_face": "layouts",
     "Manifest": "manifest",
     "ManifestDiff": "manifest",
     "PublishedWeights": "manifest",

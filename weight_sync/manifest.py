@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import xxhash
 
 from zerokl.weight_sync.errors import ManifestError
+
+if TYPE_CHECKING:
+    from zerokl.weight_sync.transport import Lease
 
 FORMAT_VERSION = 2
 """Raised with every change of the encoded form; a receiver refuses any other."""
@@ -207,6 +211,12 @@ class PublishedWeights:
     def version(self) -> int:
         """The manifest's policy version."""
         return self.manifest.version
+
+    def open(self) -> AbstractContextManager[Lease]:
+        """A lease of the segment: see `receiver.lease_published`."""
+        from zerokl.weight_sync.receiver import lease_published
+
+        return lease_published(self)
 
     def to_bytes(self) -> bytes:
         """Encode as msgpack [format version, segment, encoded manifest]."""

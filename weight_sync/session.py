@@ -24,7 +24,7 @@ from zerokl.weight_sync.errors import (
     VersionOrderError,
 )
 from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec, result_checksum
-from zerokl.weight_sync.transport import Bucket, Piece
+from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
 from zerokl.weight_sync.views import WideTensors
 
 State = Literal["idle", "staging", "verified", "committed", "published", "aborted"]
@@ -240,6 +240,17 @@ class UpdateSession:
                 f"version {self.manifest.version}: applied to version {self.manifest.parent} as it is here, the delta "
                 f"gives a set of checksum {actual:016x}, its publisher has {self.manifest.result:016x}"
             )
+
+
+def receive(
+    session: UpdateSession, version: int, lease: Lease, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+) -> WideTensors:
+    """The session's steps up to `verify`, over all that a lease gives."""
+    session.begin(version, lease.manifest)
+    for bucket in lease.buckets(bucket_bytes):
+        session.stage(bucket)
+        del bucket  # a bucket that lasts holds its lease
+    return session.verify()
 
 
 class _aborting:  # noqa: N801 - reads as a statement

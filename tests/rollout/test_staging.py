@@ -19,7 +19,7 @@ from zerokl.rollout.models.packed_tensors import PackedTensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker, make_worker
-from zerokl.weight_sync import WeightPublisher
+from zerokl.weight_sync import PublishedShards, WeightPublisher, publish_file
 from zerokl.weight_sync.errors import ParentMismatchError
 
 CONTENTS = [
@@ -114,9 +114,7 @@ def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
 
 def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp_path: Path) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 7)
-    with WeightPublisher() as publisher:
-        published = publisher.publish(tensors, 1, dtype="bfloat16")
-    wide = {name: (array.view(np.uint32) & 0).view(np.float32) for name, array in tensors.items()}
+    wide = {}
     for name, array in tensors.items():
         whole = array.view(np.uint32)
         wide[name] = ((whole + 0x7FFF + (whole >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
@@ -125,6 +123,29 @@ def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp
         worker.stage_weights(SharedWeights(published=published), 1)
         worker.commit_weights()
     assert bits(worker) == fresh_bits(tmp_path, wide)
+
+
+def test_files_and_shards_equal_a_fresh_worker(worker: Worker, tmp_path: Path) -> None:
+    tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 5)
+    axes = {name: 0 for name in tensors if "proj" in name}
+    ranks = [
+        {name: np.split(array, 2)[rank] if name in axes else array for name, array in tensors.items()}
+        for rank in range(2)
+    ]
+    with WeightPublisher("rank0") as zero, WeightPublisher("rank1") as one:
+        parts = tuple(made.publish(shard, 1) for made, shard in zip((zero, one), ranks, strict=True))
+        file = publish_file(tmp_path / "next.safetensors", tensors, 1)
+        for published in (file, PublishedShards(ranks=parts, axes=axes)):
+            worker.stage_weights(FolderWeights(path=str(tmp_path)), 0)
+            worker.commit_weights()
+            assert bits(worker) != fresh_bits(tmp_path, tensors)
+            worker.stage_weights(SharedWeights(published=published), 1)
+            worker.commit_weights()
+            assert bits(worker) == fresh_bits(tmp_path, tensors)
+        false = PublishedShards(ranks=parts, axes=axes | {"model.layers.0.mlp.down_proj.weight": 1})
+        with pytest.raises(ValueError, match="down_proj"):
+            worker.stage_weights(SharedWeights(published=false), 2)
+        assert bits(worker) == fresh_bits(tmp_path, tensors)
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=lambda content: content["architectures"][0])

@@ -227,7 +227,7 @@ class EngineLoop:
         worker_seconds = time.perf_counter() - called
         for request in self._scheduler.update(plan, result):
             self.deliver(request)
-        self._meter.count_step(plan, seconds=time.perf_counter() - start, worker_seconds=worker_seconds)
+        self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""

@@ -20,11 +20,19 @@ class LoopMeter:
         self._worker_seconds = 0.0
         self._drain_seconds = 0.0
         self._drain_start = 0.0
+        self._pause_seconds = 0.0
+        self._last_end: float | None = None
+        self._num_updates = 0
 
-    def count_step(self, plan: StepPlan, *, seconds: float, worker_seconds: float) -> None:
-        """One step is done."""
+    def count_step(self, plan: StepPlan, *, start: float, worker_seconds: float) -> None:
+        """A step that began at `start` is done."""
+        end = time.perf_counter()
+        if self._weights.num_updates != self._num_updates:
+            self._num_updates = self._weights.num_updates
+            self._pause_seconds += start - self._last_end if self._last_end is not None else 0.0
+        self._last_end = end if self._scheduler.num_unfinished else None
         self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
-        self._step_seconds += seconds
+        self._step_seconds += end - start
         self._worker_seconds += worker_seconds
 
     def begin_drain(self) -> None:
@@ -36,7 +44,11 @@ class LoopMeter:
         self._drain_seconds += time.perf_counter() - self._drain_start
 
     def metrics(self) -> dict[str, float]:
-        """The scheduler's counters; tokens by kind, seconds of steps and weights."""
+        """The scheduler's counters; tokens by kind, seconds of steps and weights.
+
+        `weight_pause_seconds` sums, over the updates with requests in flight, what lay between the last step before the
+        new weights and the first one after.
+        """
         scheduler = self._scheduler.metrics()
         return {
             **scheduler,
@@ -48,5 +60,6 @@ class LoopMeter:
             "weight_updates": self._weights.num_updates,
             "weight_stage_seconds": self._weights.stage_seconds,
             "weight_drain_seconds": self._drain_seconds,
+            "weight_pause_seconds": self._pause_seconds,
             "weight_commit_seconds": self._weights.commit_seconds,
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import gated_engine, in_thread, tiny_options, tiny_tensors, update_after
+from tiny_engine import gated_engine, in_thread, tiny_options, tiny_tensors, update_after, wait_until
 
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.outputs import Rollout
@@ -85,4 +85,19 @@ def test_no_rollout_is_staler_than_the_bound(tiny_model: Path, seed: int) -> Non
     rollouts = run_case(tiny_model, seed, {"mode": "keep", "max_staleness": 1})
     assert all(rollout.policy_versions[-1] - rollout.policy_versions[0] <= 1 for rollout in rollouts)
     assert any(rollout.num_restarts for rollout in rollouts)
+    assert differing_spans(tiny_model, rollouts) == 0
+
+
+@pytest.mark.parametrize("worker", ["inprocess", "process"])
+def test_updates_under_load_tear_nothing(tiny_model: Path, worker: str) -> None:
+    """Nothing is gated here: weights are staged while steps run."""
+    params = SamplingParams(n=4, max_tokens=120, seed=1, ignore_eos=True)
+    with RolloutEngine(tiny_options(tiny_model, worker=worker)) as engine:
+        calls = [in_thread(lambda: engine.generate([[1, 2, 3], [4] * 40], params)) for _ in range(2)]
+        wait_until(lambda: engine.metrics()["steps"] > 0)
+        for version in range(1, NUM_UPDATES + 1):
+            engine.update_weights(tiny_tensors(version), mode="keep")
+        rollouts = [rollout for call in calls for rollout in call()]
+        crossed = any(len(rollout.version_spans) > 1 for rollout in rollouts)
+        assert (engine.metrics()["weight_pause_seconds"] > 0) == crossed
     assert differing_spans(tiny_model, rollouts) == 0

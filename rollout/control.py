@@ -15,7 +15,7 @@ from typing import Any, Literal
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.worker import WeightSource, Worker
+from zerokl.rollout.worker import SharedWeights, WeightSource, Worker
 
 POLICY = "policy"
 """Name of the live weight set."""
@@ -110,7 +110,10 @@ class WeightSets:
         self._scheduler = scheduler
         self._epoch = 0
         self._staged: int | None = None
+        self._staged_inexact = False
         self.versions: dict[str, int] = {}
+        self.inexact: frozenset[str] = frozenset()
+        """Sets whose publication says that a trainer's forward does not give the same bits."""
         self.stage_seconds = 0.0
         self.commit_seconds = 0.0
         self.num_updates = 0
@@ -144,6 +147,7 @@ class WeightSets:
         start = time.perf_counter()
         self._worker.stage_weights(source, version)
         self._staged = version
+        self._staged_inexact = _says_inexact(source)
         self.stage_seconds += time.perf_counter() - start
 
     def commit(self, *, keep_running: bool = False) -> int:
@@ -155,6 +159,7 @@ class WeightSets:
         self._epoch += 1
         self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version, keep_running=keep_running)
         self.versions = {**self.versions, POLICY: version}
+        self.inexact = self.inexact | {POLICY} if self._staged_inexact else self.inexact - {POLICY}
         self.commit_seconds += time.perf_counter() - start
         self.num_updates += 1
         return version
@@ -170,6 +175,7 @@ class WeightSets:
         version = self.versions[POLICY]
         self._scheduler.set_weights(name, epoch=self._epoch, version=version)
         self.versions = {**self.versions, name: version}
+        self.inexact = self.inexact | {name} if POLICY in self.inexact else self.inexact - {name}
         return version
 
     def drop_pins(self) -> None:
@@ -177,6 +183,7 @@ class WeightSets:
         for name in set(self.versions) - {POLICY}:
             self._scheduler.drop_weights(name)
         self.versions = {POLICY: self.versions[POLICY]}
+        self.inexact &= {POLICY}
 
     def drop(self, name: str) -> None:
         """Forget a pinned set. Raises ValueError for an unknown name and for the policy itself."""
@@ -186,3 +193,15 @@ class WeightSets:
         self._worker.drop_weights(name)
         self._scheduler.drop_weights(name)
         self.versions = {key: version for key, version in self.versions.items() if key != name}
+        self.inexact -= {name}
+
+
+def _says_inexact(source: WeightSource) -> bool:
+    from zerokl.weight_sync import PublishedShards, PublishedWeights
+
+    if not isinstance(source, SharedWeights):
+        return False
+    published = source.published
+    if isinstance(published, PublishedShards):
+        return any(rank.manifest.inexact for rank in published.ranks)
+    return isinstance(published, PublishedWeights) and published.manifest.inexact

@@ -194,7 +194,8 @@ class RolloutEngine(WeightMethods):
     def health(self) -> dict[str, Any]:
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, the worker's kind.
 
-        States are "running", "draining", "asleep", "failed" and "closed".
+        `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
+        not 0 under them. States are "running", "draining", "asleep", "failed" and "closed".
         """
         cause, state = self._loop.cause, self._loop.state
         return {
@@ -204,6 +205,7 @@ class RolloutEngine(WeightMethods):
             "num_waiting": self._scheduler.num_waiting,
             "num_held": self._loop.num_held,
             "weight_versions": dict(self._weights.versions),
+            "inexact_weights": sorted(self._weights.inexact),
             "hook_errors": self._updates.hooks.num_errors,
             "asleep": dict(self._sleep.parts),
             "worker": dict(self._worker),

@@ -150,3 +150,15 @@ def test_pinned_weights_go_on_scoring_as_before(engine: RolloutEngine) -> None:
             call()
     with pytest.raises(ValueError, match="policy"):
         engine.pin_weights("policy")
+
+
+def test_weights_that_were_rounded_on_the_way_are_named(engine: RolloutEngine) -> None:
+    with WeightPublisher() as publisher:
+        engine.update_weights(publisher.publish(tiny_tensors(1), 1, dtype="bfloat16"))
+        engine.pin_weights("reference")
+        assert engine.health()["inexact_weights"] == ["policy", "reference"]
+        engine.update_weights(publisher.publish(tiny_tensors(1), 2))
+        assert engine.health()["inexact_weights"] == ["reference"]
+        engine.update_weights(publisher.publish(tiny_tensors(1), 3, dtype="bfloat16", inexact=False))
+    engine.drop_weights("reference")
+    assert engine.health()["inexact_weights"] == []

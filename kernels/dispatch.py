@@ -70,7 +70,7 @@ def weight_packer(ops: EngineOps[Any], *, beside_steps: bool) -> WeightPacker[An
     """What packs a new set of weights for `ops`; with `beside_steps`, while another thread may run steps."""
     from zerokl.kernels.cpu.ops import CpuOps
 
-    if isinstance(ops, CpuOps):
+    if type(ops) is CpuOps:  # a class made of it may pack otherwise
         return ops.packer.next_set(beside_steps=beside_steps)
     return ops
 

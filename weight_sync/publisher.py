@@ -84,9 +84,10 @@ class WeightPublisher:
         """Publish only the tensors that differ from this publisher's latest publication, the delta's parent.
 
         `changed` holds whole float32 tensors; of those in `spans` only the elements [start, stop), in C order, are
-        copied, and the others must be as they were. The receiver verifies the checksum of the whole result. Raises as
-        `publish` does, and ManifestError for tensors that the parent has not or that are no float32, or when the parent
-        was not all float32.
+        copied, and the others must be as they were. The receiver verifies the checksum of the whole result; after one
+        that was refused or never read, the next publication must be complete. Raises as `publish` does, and
+        ManifestError for tensors that the parent has not or that are no float32, or when the parent was not all
+        float32.
         """
         named = self._checked(changed)
         spans = spans or {}

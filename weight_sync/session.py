@@ -233,8 +233,9 @@ class UpdateSession:
         assert self._live is not None, "checked at the start"
         known = {name: known[name] if name in known else checksum_of(tensors[name]) for name in tensors}
         rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
-        self.checksums = {**rest, **known}
-        actual = result_checksum({name: self.checksums[name] for name in self._expected})
+        more = {name: value for name, value in self._live.checksums.items() if name in self._optional}
+        self.checksums = {**rest, **more, **known}
+        actual = result_checksum(self.checksums)
         if actual != self.manifest.result:
             raise ParentMismatchError(
                 f"version {self.manifest.version}: applied to version {self.manifest.parent} as it is here, the delta "

@@ -148,6 +148,25 @@ def test_files_and_shards_equal_a_fresh_worker(worker: Worker, tmp_path: Path) -
         assert bits(worker) == fresh_bits(tmp_path, tensors)
 
 
+def test_a_delta_after_a_set_with_its_tied_head(tmp_path: Path) -> None:
+    worker = LocalWorker(options(tmp_path, CONTENTS[1]))
+    tensors = random_tensors(ModelConfig.from_json(CONTENTS[1]), 0)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    with WeightPublisher() as publisher:
+        for version in range(3):
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.5)
+            changed = {"model.norm.weight": tensors["model.norm.weight"]}
+            published = (
+                publisher.publish_delta(changed, version) if version else publisher.publish(tensors | head, version)
+            )
+            worker.stage_weights(SharedWeights(published=published), version)
+            worker.commit_weights()
+            assert bits(worker) == fresh_bits(tmp_path, tensors)
+        false = {"lm_head.weight": head["lm_head.weight"] + np.float32(1)}
+        with pytest.raises(ValueError, match="tie_word_embeddings"):
+            worker.stage_weights(SharedWeights(published=publisher.publish(tensors | false, 3)), 3)
+
+
 @pytest.mark.parametrize("content", CONTENTS, ids=lambda content: content["architectures"][0])
 def test_packed_weights_can_be_read_back(content: dict[str, Any], tmp_path: Path) -> None:
     model = ModelConfig.from_json(content)

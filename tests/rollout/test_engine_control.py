@@ -61,7 +61,7 @@ def test_abort_returns_the_tokens_so_far_and_spares_the_others(tiny_model: Path)
 
 
 def test_request_ids_are_checked(engine: RolloutEngine) -> None:
-    for ids in (["a", "a"], ["a"], "ab", ["", "b"], [1, 2]):
+    for ids in (["a", "a"], ["a"], "ab", ["", "b"], [1, 2], 5, {"x", "y"}):
         with pytest.raises(ValueError, match="request_ids"):
             engine.generate(["x", "y"], request_ids=ids)
 

@@ -155,21 +155,6 @@ def test_an_update_that_drains_is_applied_when_the_last_request_ends(
     assert update() == 1, "nothing else may be needed to wake the loop"
 
 
-def test_an_update_that_drains_is_applied_when_the_last_request_ends(
-    gated: tuple[RolloutEngine, GatedWorker],
-) -> None:
-    engine, worker = gated
-    early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
-    worker.began.acquire()
-    update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
-    worker.open()
-    assert early()[0].policy_versions.tolist() == [0] * 6
-    assert update() == 1, "nothing else may be needed to wake the loop"
-
-
 def test_a_held_call_can_be_aborted_and_a_drain_given_up_by_closing(gated: tuple[RolloutEngine, GatedWorker]) -> None:
     engine, worker = gated
     early = in_thread(lambda: engine.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))

@@ -60,10 +60,11 @@ clean: ## forget the environment and all builds
 
 .venv/bin/python:
 	@bash tools/check_system.sh "$(PYTHON)"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --upgrade pip
 
 .venv/.installed-%: .venv/bin/python $(EXTENSION_SOURCES)
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip # an environment that was made without
 	$(PY) -m pip install --quiet --editable ".[$(if $(filter dev,$*),dev,cpu,$*)]"
 	@touch $@
 

@@ -8,7 +8,8 @@ import pytest
 import regex
 from tokenizers import Tokenizer
 
-from zerokl.integrations.gguf_import import hugging_face_name, unpermute_rotary_rows
+from zerokl.integrations.gguf_import import convert_gguf, hugging_face_name, unpermute_rotary_rows
+from zerokl.integrations.smollm2 import model_folder
 
 ODD_STRINGS = [
     "",
@@ -122,3 +123,14 @@ def test_unknown_tensor_is_named():
     assert hugging_face_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
     with pytest.raises(ValueError, match=r"blk\.0\.ssm_a"):
         hugging_face_name("blk.0.ssm_a")
+
+
+def test_a_folder_with_something_in_it_is_never_replaced(tmp_path, monkeypatch):
+    kept = tmp_path / "thesis.txt"
+    kept.write_text("years of work")
+    with pytest.raises(ValueError, match="must be absent or an empty folder"):
+        convert_gguf(tmp_path / "any.gguf", tmp_path)
+    monkeypatch.setattr("zerokl.integrations.smollm2._fetch_gguf", lambda scratch: pytest.fail("fetched in vain"))
+    with pytest.raises(ValueError, match="must be absent or an empty folder"):
+        model_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -16,6 +16,8 @@ INT32_MAX = 2**31 - 1
 SMALLEST_TEMPERATURE = 1e-6
 """Below it logits / temperature overflows float32; ask for 0 (argmax) instead."""
 LARGEST_TEMPERATURE = 1e6
+SMALLEST_TOP_P = float(np.finfo(np.float32).tiny)
+"""Anything below, 0 in float32, keeps the likeliest token alone as well."""
 LARGEST_PENALTY = 1e6
 LARGEST_BIAS = 1e9
 """With these bounds no options take a logit of any real model out of float32's range."""
@@ -90,7 +92,8 @@ class SamplingParams:
         if 0.0 < temperature < SMALLEST_TEMPERATURE:
             raise ValueError(f"temperature must be {bound}, got {self.temperature!r}")
         self._set("temperature", temperature)
-        self._set("top_p", check_float("top_p", self.top_p, "in (0, 1]", 0.0, 1.0, open_low=True))
+        top_p = check_float("top_p", self.top_p, "in (0, 1]", 0.0, 1.0, open_low=True)
+        self._set("top_p", max(top_p, SMALLEST_TOP_P))
         self._set("min_p", check_float("min_p", self.min_p, "in [0, 1]", 0.0, 1.0))
         low, high = 1.0 / LARGEST_PENALTY, LARGEST_PENALTY
         bound = f"in [{low:g}, {high:g}]"

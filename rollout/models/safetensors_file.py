@@ -73,10 +73,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=data_start)
+    _check_cover(file, list(tensors.values()), data_start, size)
+    return tensors
+
+
+def _check_cover(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    """The format allows neither holes between tensors nor a byte that belongs to two."""
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            raise ValueError(f"{file}: {tensor.name} starts at byte {tensor.start}, the tensor before it ends at {end}")
+        end += tensor.nbytes
     if end != size:
         raise ValueError(f"{file}: tensors end at byte {end}, but the file has {size}")
-    return tensors
 
 
 def _read_start(file: Path) -> tuple[int, int, bytes]:

@@ -185,6 +185,8 @@ def test_the_most_extreme_options_leave_the_engine_running(shared_engine: Rollou
             rollouts = shared_engine.generate("ab", extreme)
             assert all(np.isfinite(rollout.logprobs).all() for rollout in rollouts)
             shared_engine.score(rollouts, definition="logprobs")
+    narrow = shared_engine.generate("ab", SamplingParams(top_p=1e-300, max_tokens=3))[0]
+    np.testing.assert_array_equal(narrow.logprobs, 0.0, "one token is kept")
     assert shared_engine.health()["state"] == "running"
 
 

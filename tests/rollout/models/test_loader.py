@@ -140,6 +140,10 @@ def broken_single_files(good: bytes) -> dict[str, bytes]:
     text = json.dumps(header).encode()
     header["model.norm.weight"]["dtype"] = ["F32"]
     listed = json.dumps(header).encode()
+    header = json.loads(good[8 : 8 + length])
+    layers = [f"model.layers.{index}.mlp.down_proj.weight" for index in range(2)]
+    header[layers[1]]["data_offsets"] = header[layers[0]]["data_offsets"]
+    shared = json.dumps(header).encode()
     return {
         "empty": b"",
         "short": good[:5],
@@ -149,13 +153,25 @@ def broken_single_files(good: bytes) -> dict[str, bytes]:
         "not json": good[:8] + b"#" * length + good[8 + length :],
         "wrong offsets": len(text).to_bytes(8, "little") + text + good[8 + length :],
         "wrong dtype": len(listed).to_bytes(8, "little") + listed + good[8 + length :],
+        "shared bytes": len(shared).to_bytes(8, "little") + shared + good[8 + length :],
         "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n",
     }
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["empty", "short", "huge header", "cut", "longer", "not json", "wrong offsets", "wrong dtype", "pointer"],
+    [
+        "empty",
+        "short",
+        "huge header",
+        "cut",
+        "longer",
+        "not json",
+        "wrong offsets",
+        "wrong dtype",
+        "shared bytes",
+        "pointer",
+    ],  # fmt: skip
 )
 def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     save_pretrained(tmp_path, CONTENT, random_tensors(CONFIG))

@@ -171,7 +171,7 @@ def broken_single_files(good: bytes) -> dict[str, bytes]:
         "wrong dtype",
         "shared bytes",
         "pointer",
-    ],  # fmt: skip
+    ],
 )
 def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     save_pretrained(tmp_path, CONTENT, random_tensors(CONFIG))

@@ -20,6 +20,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
 _PANEL_COLUMNS = 32
+_MAX_HEAD_DIM = 256  # of csrc/elementwise.h
 _LOGIT_BYTES = 32 << 20  # of one LM-head call: rows are independent, so larger batches go through in parts
 
 
@@ -67,8 +68,13 @@ class CpuOps:
         return np.array(values, np.float32, order="C")
 
     def kv_pool(self, num_layers: int, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVPool[Floats]:
-        """A zeroed pool. Its pages are taken from the system when first written."""
+        """A zeroed pool. Its pages are taken from the system when first written.
+
+        Raises ValueError for a head size that the attention kernel cannot do.
+        """
         heads, size = spec.num_kv_heads, spec.head_dim
+        if size > _MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM} on the CPU, got {size}")
         return KVPool(
             keys=np.zeros((num_layers, num_blocks, heads, size, block_size), np.float32),
             values=np.zeros((num_layers, num_blocks, heads, block_size, size), np.float32),

@@ -163,5 +163,7 @@ def test_micro_batches_hold_every_rollout_once(folder):
 def test_trainer_options_are_checked():
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         GRPOConfig(learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"sampling_params\.n must be at least 2"):
+        GRPOConfig(sampling_params=SamplingParams())
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         PPOConfig(epochs=0)

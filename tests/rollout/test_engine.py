@@ -15,6 +15,9 @@ from leftovers import children_of
 from tiny_engine import END, VOCAB_SIZE, in_thread, tiny_options, write_tiny_model
 
 from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.saver import save_pretrained
+from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -234,6 +237,13 @@ def test_an_unusable_model_folder_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"config\.json: field 'hidden_size' is missing"):
         RolloutEngine(tiny_options(folder))
+
+
+def test_heads_that_no_kernel_can_do_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    content = tiny_config(head_dim=264, num_attention_heads=1, num_key_value_heads=1)
+    save_pretrained(tmp_path, content, random_tensors(ModelConfig.from_json(content)))
+    with pytest.raises(ValueError, match="head_dim must be at most 256 on the CPU, got 264"):
+        RolloutEngine(tiny_options(tmp_path))
 
 
 @pytest.mark.parametrize("worker", ["inprocess", "process"])

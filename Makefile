@@ -64,6 +64,7 @@ clean: ## forget the environment and all builds
 	$(PY) -m pip install --quiet --upgrade pip
 
 .venv/.installed-%: .venv/bin/python $(EXTENSION_SOURCES)
+	@bash tools/check_system.sh $(PY)
 	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip # an environment that was made without
 	$(PY) -m pip install --quiet --editable ".[$(if $(filter dev,$*),dev,cpu,$*)]"
 	@touch $@

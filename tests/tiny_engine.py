@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
@@ -118,6 +119,14 @@ def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
         return outcome["result"]
 
     return join
+
+
+def step_into_drain(engine: RolloutEngine, worker: GatedWorker) -> None:
+    """While a step waits at the gate: let it pass once another thread's update is queued. The next one then drains."""
+    wait_until(lambda: bool(engine._loop._inbox))
+    worker.gate.release()
+    worker.began.acquire()
+    assert engine.health()["state"] == "draining"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

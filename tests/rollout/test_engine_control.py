@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import FailingWorker, GatedWorker, in_thread, tiny_options, tiny_tensors, wait_until
+from tiny_engine import FailingWorker, GatedWorker, in_thread, step_into_drain, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -117,9 +117,7 @@ def test_ctrl_c_gives_up_an_update_that_waits(tiny_model: Path) -> None:
     engine, worker = gated_engine(tiny_model)
 
     def interrupt() -> None:
-        while engine.health()["state"] != "draining":
-            worker.gate.release()
-            worker.began.acquire()
+        step_into_drain(engine, worker)
         os.kill(os.getpid(), signal.SIGINT)
 
     with engine:

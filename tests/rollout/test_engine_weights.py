@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import GatedWorker, in_thread, tiny_options, tiny_tensors, wait_until, write_tiny_model
+from tiny_engine import (
+    GatedWorker,
+    in_thread,
+    step_into_drain,
+    tiny_options,
+    tiny_tensors,
+    wait_until,
+    write_tiny_model,
+)
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -127,10 +135,7 @@ def test_requests_before_an_update_finish_under_the_old_version_and_later_ones_w
     early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    # One step at a time until the loop has taken up the update: it drains then.
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
+    step_into_drain(engine, worker)
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     wait_until(lambda: engine.health()["num_held"] == 1)
     worker.open()
@@ -147,9 +152,7 @@ def test_an_update_that_drains_is_applied_when_the_last_request_ends(
     early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
+    step_into_drain(engine, worker)
     worker.open()
     assert early()[0].policy_versions.tolist() == [0] * 6
     assert update() == 1, "nothing else may be needed to wake the loop"
@@ -160,9 +163,7 @@ def test_a_held_call_can_be_aborted_and_a_drain_given_up_by_closing(gated: tuple
     early = in_thread(lambda: engine.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    while engine.health()["state"] != "draining":
-        worker.gate.release()
-        worker.began.acquire()
+    step_into_drain(engine, worker)
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS, request_ids=["late"]))
     wait_until(lambda: engine.health()["num_held"] == 1)
     aborting = in_thread(lambda: engine.abort("late"))

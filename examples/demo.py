@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from arithmetic import chat_prompt, chat_template, questions, reward
-from run_display import RunDisplay, print_verdict
+from run_display import RunDisplay, exit_status, print_verdict
 
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
@@ -87,4 +87,4 @@ def print_peak_memory() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

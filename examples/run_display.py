@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
@@ -86,6 +88,15 @@ class RunDisplay:
         for report in reports:
             table.add_row(*(show(report) for _, show in COLUMNS))
         return table
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """What `main` returns; 130, as shells have it, and one line where Ctrl-C ended it."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def print_verdict(reports: list[StepReport]) -> int:

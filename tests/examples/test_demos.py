@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from leftovers import segments_of
 
 from zerokl.integrations.report import StepReport
 from zerokl.rollout.kl import kl_report
@@ -35,6 +37,22 @@ def test_tiny_demo_ends_with_the_verdict_and_leaves_log_and_plot(tmp_path, algo)
     assert [step["policy_version"] for step in steps] == [1, 2, 3]
     assert steps[0]["reference"]["k3_kl_mean"] == 0.0 < steps[2]["reference"]["k3_kl_mean"]
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_ends_a_demo_with_one_line_and_leaves_nothing(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "demo_tiny.py")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["TMPDIR"] = str(tmp_path)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as demo:
+        assert demo.stdout.readline().startswith(b"step 0")
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does
+        _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert errors.endswith(b"interrupted\n") and b"Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert segments_of(demo.pid) == []
 
 
 @pytest.mark.slow

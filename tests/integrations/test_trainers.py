@@ -167,3 +167,7 @@ def test_trainer_options_are_checked():
         GRPOConfig(sampling_params=SamplingParams())
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         PPOConfig(epochs=0)
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+        PPOConfig(lam=1.5)
+    with pytest.raises(ValueError, match=r"value_clip must be in \(0, 1\), got 0"):
+        PPOConfig(value_clip=0.0)

@@ -52,7 +52,7 @@ format: .venv/.installed-dev ## let ruff lay out the code
 bench: .venv/.installed-test ## the main benchmark: decode and prefill against the machine's peaks
 	$(PY) benchmarks/cpu_decode.py --json
 
-package-check: .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
+package-check: .venv/.installed-test .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
 	$(RUN) -m pytest -m package tests/packaging
 
 clean: ## forget the environment and all builds

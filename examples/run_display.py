@@ -81,7 +81,9 @@ class RunDisplay:
         return Group(self._table(self.reports[-LIVE_ROWS:]), self.spinner)
 
     def _table(self, reports: list[StepReport]) -> Table:
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+        table = Table(
+            title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False
+        )
         for name, _ in COLUMNS:
             table.add_column(name, justify="right")
         for report in reports:

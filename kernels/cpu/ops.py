@@ -6,14 +6,16 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
+from zerokl.kernels.cpu import moe as mixture
 from zerokl.kernels.cpu.arena import Arena, Slabs
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Floats = NDArray[np.float32]
@@ -101,6 +103,10 @@ class CpuOps:
         _cpu.pack_gate_up(np.ascontiguousarray(gate), np.ascontiguousarray(up), panels)
         return PackedGateUp(panels, outputs)
 
+    def pack_experts(self, count: int, experts: Iterable[tuple[Floats, Floats, Floats]]) -> mixture.PackedExperts:
+        """See `Ops.pack_experts`."""
+        return mixture.pack_experts(self._slabs, count, experts)
+
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
         """See `Ops.begin_step`."""
@@ -141,6 +147,20 @@ class CpuOps:
         out = self._arena.take(len(x), weight.num_outputs)
         _cpu.swiglu_linear(x, weight.panels, weight.num_outputs, out)
         return out
+
+    def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
+        """See `Ops.route`."""
+        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
+        ids = np.empty((len(x), spec.top_k), np.int32) if given is None else given
+        weights = self._arena.take(len(x), spec.top_k)
+        correction = None if params.correction is None else params.correction.reshape(-1)
+        logits = self.linear(x, params.router)
+        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        return Routing(ids, weights)
+
+    def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:
+        """See `Ops.moe`."""
+        return mixture.moe(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

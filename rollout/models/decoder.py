@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from zerokl.kernels.experts import MoeParams, RouterSpec
 from zerokl.kernels.ops import AttentionSpec, DecoderParams, KVPool, LayerParams, Ops, StepInputs
 
 from .config import ModelConfig
-from .layout import EMBED, FINAL_NORM, LM_HEAD, layer_prefix
+from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER, SHARED_EXPERTS, expert_prefix, layer_prefix
+from .moe_config import MoeConfig
 
 Array = TypeVar("Array")
 
@@ -26,18 +28,52 @@ def dense_mlp(ops: Ops[Array], x: Array, layer: LayerParams[Array]) -> Array:
     return ops.linear(ops.swiglu_linear(x, layer.gate_up), layer.down)
 
 
+def no_shared_experts(_ops: Ops[Array], _x: Array, _layer: LayerParams[Array]) -> None:
+    """What stands in for shared experts where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeMlp:
+    """A mixture of experts (arXiv:1701.06538) beside the shared experts, which every token passes."""
+
+    router: RouterSpec
+    shared: MlpBlock
+
+    def __call__(self, ops: Ops[Array], x: Array, layer: LayerParams[Array]) -> Array:
+        """An `MlpBlock`."""
+        assert layer.moe is not None, "a mixture without experts"
+        routing = ops.route(x, layer.moe, self.router)
+        return ops.moe(x, routing, layer.moe.experts, self.shared(ops, x, layer))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     """What `forward` needs to know of a model beside its weights."""
 
     attention: AttentionSpec
     norm_eps: float
-    mlp: MlpBlock = dense_mlp
+    mlps: tuple[MlpBlock, ...]
+    """One per layer."""
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> DecoderSpec:
         """The spec of a configured model."""
-        return cls(attention=attention_spec(config), norm_eps=config.rms_norm_eps)
+        return cls(attention=attention_spec(config), norm_eps=config.rms_norm_eps, mlps=mlp_blocks(config))
+
+
+def mlp_blocks(config: ModelConfig) -> tuple[MlpBlock, ...]:
+    """The block of each layer: dense, or a mixture of experts."""
+    blocks: list[MlpBlock] = [dense_mlp] * config.num_hidden_layers
+    if config.moe is not None:
+        shared = dense_mlp if config.moe.shared_intermediate_size else no_shared_experts
+        for index, layer in enumerate(config.moe.layers):
+            blocks[layer] = MoeMlp(router_spec(config.moe, index), shared)
+    return tuple(blocks)
+
+
+def router_spec(moe: MoeConfig, index: int) -> RouterSpec:
+    """Constants of the model's mixture number `index`."""
+    return RouterSpec(top_k=moe.top_k, normalise=moe.normalise, norm_min=moe.norm_min, index=index)
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
@@ -101,9 +137,38 @@ def _build_layer(
             [tensors[attention + "o_proj.bias"] if config.o_bias else None],
         ),
         post_norm=keep(tensors[prefix + "post_attention_layernorm.weight"]),
-        gate_up=ops.pack_gate_up(tensors[prefix + "mlp.gate_proj.weight"], tensors[prefix + "mlp.up_proj.weight"]),
-        down=ops.pack_linear([tensors[prefix + "mlp.down_proj.weight"]], [None]),
+        **_build_mlp(ops, config, tensors, index, keep),
     )
+
+
+def _build_mlp(
+    ops: Ops[Array],
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    index: int,
+    keep: Callable[[Array], Array],
+) -> dict[str, Any]:
+    """The last fields of `LayerParams`."""
+    prefix, moe = layer_prefix(index), config.moe
+    if moe is None or index not in moe.layers:
+        return _build_block(ops, tensors, prefix + "mlp.")
+    router = ops.pack_linear([tensors[prefix + ROUTER]], [None])
+    correction = keep(tensors[prefix + CORRECTION]) if moe.correction_bias else None
+    block: dict[str, Any] = {"gate_up": None, "down": None}
+    if moe.shared_intermediate_size:
+        block = _build_block(ops, tensors, prefix + SHARED_EXPERTS)
+    names = (prefix + expert_prefix(expert) for expert in range(moe.num_experts))
+    parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    experts = ((tensors[name + parts[0]], tensors[name + parts[1]], tensors[name + parts[2]]) for name in names)
+    return block | {"moe": MoeParams(router, correction, ops.pack_experts(moe.num_experts, experts))}
+
+
+def _build_block(ops: Ops[Array], tensors: Mapping[str, Array], prefix: str) -> dict[str, Any]:
+    gate, up = tensors[prefix + "gate_proj.weight"], tensors[prefix + "up_proj.weight"]
+    return {
+        "gate_up": ops.pack_gate_up(gate, up),
+        "down": ops.pack_linear([tensors[prefix + "down_proj.weight"]], [None]),
+    }
 
 
 def forward(
@@ -120,10 +185,10 @@ def forward(
     # The sum that closes a layer is fused with the norm that opens the next one.
     next_norms = [layer.input_norm for layer in params.layers[1:]]
     next_norms.append(params.final_norm)
-    for index, (layer, next_norm) in enumerate(zip(params.layers, next_norms, strict=True)):
+    for index, (layer, mlp, next_norm) in enumerate(zip(params.layers, spec.mlps, next_norms, strict=True)):
         attended = ops.attention(ops.qkv_linear(x, layer.qkv), index, layer, params.rope, spec.attention)
         delta = ops.linear(attended, layer.o)
         residual, x = ops.add_rms_norm(residual, delta, layer.post_norm, spec.norm_eps)
-        delta = spec.mlp(ops, x, layer)
+        delta = mlp(ops, x, layer)
         residual, x = ops.add_rms_norm(residual, delta, next_norm, spec.norm_eps)
     return ops.gather_rows(x, inputs.logit_rows)

@@ -52,7 +52,7 @@ format: .venv/.installed-dev ## let ruff lay out the code
 bench: .venv/.installed-test ## the main benchmark: decode and prefill against the machine's peaks
 	$(PY) benchmarks/cpu_decode.py --json
 
-package-check: .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
+package-check: .venv/.installed-test .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
 	$(RUN) -m pytest -m package tests/packaging
 
 clean: ## forget the environment and all builds
@@ -60,10 +60,12 @@ clean: ## forget the environment and all builds
 
 .venv/bin/python:
 	@bash tools/check_system.sh "$(PYTHON)"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --upgrade pip
 
 .venv/.installed-%: .venv/bin/python $(EXTENSION_SOURCES)
+	@bash tools/check_system.sh $(PY)
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip # an environment that was made without
 	$(PY) -m pip install --quiet --editable ".[$(if $(filter dev,$*),dev,cpu,$*)]"
 	@touch $@
 

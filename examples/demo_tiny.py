@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from run_display import RunDisplay, print_verdict
+from run_display import RunDisplay, exit_status, print_verdict
 
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
@@ -89,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

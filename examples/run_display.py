@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
@@ -66,16 +68,13 @@ class RunDisplay:
         else:
             print("  ".join(f"{' '.join(name.split())} {show(report)}" for name, show in COLUMNS), flush=True)
 
-    def finish(self) -> bool:
-        """Print the table, save the plot and say where; true if every step's mismatch was exactly zero."""
+    def finish(self) -> None:
+        """Print the table, save the plot and say where."""
         every = -(-len(self.reports) // FINAL_ROWS)
         shown = [report for i, report in enumerate(self.reports) if i % every == 0 or i == len(self.reports) - 1]
         self.console.print(self._table(shown))
         save_plot(self.reports, self.folder / "run.png", self.title)
         print(f"log and plot: {self.folder / 'steps.jsonl'}, {self.folder / 'run.png'}")
-        return all(
-            report.mismatch.k3_kl_max == 0.0 and not report.mismatch.differing_logprobs for report in self.reports
-        )
 
     def _view(self) -> Group:
         return Group(self._table(self.reports[-LIVE_ROWS:]), self.spinner)
@@ -89,6 +88,15 @@ class RunDisplay:
         for report in reports:
             table.add_row(*(show(report) for _, show in COLUMNS))
         return table
+
+
+def exit_status(main: Callable[[], int]) -> int:
+    """What `main` returns; 130, as shells have it, and one line where Ctrl-C ended it."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def print_verdict(reports: list[StepReport]) -> int:

@@ -66,8 +66,10 @@ def unpermute_rotary_rows(weight: NDArray[np.float32], num_heads: int) -> NDArra
 def convert_gguf(gguf_path: Path, folder: Path) -> Path:
     """Write `folder` from a GGUF file; it appears whole (written aside, then renamed) or not at all. Returns `folder`.
 
-    Raises ValueError for an architecture or pre-tokenizer that is not known here, ImportError without `gguf`.
+    Raises ValueError for a folder that holds anything already, and for an architecture or pre-tokenizer that is not
+    known here; ImportError without `gguf`.
     """
+    refuse_occupied(folder)
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -85,12 +87,16 @@ def convert_gguf(gguf_path: Path, folder: Path) -> Path:
         _write_json(scratch / "tokenizer_config.json", _tokenizer_config(reader))
         _save_safetensors(tensors, scratch / "model.safetensors")
         scratch.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            shutil.rmtree(folder)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError unless `folder` is absent or empty: what somebody keeps there is not ours to replace."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder}: must be absent or an empty folder, nothing there is overwritten")
 
 
 def tokenizer_json(reader: GGUFReader) -> dict[str, Any]:

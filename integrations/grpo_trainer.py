@@ -29,6 +29,11 @@ class GRPOConfig(TrainerConfig):
     normalize_advantages: bool = True
     """Divide by the group's standard deviation."""
 
+    def __post_init__(self) -> None:
+        TrainerConfig.__post_init__(self)  # `super()` does not find its way in a dataclass with slots
+        if self.sampling_params.n < 2:
+            raise ValueError(f"sampling_params.n must be at least 2 (the group), got {self.sampling_params.n}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Signals:

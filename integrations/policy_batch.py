@@ -60,6 +60,23 @@ def checked_targets(targets: ArrayLike, num_rows: int, vocab_size: int) -> Ints:
     return ids
 
 
+def checked_routing(routing: ArrayLike, num_tokens: int, config: ModelConfig) -> Ints:
+    """`routing` as int32 expert ids [mixtures, T, experts per token], distinct per token."""
+    ids = np.asarray(routing)
+    if config.moe is None:
+        raise ValueError(f"routing must be None: {config.architecture} has no mixture of experts")
+    expected = (len(config.moe.layers), num_tokens, config.moe.top_k)
+    if ids.shape != expected or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"routing must hold integers in shape {expected}, got {ids.dtype} in shape {ids.shape}")
+    _refuse_outside("routing", ids.ravel(), config.moe.num_experts)
+    ordered = np.sort(ids, axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    if twice.any():
+        mixture, token = np.argwhere(twice)[0]
+        raise ValueError(f"routing[{mixture}, {token}] must hold distinct experts, got {ids[mixture, token].tolist()}")
+    return np.ascontiguousarray(ids, np.int32)
+
+
 def _ids(name: str, values: ArrayLike, vocab_size: int) -> Ints:
     ids = _integers(name, values)
     _refuse_outside(name, ids, vocab_size)

@@ -8,25 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.models.config import ModelConfig, RopeConfig
-from zerokl.rollout.models.layout import expected_tensors
+from zerokl.rollout.models.layout import CORRECTION, expected_tensors
+from zerokl.rollout.models.moe_config import MoeConfig
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Ernie4_5ForCausalLM": "ernie4_5",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
 }
 _STD = 0.02  # initializer_range of all supported families
 
 
 def initial_tensors(config: ModelConfig, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Matrices from N(0, 0.02^2), norm weights 1, biases 0. The same seed gives the same bits."""
+    """Matrices from N(0, 0.02^2), norm weights 1, biases and corrections 0. The same seed gives the same bits."""
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     random = np.random.default_rng(seed)
     tensors = {}
     for name, shape in expected_tensors(config).items():
-        if name.endswith(".bias"):
+        if name.endswith((".bias", CORRECTION)):
             tensors[name] = np.zeros(shape, np.float32)
         elif len(shape) == 1:
             tensors[name] = np.ones(shape, np.float32)
@@ -55,6 +58,8 @@ def config_content(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope.theta,
         "dtype": "float32",
     }
+    if config.moe is not None:
+        content |= _MOE_FIELDS[config.architecture](config.moe, config.num_hidden_layers)
     if config.rope.kind != "default":
         content["rope_scaling"] = _rope_scaling(config.rope)
     if config.eos_token_ids:
@@ -69,3 +74,33 @@ def _rope_scaling(rope: RopeConfig) -> dict[str, Any]:
         scaling["high_freq_factor"] = rope.high_freq_factor
         scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     return scaling
+
+
+def _qwen3_moe(moe: MoeConfig, num_layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.normalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(num_layers) if layer not in moe.layers],
+    }
+
+
+def _ernie4_5_moe(moe: MoeConfig, num_layers: int) -> dict[str, Any]:
+    # The family's mixtures lie at equal distances; without any, the first would come after the last layer.
+    first, last = (moe.layers[0], moe.layers[-1]) if moe.layers else (num_layers, num_layers)
+    interval = moe.layers[1] - first if len(moe.layers) > 1 else first + 1
+    return {
+        "moe_num_experts": moe.num_experts,
+        "moe_k": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "moe_num_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": interval,
+        "moe_norm_min": moe.norm_min,
+    }
+
+
+_MOE_FIELDS = {"Qwen3MoeForCausalLM": _qwen3_moe, "Ernie4_5_MoeForCausalLM": _ernie4_5_moe}

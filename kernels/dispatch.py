@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +28,10 @@ class WeightPacker(Protocol[Array]):
 
     def pack_gate_up(self, gate: Array, up: Array) -> Any:
         """See `Ops.pack_gate_up`."""
+        ...
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[Array, Array, Array]]) -> Any:
+        """See `Ops.pack_experts`."""
         ...
 
 

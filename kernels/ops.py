@@ -9,17 +9,20 @@ An ops object owns allocation: what it returns may live in a buffer that the *ne
 the same step), except in the trainer's ops, which return fresh arrays for autograd.
 
 Shape letters: T tokens of the step, S sequences of the step, R rows whose distribution is wanted, H query heads, KV
-key/value heads, D head size, E hidden size, V vocabulary, B block size, P prompt-and-output history entries.
+key/value heads, D head size, E hidden size, F inner size of a SwiGLU block, V vocabulary, B block size, P
+prompt-and-output history entries, M mixtures of experts, k experts per token (`zerokl.kernels.experts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 
 Array = TypeVar("Array")
 RotaryLayout = Literal["half", "interleaved"]
@@ -136,6 +139,8 @@ class StepInputs:
     step: int = 0
     policy: str = "policy"
     """Name of the weight set to run: "policy" or a pinned one such as "reference"."""
+    routing: NDArray[np.int32] | None = None
+    """[M, T, k], experts of each mixture in slot order in place of the routers' choice (routing replay)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,9 @@ class LayerParams(Generic[Array]):
     o: Any
     post_norm: Array
     gate_up: Any
+    """Of the dense block, or of a mixture's shared experts taken together; None where there is neither."""
     down: Any
+    moe: MoeParams[Array] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +196,10 @@ class Ops(Protocol[Array]):
         """Fuse the two input matrices [F, E] of a SwiGLU block (with biases absent, as in every supported family)."""
         ...
 
+    def pack_experts(self, count: int, experts: Iterable[tuple[Array, Array, Array]]) -> Any:
+        """The `count` SwiGLU blocks of a mixture, (gate [F, E], up [F, E], down [E, F]) each, read one at a time."""
+        ...
+
     # -- ops
     # ------------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Array) -> Array:
@@ -213,6 +224,17 @@ class Ops(Protocol[Array]):
 
     def swiglu_linear(self, x: Array, weight: Any) -> Array:
         """silu(x Wg^T) * (x Wu^T): [T, E] -> [T, F]"""
+        ...
+
+    def route(self, x: Array, params: MoeParams[Array], spec: RouterSpec) -> Routing[Array]:
+        """The experts of each row of [T, E]: top k of softmax(x Wr^T) + correction, lower ids first among equals.
+
+        Weights are the softmax without the correction. With `StepInputs.routing` the ids are taken from there.
+        """
+        ...
+
+    def moe(self, x: Array, routing: Routing[Array], experts: Any, shared: Array | None) -> Array:
+        """The sum over slots, in order, of weight * expert(x), then + shared: [T, E] -> [T, E]. No row is dropped."""
         ...
 
     def attention(self, qkv: Any, layer: int, params: LayerParams[Array], rope: Array, spec: AttentionSpec) -> Array:

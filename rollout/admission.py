@@ -43,6 +43,7 @@ class AdmissionLimits:
         """The whole request: its tokens, its parameters, and room for it at its longest."""
         self.check_prompt(request.token_ids, "prompt_token_ids" if request.kind == "generate" else "token_ids")
         self.check_params(request.sampling_params)
+        self._check_something_is_allowed(request)
         longest = request.num_tokens
         if request.kind == "generate":
             max_tokens = request.sampling_params.max_tokens
@@ -58,4 +59,13 @@ class AdmissionLimits:
             raise ValueError(
                 f"{longest} tokens need {needed} KV blocks of {self.block_size}, over num_blocks ({self.num_blocks}); "
                 "raise kv_cache_bytes or num_blocks, or ask for fewer tokens"
+            )
+
+    def _check_something_is_allowed(self, request: Request) -> None:
+        # The first row: min_tokens bans the stop tokens there.
+        _, bias = request.sampling.bias(0)
+        banned = int(np.isneginf(bias).sum())
+        if banned == self.vocab_size:
+            raise ValueError(
+                f"logit_bias and min_tokens must leave a token to draw, got a ban on all {banned} of the vocabulary"
             )

@@ -41,7 +41,8 @@ class CallMaker:
     def generate_call(self, prompts: Any, sampling_params: Any, request_ids: Sequence[str] | None) -> Call:
         """The requests of one generate call. Raises ValueError naming prompt index, field, value and bound.
 
-        Only a call that is accepted takes a number, so a refused one leaves the seeds of later calls as they were.
+        A call refused here takes no number and leaves the seeds of later calls as they were; one refused later, for an
+        id that is in flight, has taken its own.
         """
         checked = self._check(prompts, sampling_params)
         if request_ids is not None:

@@ -187,7 +187,7 @@ class WeightSets:
 
     def drop(self, name: str) -> None:
         """Forget a pinned set. Raises ValueError for an unknown name and for the policy itself."""
-        if name == POLICY or name not in self.versions:
+        if not isinstance(name, str) or name == POLICY or name not in self.versions:
             pinned = sorted(set(self.versions) - {POLICY})
             raise ValueError(f"drop_weights: name must be a pinned set, one of {pinned}, got {name!r}")
         self._worker.drop_weights(name)

@@ -53,6 +53,8 @@ class RolloutEngine(WeightMethods):
         `make_worker` gets the completed config; by default it makes the kind that `config.worker` names.
         Raises ValueError for a folder that is not a usable model, or options that do not suit it.
         """
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"config must be an EngineConfig, got {config!r}")
         self._model_config = ModelConfig.from_json(config.model)
         self._config = resolve_config(config, self._model_config)
         self._tokenizer = find_tokenizer(self._config)

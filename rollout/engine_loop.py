@@ -148,11 +148,12 @@ class EngineLoop:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
         with self._wake:
-            # A change that drains needs no wake-up of its own: it is applied as soon as nothing is unfinished.
-            self._wake.wait_for(
-                lambda: bool(self._closing or self._urgent or self._inbox or self._scheduler.num_unfinished)
-            )
+            self._wake.wait_for(self._has_work)
             return not self._closing
+
+    def _has_work(self) -> bool:
+        waiting = self._closing or self._urgent or self._inbox or self._draining is not None
+        return bool(waiting or self._scheduler.num_unfinished)
 
     def _run_urgent(self) -> None:
         while self._urgent:

@@ -34,7 +34,8 @@ def prompt_list(prompts: Any, name: str) -> list[Any]:
     """`prompts` as a list; `name` stands in the error when there is none."""
     if is_single_prompt(prompts):
         return [prompts]
-    if not isinstance(prompts, (Sequence, np.ndarray)) or len(prompts) == 0:
+    scalar = isinstance(prompts, np.ndarray) and prompts.ndim == 0
+    if scalar or not isinstance(prompts, (Sequence, np.ndarray)) or len(prompts) == 0:
         raise ValueError(f"{name} must be one prompt or a non-empty sequence of prompts, got {prompts!r}")
     return list(prompts)
 
@@ -60,6 +61,10 @@ def token_ids_of(prompt: Any, name: str, tokenizer: Tokenizer | None) -> NDArray
             raise ValueError(
                 f"{name} is text, but the engine has no tokenizer: set EngineConfig.tokenizer or pass token ids"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be text that UTF-8 can hold: {error}") from None
         ids = tokenizer.encode(prompt)
         if not len(ids):
             raise ValueError(f"{name} must have at least one token, got {prompt!r}")
@@ -73,7 +78,8 @@ def token_ids_of(prompt: Any, name: str, tokenizer: Tokenizer | None) -> NDArray
 
 def check_ids(given: Sequence[str], count: int) -> list[str]:
     """The ids given for `count` prompts. Raises ValueError for a wrong number, an empty or a repeated one."""
-    if isinstance(given, str) or len(given) != count or not all(isinstance(name, str) and name for name in given):
+    listed = isinstance(given, (Sequence, np.ndarray)) and not isinstance(given, str)
+    if not listed or len(given) != count or not all(isinstance(name, str) and name for name in given):
         raise ValueError(f"request_ids must be {count} non-empty strings, one per prompt, got {given!r}")
     if len(set(given)) != count:
         raise ValueError(f"request_ids must not repeat, got {given!r}")

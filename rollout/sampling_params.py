@@ -13,10 +13,14 @@ import numpy as np
 from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_float, check_int
 
 INT32_MAX = 2**31 - 1
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 SMALLEST_TEMPERATURE = 1e-6
 """Below it logits / temperature overflows float32; ask for 0 (argmax) instead."""
 LARGEST_TEMPERATURE = 1e6
+SMALLEST_TOP_P = float(np.finfo(np.float32).tiny)
+"""Anything below, 0 in float32, keeps the likeliest token alone as well."""
+LARGEST_PENALTY = 1e6
+LARGEST_BIAS = 1e9
+"""With these bounds no options take a logit of any real model out of float32's range."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +42,14 @@ class SamplingParams:
     min_p: float = 0.0
     """In [0, 1]: drop tokens less likely than this times the likeliest. 0 is off."""
     repetition_penalty: float = 1.0
-    """> 0: divides positive and multiplies negative logits of tokens in prompt or output (arXiv:1909.05858).
+    """In [1e-6, 1e6]: divides positive and multiplies negative logits of tokens in prompt or output (arXiv:1909.05858).
     1 is off."""
     presence_penalty: float = 0.0
     """In [-2, 2]: subtracted from logits of tokens that the output holds."""
     frequency_penalty: float = 0.0
     """In [-2, 2]: subtracted, times their count, from logits of tokens that the output holds."""
     logit_bias: Mapping[int, float] | None = None
-    """Token id -> value added to its logit: finite, or -inf to ban the token."""
+    """Token id -> value added to its logit: in [-1e9, 1e9], or -inf to ban the token. Some token must stay allowed."""
     max_tokens: int = 16
     """Tokens to sample at most, >= 1. The engine refuses prompt + max_tokens over its max_model_len."""
     min_tokens: int = 0
@@ -88,10 +92,12 @@ class SamplingParams:
         if 0.0 < temperature < SMALLEST_TEMPERATURE:
             raise ValueError(f"temperature must be {bound}, got {self.temperature!r}")
         self._set("temperature", temperature)
-        self._set("top_p", check_float("top_p", self.top_p, "in (0, 1]", 0.0, 1.0, open_low=True))
+        top_p = check_float("top_p", self.top_p, "in (0, 1]", 0.0, 1.0, open_low=True)
+        self._set("top_p", max(top_p, SMALLEST_TOP_P))
         self._set("min_p", check_float("min_p", self.min_p, "in [0, 1]", 0.0, 1.0))
-        penalty = check_float("repetition_penalty", self.repetition_penalty, "a finite number > 0", 0.0, open_low=True)
-        self._set("repetition_penalty", penalty)
+        low, high = 1.0 / LARGEST_PENALTY, LARGEST_PENALTY
+        bound = f"in [{low:g}, {high:g}]"
+        self._set("repetition_penalty", check_float("repetition_penalty", self.repetition_penalty, bound, low, high))
         for name in ("presence_penalty", "frequency_penalty"):
             self._set(name, check_float(name, getattr(self, name), "in [-2, 2]", -2.0, 2.0))
 
@@ -131,6 +137,6 @@ def _biases(bias: Mapping[Any, Any]) -> dict[int, float]:
         if isinstance(value, (float, np.floating)) and value == -np.inf:
             checked[token_id] = -math.inf
         else:
-            bound = "a finite float32 or -inf"
-            checked[token_id] = check_float(f"logit_bias[{token_id}]", value, bound, -FLOAT32_MAX, FLOAT32_MAX)
+            bound = f"in [{-LARGEST_BIAS:g}, {LARGEST_BIAS:g}] or -inf"
+            checked[token_id] = check_float(f"logit_bias[{token_id}]", value, bound, -LARGEST_BIAS, LARGEST_BIAS)
     return checked

@@ -82,6 +82,8 @@ def make_score_requests(
 def _prompt_lens(items: list[Any], prompt_lens: Sequence[int] | None) -> list[int | None]:
     if prompt_lens is None:
         return [len(item.prompt_token_ids) if isinstance(item, Rollout) else None for item in items]
+    if not isinstance(prompt_lens, (Sequence, np.ndarray)):
+        raise ValueError(f"prompt_lens must be a sequence of integers, one per sequence, got {prompt_lens!r}")
     if len(prompt_lens) != len(items):
         raise ValueError(f"prompt_lens must have one entry per sequence ({len(items)}), got {len(prompt_lens)}")
     for index, value in enumerate(prompt_lens):

@@ -16,10 +16,11 @@ Options = TypeVar("Options")
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high]; booleans and floats are refused even when their value is whole."""
     bound = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be {bound}, got {value!r}")
-    number = operator.index(value)
-    if number < low or (high is not None and number > high):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be {bound}, got {value!r}") from None
+    if isinstance(value, bool) or number < low or (high is not None and number > high):
         raise ValueError(f"{name} must be {bound}, got {value!r}")
     return number
 
@@ -30,7 +31,10 @@ def check_float(
     """`value` as a finite float in [low, high], or (low, high] with `open_low`; `bound` is the wording of the error."""
     if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
         raise ValueError(f"{name} must be {bound}, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, OverflowError):  # an array; a whole number beyond every float
+        raise ValueError(f"{name} must be {bound}, got {value!r}") from None
     inside = math.isfinite(number) and low <= number <= high and not (open_low and number == low)
     if not inside:
         raise ValueError(f"{name} must be {bound}, got {value!r}")

@@ -88,6 +88,7 @@ STEP_ARRAYS: ArrayTable = {
     "context_lens": (_I32, 1),
     "block_tables": (_I32, 2),
     "logit_rows": (_I32, 1),
+    "routing": (_I32, 3),
 }
 SAMPLING_ARRAYS: ArrayTable = {
     "temperature": (_F32, 1),
@@ -209,7 +210,7 @@ def _message(kind: type[Any], body: list[Any], payload: _Payload) -> Message:
         step, policy, want_raw, step_shapes, sampling_shapes = body
         arrays: dict[str, Any] = payload.take(STEP_ARRAYS, step_shapes)
         options: dict[str, Any] = payload.take(SAMPLING_ARRAYS, sampling_shapes)
-        _check_present(arrays, options)
+        _check_present({name: array for name, array in arrays.items() if name != "routing"}, options)
         sampling = SamplingBatch(**options, want_raw=want_raw)
         message = Execute(inputs=StepInputs(**arrays, sampling=sampling, step=step, policy=policy))
     elif kind is Sampled:

@@ -78,11 +78,13 @@ def weight_source(source: Any, version: int | None) -> tuple[WeightSource, int |
         return FolderWeights(path=os.fspath(source)), version
     if isinstance(source, Mapping):
         return TensorWeights(tensors=source), version
+    kind = f"an object of type {type(source).__name__}"
     if isinstance(source, Iterable):
-        return TensorWeights(tensors=dict(source)), version
-    raise ValueError(
-        f"source must be tensors by name, a folder or PublishedWeights, got an object of type {type(source).__name__}"
-    )
+        try:
+            return TensorWeights(tensors=dict(source)), version
+        except (TypeError, ValueError):
+            kind += " whose items are no pairs of name and tensor"
+    raise ValueError(f"source must be tensors by name, a folder or PublishedWeights, got {kind}")
 
 
 class Worker(Protocol):
@@ -169,7 +171,7 @@ class LocalWorker:
         runner = self._live_runner()
         self._session = None
         if isinstance(source, TensorWeights):
-            runner.stage({name: as_array(tensor) for name, tensor in source.tensors.items()}, version)
+            runner.stage({name: as_array(name, tensor) for name, tensor in source.tensors.items()}, version)
         elif isinstance(source, FolderWeights):
             from zerokl.rollout.models.loader import open_tensors
 
@@ -260,14 +262,20 @@ class LocalWorker:
         return self._runner
 
 
-def as_array(tensor: Any) -> NDArray[Any]:
-    """A NumPy view of a tensor (Paddle's through DLPack, without a copy) or the array itself."""
+def as_array(name: str, tensor: Any) -> NDArray[Any]:
+    """A NumPy view of a tensor (Paddle's through DLPack, without a copy) or the array itself.
+
+    Raises ValueError naming a tensor that NumPy cannot view.
+    """
     if isinstance(tensor, np.ndarray):
         return tensor
-    if hasattr(tensor, "__dlpack__"):
-        # A Paddle parameter refuses to export itself while it wants gradients.
-        return np.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor)
-    return np.asarray(tensor)
+    try:
+        if hasattr(tensor, "__dlpack__"):
+            # A Paddle parameter refuses to export itself while it wants gradients.
+            return np.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor)
+        return np.asarray(tensor)
+    except (TypeError, RuntimeError, BufferError) as error:
+        raise ValueError(f"{name} must be an array that NumPy can view, got {type(tensor).__name__}: {error}") from None
 
 
 def make_worker(config: EngineConfig) -> Worker:

@@ -75,7 +75,7 @@ class RemoteWorker:
         """
         if isinstance(source, TensorWeights):
             with WeightPublisher("staging", buffers=1) as publisher:
-                arrays = ((name, as_array(tensor)) for name, tensor in source.tensors.items())
+                arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
                 published = publisher.publish(arrays, version)
                 self._stage(Stage(source=SharedWeights(published=published), version=version))
         elif isinstance(source, FolderWeights):

@@ -1,6 +1,7 @@
 """Fixtures and markers of the whole suite."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder of ours named like an installed package (`kernels`) must never win over it: tests import zerokl.* alone.
 sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 sys.path.append(str(ROOT / "tests"))
+# A shell starts its background jobs with SIGINT ignored; tests of Ctrl-C would wait for ever there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def run(
     make_worker: Callable[[EngineConfig], Worker] = make_worker,
     **changes: Any,
 ) -> Outcome:
-    """The job on an engine of its own: sample, then score what was sampled. `order`: of submission, one call each."""
+    """The job on an engine of its own: sample, then score what was sampled. `order`: of the prompts in the call."""
     with RolloutEngine(job.options(**changes), make_worker=make_worker) as engine:
         for _ in range(repeat):
             rollouts = generate(engine, job, settings, order)

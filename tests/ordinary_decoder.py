@@ -47,14 +47,34 @@ class OrdinaryDecoder:
         scores = F.softmax(q @ k.transpose([0, 2, 1]) / math.sqrt(config.head_dim) + mask, -1)
         return self.linear((scores @ v).transpose([1, 0, 2]).reshape([length, -1]), f"{prefix}o_proj")
 
+    def block(self, x, prefix):
+        return self.linear(
+            F.silu(self.linear(x, f"{prefix}gate_proj")) * self.linear(x, f"{prefix}up_proj"), f"{prefix}down_proj"
+        )
+
+    def mixture(self, x, prefix):
+        """Every expert on every token, weighted by a [T, X] that is 0 outside the choice."""
+        moe = self.config.moe
+        p = F.softmax(x @ self.weights[f"{prefix}gate.weight"].T, -1)
+        correction = self.weights.get(f"{prefix}moe_statics.e_score_correction_bias")
+        scores = p if correction is None else p + correction
+        chosen = F.one_hot(scores.topk(moe.top_k)[1], moe.num_experts).sum(1).astype("float64")
+        weights = p * chosen
+        if moe.normalise:
+            weights = weights / weights.sum(-1, keepdim=True).clip(min=moe.norm_min)
+        outputs = [self.block(x, f"{prefix}experts.{e}.") * weights[:, e : e + 1] for e in range(moe.num_experts)]
+        if moe.shared_intermediate_size:
+            outputs.append(self.block(x, f"{prefix}shared_experts."))
+        return sum(outputs)
+
     def logprobs(self, ids, temperature):
         x = self.weights[EMBED][paddle.to_tensor(ids.astype("int64"))]
         for index in range(self.config.num_hidden_layers):
             prefix = layer_prefix(index)
             x = x + self.attention(self.norm(x, f"{prefix}input_layernorm.weight"), f"{prefix}self_attn.")
             h = self.norm(x, f"{prefix}post_attention_layernorm.weight")
-            h = F.silu(self.linear(h, f"{prefix}mlp.gate_proj")) * self.linear(h, f"{prefix}mlp.up_proj")
-            x = x + self.linear(h, f"{prefix}mlp.down_proj")
+            mixed = self.config.moe is not None and index in self.config.moe.layers
+            x = x + (self.mixture if mixed else self.block)(h, f"{prefix}mlp.")
         head = self.weights[EMBED if self.config.tie_word_embeddings else LM_HEAD]
         logs = F.log_softmax(self.norm(x, "model.norm.weight") @ head.T / temperature, -1)[:-1]
         chosen = logs[paddle.arange(len(ids) - 1), paddle.to_tensor(ids[1:].astype("int64"))]

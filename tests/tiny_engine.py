@@ -121,6 +121,14 @@ def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
     return join
 
 
+def step_into_drain(engine: RolloutEngine, worker: GatedWorker) -> None:
+    """While a step waits at the gate: let it pass once another thread's update is queued. The next one then drains."""
+    wait_until(lambda: bool(engine._loop._inbox))
+    worker.gate.release()
+    worker.began.acquire()
+    assert engine.health()["state"] == "draining"
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """Return once `condition` holds, which another thread is about to bring about."""
     pause = threading.Event()

@@ -35,7 +35,8 @@ def _product(x: Floats, weight: Floats, bias: Floats | None) -> tuple[Tensor, Fl
     return out, out_array
 
 
-def _weight_gradient(dout: Floats, x: Floats) -> Tensor:
+def weight_gradient(dout: Floats, x: Floats) -> Tensor:
+    """dout^T x: the gradient [N, K] of a matrix, for dout [M, N] and x [M, K]."""
     dweight, dweight_array = empty(dout.shape[1], x.shape[1])
     _cpu.matmul(dout, x, dweight_array, trans_a=True)
     return dweight
@@ -84,7 +85,7 @@ class _FusedLinear(PyLayer):  # type: ignore[misc]  # Paddle has no complete stu
         ]
         for index, dout in enumerate(arrays):
             wanted_weight, wanted_bias = wanted[2 * index], wanted[2 * index + 1]
-            grads.append(_weight_gradient(dout, array) if wanted_weight and dout is not None else None)
+            grads.append(weight_gradient(dout, array) if wanted_weight and dout is not None else None)
             if wanted_bias is not None:  # Paddle wants one entry per tensor that forward was given
                 grads.append(_bias_gradient(dout) if wanted_bias and dout is not None else None)
         return tuple(grads)
@@ -118,6 +119,6 @@ class _SwiGLULinear(PyLayer):  # type: ignore[misc]
         wanted_x, wanted_gate, wanted_up = ctx.wanted
         return (
             _input_gradient([dgated, dlifted], [read(gate), read(up)], array.shape[1]) if wanted_x else None,
-            _weight_gradient(dgated, array) if wanted_gate else None,
-            _weight_gradient(dlifted, array) if wanted_up else None,
+            weight_gradient(dgated, array) if wanted_gate else None,
+            weight_gradient(dlifted, array) if wanted_up else None,
         )

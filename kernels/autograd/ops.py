@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import paddle
 from numpy.typing import NDArray
 
 from zerokl.kernels.autograd import elementwise
+from zerokl.kernels.autograd import moe as mixture
 from zerokl.kernels.autograd.arrays import Floats, array_of, read
 from zerokl.kernels.autograd.attention import packed_attention
 from zerokl.kernels.autograd.linear import fused_linear, swiglu_linear
 from zerokl.kernels.autograd.lm_head import DEFAULT_CHUNK_ROWS, lm_head_logprobs, sample_logits
 from zerokl.kernels.cpu import _cpu
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Tensor = Any  # paddle.Tensor
@@ -48,6 +50,12 @@ class AutogradOps:
     def pack_gate_up(self, gate: Tensor, up: Tensor) -> LinearParameters:
         """The parameters themselves."""
         return LinearParameters((gate, up), (None, None))
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> mixture.Experts:
+        """The parameters themselves."""
+        parameters = tuple(experts)
+        assert len(parameters) == count
+        return parameters
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
@@ -84,6 +92,17 @@ class AutogradOps:
     def swiglu_linear(self, x: Tensor, weight: LinearParameters) -> Tensor:
         """See `Ops.swiglu_linear`."""
         return swiglu_linear(x, *weight.weights)
+
+    def route(self, x: Tensor, params: MoeParams[Tensor], spec: RouterSpec) -> Routing[Tensor]:
+        """See `Ops.route`; gradients go through the weights, the choice is taken as it is."""
+        assert self._step is not None, "route before begin_step"
+        given = None if self._step.routing is None else self._step.routing[spec.index]
+        correction = None if params.correction is None else read(params.correction).reshape(-1)
+        return mixture.route(self.linear(x, params.router), correction, spec, given)
+
+    def moe(self, x: Tensor, routing: Routing[Tensor], experts: mixture.Experts, shared: Tensor | None) -> Tensor:
+        """See `Ops.moe`."""
+        return mixture.moe(x, routing, experts, shared)
 
     def attention(
         self,

@@ -14,10 +14,15 @@ BLOCK_SIZE = 64
 """Of the scratch pool; no result depends on it."""
 
 
-def packed_step(token_ids: NDArray[np.int32], cu_seqlens: NDArray[np.int32], rows: NDArray[np.int32]) -> StepInputs:
+def packed_step(
+    token_ids: NDArray[np.int32],
+    cu_seqlens: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    routing: NDArray[np.int32] | None = None,
+) -> StepInputs:
     """Sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1], from position 0; hidden states of `rows` are wanted.
 
-    Every sequence has blocks of its own, in order. The caller has checked the arrays.
+    Every sequence has blocks of its own, in order. `routing`: as in `StepInputs`. The caller has checked the arrays.
     """
     lengths = np.diff(cu_seqlens)
     blocks = -(-lengths // BLOCK_SIZE)
@@ -34,6 +39,7 @@ def packed_step(token_ids: NDArray[np.int32], cu_seqlens: NDArray[np.int32], row
         block_tables=tables.astype(np.int32),
         logit_rows=rows,
         sampling=neutral_sampling(len(rows)),
+        routing=routing,
     )
 
 

@@ -6,19 +6,22 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
+from zerokl.kernels.cpu import moe as mixture
 from zerokl.kernels.cpu.arena import Arena
 from zerokl.kernels.cpu.packing import PackedGateUp, PackedLinear, Packer
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
+_MAX_HEAD_DIM = 256  # of csrc/elementwise.h
 _LOGIT_BYTES = 32 << 20  # of one LM-head call: rows are independent, so larger batches go through in parts
 
 
@@ -46,8 +49,13 @@ class CpuOps:
         return np.array(values, np.float32, order="C")
 
     def kv_pool(self, num_layers: int, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVPool[Floats]:
-        """A zeroed pool. Its pages are taken from the system when first written."""
+        """A zeroed pool. Its pages are taken from the system when first written.
+
+        Raises ValueError for a head size that the attention kernel cannot do.
+        """
         heads, size = spec.num_kv_heads, spec.head_dim
+        if size > _MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM} on the CPU, got {size}")
         return KVPool(
             keys=np.zeros((num_layers, num_blocks, heads, size, block_size), np.float32),
             values=np.zeros((num_layers, num_blocks, heads, block_size, size), np.float32),
@@ -67,6 +75,10 @@ class CpuOps:
     def pack_gate_up(self, gate: Floats, up: Floats) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
         return self.packer.pack_gate_up(gate, up)
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[Floats, Floats, Floats]]) -> mixture.PackedExperts:
+        """See `Ops.pack_experts`."""
+        return self.packer.pack_experts(count, experts)
 
     # -- a step -------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
@@ -108,6 +120,20 @@ class CpuOps:
         out = self._arena.take(len(x), weight.num_outputs)
         _cpu.swiglu_linear(x, weight.panels, weight.num_outputs, out)
         return out
+
+    def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
+        """See `Ops.route`."""
+        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
+        ids = np.empty((len(x), spec.top_k), np.int32) if given is None else given
+        weights = self._arena.take(len(x), spec.top_k)
+        correction = None if params.correction is None else params.correction.reshape(-1)
+        logits = self.linear(x, params.router)
+        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        return Routing(ids, weights)
+
+    def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:
+        """See `Ops.moe`."""
+        return mixture.moe(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.arena import Slabs
+from zerokl.kernels.cpu.moe import PackedExperts
 
 Floats = NDArray[np.float32]
 
@@ -82,11 +84,25 @@ class Packer:
         """See `Ops.pack_gate_up`."""
         outputs, inputs = gate.shape
         panels = self.slabs.take(-(-2 * outputs // _COLUMNS), inputs, _COLUMNS)
-        gate, up = np.ascontiguousarray(gate), np.ascontiguousarray(up)
+        self._pack_pairs(np.ascontiguousarray(gate), np.ascontiguousarray(up), panels)
+        return PackedGateUp(panels, outputs)
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[Floats, Floats, Floats]]) -> PackedExperts:
+        """See `Ops.pack_experts`: triples (gate [F, E], up [F, E], down [E, F]) that are read one at a time."""
+        source = iter(experts)
+        first = next(source)
+        inner, hidden = first[0].shape
+        gate_up = self.slabs.take(count, -(-inner // _LANES), hidden, _COLUMNS)
+        down = self.slabs.take(count, -(-hidden // _COLUMNS), inner, _COLUMNS)
+        for index, (gate, up, out) in enumerate(chain([first], source)):
+            self._pack_pairs(np.ascontiguousarray(gate), np.ascontiguousarray(up), gate_up[index])
+            self._pack_rows(np.ascontiguousarray(out), down[index])
+        return PackedExperts(gate_up, down, inner)
+
+    def _pack_pairs(self, gate: Floats, up: Floats, panels: Floats) -> None:
         for index in range(0, len(panels), self._stride):
             rows = slice(index * _LANES, (index + self._stride) * _LANES)
             _cpu.pack_gate_up(gate[rows], up[rows], panels[index : index + self._stride])
-        return PackedGateUp(panels, outputs)
 
     def _pack_rows(self, weight: Floats, panels: Floats) -> None:
         count = -(-len(weight) // _COLUMNS)
@@ -108,3 +124,9 @@ def unpack_gate_up(packed: PackedGateUp) -> tuple[Floats, Floats]:
     halves = packed.panels.reshape(panels, inputs, 2, _LANES).transpose(2, 0, 3, 1)
     gate, up = (half.reshape(panels * _LANES, inputs)[: packed.num_outputs] for half in halves)
     return np.ascontiguousarray(gate), np.ascontiguousarray(up)
+
+
+def unpack_expert(packed: PackedExperts, index: int, hidden_size: int) -> tuple[Floats, Floats, Floats]:
+    """Expert `index`'s gate [F, E], up [F, E] and down [E, F], as they were packed."""
+    gate, up = unpack_gate_up(PackedGateUp(packed.gate_up[index], packed.inner_size))
+    return gate, up, unpack_linear(PackedLinear(packed.down[index], None, hidden_size))

@@ -16,4 +16,5 @@ using Ints2 = nanobind::ndarray<int32_t, nanobind::ndim<2>, nanobind::c_contig, 
 void bind_linear(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_moe(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);

@@ -27,6 +27,7 @@ struct Plan {
   int64_t group;                   // panels per item
   int64_t chunk;                   // inner indices that a packed copy of inputs holds
   int64_t left_floats, sums_floats;
+  int64_t first_item;              // among the items of all products of a call
   uint64_t key;                    // key + block marks a packed copy in a thread's scratch memory
 };
 
@@ -188,6 +189,26 @@ void multiply(const Product& p) {
   zk::parallel_for(plan.blocks * plan.groups, [&](int64_t item) { run_item(plan, item); });
 }
 
+// Items of all products in one run of the pool: few rows per group would not be worth one each.
+void multiply_groups(const Product* products, int64_t count) {
+  Plan* plans = new Plan[static_cast<size_t>(count)];  // not std::vector: its code would be shared with other builds
+  int64_t items = 0;
+  for (int64_t g = 0; g < count; ++g) {
+    plans[g] = make_plan(products[g]);
+    plans[g].first_item = items;
+    items += plans[g].blocks * plans[g].groups;
+  }
+  zk::parallel_for(items, [&](int64_t item) {
+    int64_t low = 0, high = count;  // the last plan that starts at or before the item
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (plans[middle].first_item <= item ? low : high) = middle;
+    }
+    run_item(plans[low], item - plans[low].first_item);
+  });
+  delete[] plans;
+}
+
 void pack(const float* weights, int64_t n, int64_t k, float* panels) {
   zk::parallel_for(ceil_div(n, PANEL), [=](int64_t i) {
     const int64_t first = i * PANEL;
@@ -234,5 +255,5 @@ float read_floats(const float* data, int64_t floats) {
 }  // namespace
 
 namespace zk {
-const LinearKernels ZK_CAT(linear_, ZK_ISA) = {multiply, pack, pack_gate_up, fma_burst, read_floats};
+const LinearKernels ZK_CAT(linear_, ZK_ISA) = {multiply, multiply_groups, pack, pack_gate_up, fma_burst, read_floats};
 }

@@ -29,6 +29,8 @@ struct Product {
 
 struct LinearKernels {
   void (*multiply)(const Product& product);
+  // Several products, of at least one row each, in one run of the pool; the same bits as one by one.
+  void (*multiply_groups)(const Product* products, int64_t count);
   // panels[ceil(n / PANEL), k, PANEL], zero-padded, from weights[n, k].
   void (*pack)(const float* weights, int64_t n, int64_t k, float* panels);
   // panels[ceil(f / 16), k, PANEL] from gate[f, k] and up[f, k].

@@ -47,5 +47,6 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_elementwise(m);
   bind_attention(m);
+  bind_moe(m);
   bind_sampling(m);
 }

@@ -118,7 +118,7 @@ inline float reduce_max(vf v) {
   return x > y ? x : y;
 }
 
-// e^x in float32: x = n ln2 + r, Cody-Waite reduction in two fused steps, then a degree-6 polynomial on r (minimax fit of
+// e^x in float32: x = n ln2 + r, Cody-Waite reduction in two fused steps, then a degree-7 polynomial on r (minimax fit of
 // Cephes' expf, S. Moshier), then 2^n in two exact factors. Below -87.3 the result is 0, above 88.72 infinity.
 inline vf vexp(vf x) {
   const vf lo = vset(-87.3f), hi = vset(88.72f);

@@ -102,6 +102,18 @@ class GpuOps:
         """See `Ops.pack_gate_up`."""
         return PackedGateUp(self.tensor(gate), self.tensor(up))
 
+    def pack_experts(self, count: int, experts: Any) -> Any:
+        """Not available: raises NotImplementedError, so that a mixture of experts fails when it is loaded."""
+        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
+
+    def route(self, x: Any, params: Any, spec: Any) -> Any:
+        """Not available, as `pack_experts`."""
+        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
+
+    def moe(self, x: Any, routing: Any, experts: Any, shared: Any) -> Any:
+        """Not available, as `pack_experts`."""
+        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
+
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
         """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites."""

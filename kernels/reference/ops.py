@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 from zerokl.kernels.reference import attention, elementwise, sampling
+from zerokl.kernels.reference import moe as mixture
 
 Floats = NDArray[np.float64]
 
@@ -64,6 +66,14 @@ class ReferenceOps:
         """See `Ops.pack_gate_up`."""
         return ReferenceGateUp(np.array(gate, np.float64), np.array(up, np.float64))
 
+    def pack_experts(
+        self, count: int, experts: Iterable[tuple[Floats, Floats, Floats]]
+    ) -> tuple[mixture.ReferenceExpert, ...]:
+        """See `Ops.pack_experts`."""
+        packed = tuple(mixture.ReferenceExpert(*(np.array(part, np.float64) for part in expert)) for expert in experts)
+        assert len(packed) == count
+        return packed
+
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
         """See `Ops.begin_step`."""
@@ -93,6 +103,17 @@ class ReferenceOps:
     def swiglu_linear(self, x: Floats, weight: ReferenceGateUp) -> Floats:
         """silu(x Wg^T) * (x Wu^T)."""
         return elementwise.swiglu(x @ weight.gate.T, x @ weight.up.T)
+
+    def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
+        """See `mixture.route`."""
+        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
+        return mixture.route(self.linear(x, params.router), params.correction, spec, given)
+
+    def moe(
+        self, x: Floats, routing: Routing[Floats], experts: tuple[mixture.ReferenceExpert, ...], shared: Floats | None
+    ) -> Floats:
+        """See `mixture.moe`."""
+        return mixture.moe(x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

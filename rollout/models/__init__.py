@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "DecoderSpec": "decoder",
     "ModelConfig": "config",
+    "MoeConfig": "moe_config",
     "RopeConfig": "config",
     "attention_spec": "decoder",
     "build_params": "decoder",
@@ -23,6 +24,7 @@ _HOMES = {
     "rope_table": "rope",
     "save_pretrained": "saver",
     "tiny_config": "synthetic",
+    "tiny_moe_config": "synthetic",
 }
 
 __all__ = sorted(_HOMES)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from zerokl.kernels.ops import RotaryLayout
 
 from .config_fields import ConfigFields
+from .moe_config import MoeConfig
 from .registry import Architecture, find_architecture
 
 RopeKind = Literal["default", "linear", "llama3"]
@@ -57,6 +58,8 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     """Of config.json, then those that generation_config.json adds; may be empty."""
+    moe: MoeConfig | None = None
+    """None: every layer is dense."""
     dtype: str
     """What the checkpoint declares for its tensors: float32, bfloat16 or float16. Computation is in float32."""
 
@@ -80,6 +83,8 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -113,6 +118,7 @@ def _parse(fields: ConfigFields, generation: ConfigFields) -> ModelConfig:
         o_bias=attention_bias,
         qk_norm=family.qk_norm,
         eos_token_ids=tuple(dict.fromkeys(eos)),
+        moe=family.moe(fields, fields.integer("num_hidden_layers", minimum=1)) if family.moe else None,
         dtype=_dtype(fields),
     )
 

@@ -6,14 +6,17 @@ it is given and nothing else, and a device may record a step as one graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
+from zerokl.kernels.experts import MoeParams, RouterSpec
 from zerokl.kernels.ops import AttentionSpec, DecoderParams, KVPool, LayerParams, Ops, StepInputs
 
 from .config import ModelConfig
-from .layout import EMBED, FINAL_NORM, LM_HEAD, layer_prefix
+from .layout import BLOCK, CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER, SHARED_EXPERTS, expert_prefix, layer_prefix
+from .moe_config import MoeConfig
 
 Array = TypeVar("Array")
 Operand = TypeVar("Operand", contravariant=True)
@@ -27,18 +30,52 @@ def dense_mlp(ops: Ops[Array], x: Array, layer: LayerParams[Array]) -> Array:
     return ops.linear(ops.swiglu_linear(x, layer.gate_up), layer.down)
 
 
+def no_shared_experts(_ops: Ops[Array], _x: Array, _layer: LayerParams[Array]) -> None:
+    """What stands in for shared experts where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeMlp:
+    """A mixture of experts (arXiv:1701.06538) beside the shared experts, which every token passes."""
+
+    router: RouterSpec
+    shared: MlpBlock
+
+    def __call__(self, ops: Ops[Array], x: Array, layer: LayerParams[Array]) -> Array:
+        """An `MlpBlock`."""
+        assert layer.moe is not None, "a mixture without experts"
+        routing = ops.route(x, layer.moe, self.router)
+        return ops.moe(x, routing, layer.moe.experts, self.shared(ops, x, layer))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     """What `forward` needs to know of a model beside its weights."""
 
     attention: AttentionSpec
     norm_eps: float
-    mlp: MlpBlock = dense_mlp
+    mlps: tuple[MlpBlock, ...]
+    """One per layer."""
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> DecoderSpec:
         """The spec of a configured model."""
-        return cls(attention=attention_spec(config), norm_eps=config.rms_norm_eps)
+        return cls(attention=attention_spec(config), norm_eps=config.rms_norm_eps, mlps=mlp_blocks(config))
+
+
+def mlp_blocks(config: ModelConfig) -> tuple[MlpBlock, ...]:
+    """The block of each layer: dense, or a mixture of experts."""
+    blocks: list[MlpBlock] = [dense_mlp] * config.num_hidden_layers
+    if config.moe is not None:
+        shared = dense_mlp if config.moe.shared_intermediate_size else no_shared_experts
+        for index, layer in enumerate(config.moe.layers):
+            blocks[layer] = MoeMlp(router_spec(config.moe, index), shared)
+    return tuple(blocks)
+
+
+def router_spec(moe: MoeConfig, index: int) -> RouterSpec:
+    """Constants of the model's mixture number `index`."""
+    return RouterSpec(top_k=moe.top_k, normalise=moe.normalise, norm_min=moe.norm_min, index=index)
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
@@ -62,6 +99,10 @@ class Packs(Protocol[Operand]):
 
     def pack_gate_up(self, gate: Operand, up: Operand) -> Any:
         """See `Ops.pack_gate_up`."""
+        ...
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[Operand, Operand, Operand]]) -> Any:
+        """See `Ops.pack_experts`."""
         ...
 
 
@@ -144,6 +185,14 @@ class _PartBuilder:
         old = self._old(owner, field, [gate, up])
         return self._ops.pack_gate_up(self._tensors[gate], self._tensors[up]) if old is None else old
 
+    def experts(self, owner: Any, prefixes: Sequence[str]) -> Any:
+        names = [tuple(prefix + name for name in BLOCK) for prefix in prefixes]
+        old = self._old(owner, "experts", list(chain.from_iterable(names)))
+        if old is not None:
+            return old
+        triples = ((self._tensors[gate], self._tensors[up], self._tensors[down]) for gate, up, down in names)
+        return self._ops.pack_experts(len(names), triples)
+
     def _old(self, owner: Any, field: str, names: Sequence[str]) -> Any:
         return None if self._previous is None else self._previous.part(owner, field, names)
 
@@ -166,9 +215,28 @@ def _build_layer(
         k_norm=build.kept(old, "k_norm", attention + "k_norm.weight") if config.qk_norm else None,
         o=build.linear(old, "o", [attention + "o_proj.weight"], [attention + "o_proj.bias" if config.o_bias else None]),
         post_norm=build.kept(old, "post_norm", prefix + "post_attention_layernorm.weight"),
-        gate_up=build.gate_up(old, "gate_up", prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
-        down=build.linear(old, "down", [prefix + "mlp.down_proj.weight"], [None]),
+        **_build_mlp(build, config, index, old),
     )
+
+
+def _build_mlp(build: _PartBuilder, config: ModelConfig, index: int, old: LayerParams[Any] | None) -> dict[str, Any]:
+    """The last fields of `LayerParams`."""
+    prefix, moe = layer_prefix(index), config.moe
+    if moe is None or index not in moe.layers:
+        return _build_block(build, old, prefix + "mlp.")
+    mixture = None if old is None else old.moe
+    router = build.linear(mixture, "router", [prefix + ROUTER], [None])
+    correction = build.kept(mixture, "correction", prefix + CORRECTION) if moe.correction_bias else None
+    block: dict[str, Any] = {"gate_up": None, "down": None}
+    if moe.shared_intermediate_size:
+        block = _build_block(build, old, prefix + SHARED_EXPERTS)
+    experts = build.experts(mixture, [prefix + expert_prefix(expert) for expert in range(moe.num_experts)])
+    return block | {"moe": MoeParams(router, correction, experts)}
+
+
+def _build_block(build: _PartBuilder, old: LayerParams[Any] | None, prefix: str) -> dict[str, Any]:
+    gate, up, down = (prefix + name for name in BLOCK)
+    return {"gate_up": build.gate_up(old, "gate_up", gate, up), "down": build.linear(old, "down", [down], [None])}
 
 
 def forward(
@@ -185,10 +253,10 @@ def forward(
     # The sum that closes a layer is fused with the norm that opens the next one.
     next_norms = [layer.input_norm for layer in params.layers[1:]]
     next_norms.append(params.final_norm)
-    for index, (layer, next_norm) in enumerate(zip(params.layers, next_norms, strict=True)):
+    for index, (layer, mlp, next_norm) in enumerate(zip(params.layers, spec.mlps, next_norms, strict=True)):
         attended = ops.attention(ops.qkv_linear(x, layer.qkv), index, layer, params.rope, spec.attention)
         delta = ops.linear(attended, layer.o)
         residual, x = ops.add_rms_norm(residual, delta, layer.post_norm, spec.norm_eps)
-        delta = spec.mlp(ops, x, layer)
+        delta = mlp(ops, x, layer)
         residual, x = ops.add_rms_norm(residual, delta, next_norm, spec.norm_eps)
     return ops.gather_rows(x, inputs.logit_rows)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .config import ModelConfig
 from .layout import EMBED, LM_HEAD, expected_tensors
+from .registry import find_architecture
 from .safetensors_file import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -64,7 +65,12 @@ def open_tensors(folder: str | Path, config: ModelConfig) -> TensorFolder:
     folder = Path(folder)
     index = folder / INDEX_FILE
     stored = _read_shards(index) if index.is_file() else read_header(folder / SINGLE_FILE)
-    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(_DERIVED_SUFFIX)}
+    unused = find_architecture(config.architecture, str(folder)).ignored_tensors
+    stored = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not name.endswith(_DERIVED_SUFFIX) and not name.startswith(unused)
+    }
     tensors = TensorFolder(stored)
     check_shapes(tensors.shapes(), config, str(folder))
     if config.tie_word_embeddings and LM_HEAD in tensors:
@@ -144,7 +150,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value == Path(value).name
+    return isinstance(value, str) and value == Path(value).name and value not in ("", "..")
 
 
 def _check_tied(tensors: Mapping[str, NDArray[Any]], source: str) -> None:

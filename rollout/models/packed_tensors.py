@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.cpu.packing import unpack_gate_up, unpack_linear
+from zerokl.kernels.cpu.packing import unpack_expert, unpack_gate_up, unpack_linear
 from zerokl.kernels.ops import DecoderParams, LayerParams
 
 from .config import ModelConfig
-from .layout import EMBED, FINAL_NORM, LM_HEAD, expected_tensors
+from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER, expected_tensors
 
 Floats = NDArray[np.float32]
 
@@ -53,13 +53,23 @@ class PackedTensors(Mapping[str, Floats]):
     def _of_layer(self, layer: LayerParams[Any], name: str) -> Floats:
         if name in _KEPT:
             return _floats(getattr(layer, _KEPT[name]))
-        block, part, kind = name.split(".")
-        if part in ("gate_proj", "up_proj"):
-            return unpack_gate_up(layer.gate_up)[part == "up_proj"]
-        if block == "mlp":
-            return unpack_linear(layer.down)
+        if name.startswith("mlp."):
+            return self._of_mlp(layer, name)
+        _, part, kind = name.split(".")
         packed, rows = (layer.o, slice(None)) if part == "o_proj" else (layer.qkv, self._rows(part))
         return _floats(packed.bias[rows] if kind == "bias" else unpack_linear(packed)[rows])
+
+    def _of_mlp(self, layer: LayerParams[Any], name: str) -> Floats:
+        mixture: Any = layer.moe
+        if name == ROUTER:
+            return unpack_linear(mixture.router)
+        if name == CORRECTION:
+            return _floats(mixture.correction)
+        *path, part, _ = name.split(".")
+        which = ("gate_proj", "up_proj", "down_proj").index(part)
+        if "experts" in path:
+            return unpack_expert(mixture.experts, int(path[-1]), self._config.hidden_size)[which]
+        return unpack_linear(layer.down) if part == "down_proj" else unpack_gate_up(layer.gate_up)[which]
 
     def _rows(self, part: str) -> slice:
         queries = self._config.num_attention_heads * self._config.head_dim

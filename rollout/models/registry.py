@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from zerokl.kernels.ops import RotaryLayout
 
+from .moe_config import MoeReader, read_ernie4_5_moe, read_qwen3_moe
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -34,6 +36,10 @@ class Architecture:
     """False: head_dim may be absent and is then hidden_size / num_attention_heads."""
     num_key_value_heads_required: bool = True
     """False: may be absent and is then num_attention_heads."""
+    moe: MoeReader | None = None
+    """Reads the mixture of experts; None: every layer is dense."""
+    ignored_tensors: tuple[str, ...] = ()
+    """Starts of names of tensors that checkpoints hold and the forward has no use for (multi-token prediction)."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -54,11 +60,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             head_dim_required=True,
         ),
         Architecture(
+            name="Qwen3MoeForCausalLM",
+            qk_norm=True,
+            attention_bias_field="attention_bias",
+            head_dim_required=True,
+            moe=read_qwen3_moe,
+        ),
+        Architecture(
             name="Ernie4_5ForCausalLM",
             rotary_layout="interleaved",
             attention_bias_field="use_bias",
             mlp_bias_field="use_bias",
             default_tie_word_embeddings=True,
+        ),
+        Architecture(
+            name="Ernie4_5_MoeForCausalLM",
+            rotary_layout="interleaved",
+            attention_bias_field="use_bias",
+            mlp_bias_field="use_bias",
+            default_tie_word_embeddings=True,
+            moe=read_ernie4_5_moe,
+            ignored_tensors=("model.mtp_",),
         ),
     )
 }

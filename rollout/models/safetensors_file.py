@@ -60,14 +60,7 @@ def widen(stored: NDArray[Any], *, bfloat16: bool = False) -> NDArray[np.float32
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, in its order. Raises ValueError naming the file if it is no sound safetensors file."""
-    size = _size(file)
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{file}: not a safetensors file, or cut short: header of {length} bytes in a file of {size}"
-            )
-        raw = stream.read(length)
+    size, length, raw = _read_start(file)
     try:
         header = json.loads(raw)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -80,24 +73,43 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=data_start)
-    if end != size:
-        raise ValueError(f"{file}: tensors end at byte {end}, but the file has {size}")
+    _check_cover(file, list(tensors.values()), data_start, size)
     return tensors
 
 
-def _size(file: Path) -> int:
+def _check_cover(file: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    """The format allows neither holes between tensors nor a byte that belongs to two."""
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            raise ValueError(f"{file}: {tensor.name} starts at byte {tensor.start}, the tensor before it ends at {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise ValueError(f"{file}: tensors end at byte {end}, but the file has {size}")
+
+
+def _read_start(file: Path) -> tuple[int, int, bytes]:
+    """Size of the file, length of the header, the header."""
     try:
-        return file.stat().st_size
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(
+                    f"{file}: not a safetensors file, or cut short: header of {length} bytes in a file of {size}"
+                )
+            return size, length, stream.read(length)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _stored_tensor(file: Path, name: str, entry: Any, data_start: int, data_size: int) -> StoredTensor:
     if not (isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"}):
         raise ValueError(f"{file}: header entry {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _STORED_DTYPES:
+    if not isinstance(dtype, str) or dtype not in _STORED_DTYPES:
         raise ValueError(f"{file}: {name} has dtype {dtype}; supported are {', '.join(_STORED_DTYPES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{file}: header entry {name!r} has shape {shape!r} and data_offsets {offsets!r}")

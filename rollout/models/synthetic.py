@@ -37,6 +37,17 @@ def tiny_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[
     return {name: value for name, value in content.items() if value is not None}
 
 
+def tiny_moe_config(architecture: str = "Qwen3MoeForCausalLM", **changes: Any) -> dict[str, Any]:
+    """As `tiny_config`, three layers of which the first is dense, 8 experts and 3 of them per token."""
+    ernie = architecture.startswith("Ernie")
+    moe: dict[str, Any] = (
+        {"moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
+        if ernie
+        else {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [0]}
+    )
+    return tiny_config(architecture, **({"num_hidden_layers": 3, "moe_intermediate_size": 40} | moe | changes))
+
+
 def random_tensors(config: ModelConfig, seed: int = 0, *, gain: float = 1.0) -> dict[str, NDArray[np.float32]]:
     """Every tensor of the layout from a seeded normal distribution; the same seed gives the same bits.
 
@@ -49,6 +60,8 @@ def random_tensors(config: ModelConfig, seed: int = 0, *, gain: float = 1.0) -> 
         values = random.standard_normal(shape, np.float32)
         if name.endswith(".bias"):
             values *= np.float32(0.2)
+        elif name.endswith("correction_bias"):
+            values *= np.float32(0.05)
         elif len(shape) == 1:
             values = np.float32(1.0) + np.float32(0.1) * values
         else:

@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import regex
+from gguf import GGUFReader
 from tokenizers import Tokenizer
 
-from zerokl.integrations.gguf_import import hugging_face_name, unpermute_rotary_rows
+from zerokl.integrations.gguf_import import convert_gguf, hugging_face_name, unpermute_rotary_rows
+from zerokl.integrations.smollm2 import fetch_gguf, model_folder
 
 ODD_STRINGS = [
     "",
@@ -50,10 +52,10 @@ class PlainBpe:
 
     split = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-    def __init__(self, description):
-        self.vocab = description["model"]["vocab"]
-        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(description["model"]["merges"])}
-        self.special = {token["content"]: token["id"] for token in description["added_tokens"]}
+    def __init__(self, tokens, merges, types):
+        self.vocab = {token: i for i, token in enumerate(tokens)}
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+        self.special = {token: i for i, token in enumerate(tokens) if types[i] == 3}  # 3: control token
         self.bytes = byte_alphabet()
 
     def encode(self, text):
@@ -85,9 +87,17 @@ def tokenizer_path(smollm2_folder):
     return smollm2_folder / "tokenizer.json"
 
 
-def test_tokenizer_equals_plain_bpe_on_odd_strings(tokenizer_path):
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """(tokens, merges, token types) out of the GGUF file itself, past everything that the conversion does."""
+    fields = GGUFReader(fetch_gguf(tmp_path_factory.mktemp("gguf"))).fields
+    return tuple(fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
+
+
+def test_tokenizer_equals_plain_bpe_on_odd_strings(tokenizer_path, vocabulary):
     fast = Tokenizer.from_file(str(tokenizer_path))
-    plain = PlainBpe(json.loads(tokenizer_path.read_text(encoding="utf-8")))
+    plain = PlainBpe(*vocabulary)
+    assert fast.get_vocab(with_added_tokens=True) == plain.vocab
     for text in ODD_STRINGS:
         assert fast.encode(text, add_special_tokens=False).ids == plain.encode(text), repr(text)
 
@@ -122,3 +132,14 @@ def test_unknown_tensor_is_named():
     assert hugging_face_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
     with pytest.raises(ValueError, match=r"blk\.0\.ssm_a"):
         hugging_face_name("blk.0.ssm_a")
+
+
+def test_a_folder_with_something_in_it_is_never_replaced(tmp_path, monkeypatch):
+    kept = tmp_path / "thesis.txt"
+    kept.write_text("years of work")
+    with pytest.raises(ValueError, match="must be absent or an empty folder"):
+        convert_gguf(tmp_path / "any.gguf", tmp_path)
+    monkeypatch.setattr("zerokl.integrations.smollm2.fetch_gguf", lambda scratch: pytest.fail("fetched in vain"))
+    with pytest.raises(ValueError, match="must be absent or an empty folder"):
+        model_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,10 +1,11 @@
 """What PolicyModel refuses, and the field, value and bound that its message names."""
 
+import numpy as np
 import pytest
 
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.synthetic import random_tensors, tiny_config
+from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def test_bad_batches_are_refused(llama, arguments, message):
     model = PolicyModel(llama, seed=0)
     with pytest.raises(ValueError, match=message):
         model.logprobs(**{"token_ids": [1, 2, 3], "cu_seqlens": [0, 3], **arguments})
+
+
+def test_bad_routing_is_refused(llama):
+    ids, starts, good = [1, 2, 3], [0, 3], np.tile(np.arange(3), (2, 3, 1))
+    with pytest.raises(ValueError, match="routing must be None: LlamaForCausalLM has no mixture of experts"):
+        PolicyModel(llama).logprobs(ids, starts, routing=good)
+    model = PolicyModel(ModelConfig.from_json(tiny_moe_config()))
+    model.logprobs(ids, starts, routing=good)
+    with pytest.raises(ValueError, match=r"routing must hold integers in shape \(2, 3, 3\), got int64 in shape"):
+        model.logprobs(ids, starts, routing=good[:1])
+    with pytest.raises(ValueError, match=r"routing\[2\] must be in \[0, 8\), got 8"):
+        model.logprobs(ids, starts, routing=np.where(good == 2, 8, good))
+    with pytest.raises(ValueError, match=r"routing\[0, 0\] must hold distinct experts, got \[0, 1, 1\]"):
+        model.logprobs(ids, starts, routing=np.where(good == 2, 1, good))
 
 
 def test_bad_construction_is_refused(llama):

@@ -123,6 +123,30 @@ def test_one_perturbed_weight_makes_the_mismatch_non_zero(folder):
         assert report.differing_logprobs > 0
 
 
+class OutOfStepTrainer(GRPOTrainer):
+    """Changes one weight after the engine got them: what its forward sees is not what the rollout saw."""
+
+    def sync_weights(self):
+        synced = super().sync_weights()
+        weight = self.policy.named_tensors()["model.layers.0.mlp.down_proj.weight"]
+        values = weight.numpy()
+        values[3, 5] *= 1.001
+        weight.set_value(values)
+        return synced
+
+
+def test_the_mismatch_of_a_step_is_that_of_the_forward_it_trains_on(folder):
+    with (
+        RolloutEngine(EngineConfig(model=str(folder), kv_cache_bytes=1 << 20)) as engine,
+        WeightPublisher() as publisher,
+    ):
+        policy = PolicyModel.from_pretrained(folder)
+        trainer = OutOfStepTrainer(policy, engine, publisher, liked_tokens, GRPOConfig(sampling_params=PARAMS))
+        report = trainer.step([[1, 2, 3], [4, 5]])
+        assert report.mismatch.k3_kl_mean > 0.0
+        assert report.reference.k3_kl_mean == 0.0, "both were scored by the engine"
+
+
 def test_micro_batches_hold_every_rollout_once(folder):
     with RolloutEngine(EngineConfig(model=str(folder), kv_cache_bytes=1 << 20)) as engine:
         rollouts = engine.generate([[1, 2, 3], [4], [5, 6]], SamplingParams(n=3, max_tokens=5))
@@ -139,5 +163,11 @@ def test_micro_batches_hold_every_rollout_once(folder):
 def test_trainer_options_are_checked():
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         GRPOConfig(learning_rate=0.0)
+    with pytest.raises(ValueError, match=r"sampling_params\.n must be at least 2"):
+        GRPOConfig(sampling_params=SamplingParams())
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         PPOConfig(epochs=0)
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+        PPOConfig(lam=1.5)
+    with pytest.raises(ValueError, match=r"value_clip must be in \(0, 1\), got 0"):
+        PPOConfig(value_clip=0.0)

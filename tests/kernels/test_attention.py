@@ -109,6 +109,19 @@ def test_other_sequences_do_not_matter():
         assert_same([sequences.run(chunk=50, only=[s])[s]], [together[s]])
 
 
+def test_decode_rows_are_independent_in_batches_of_1_to_300():
+    lengths = tuple(int(n) for n in np.random.default_rng(2).integers(1, 140, 300))
+    sequences = Sequences(lengths, heads=3, kv_heads=1, dim=16)
+    cache = sequences.cache(16)
+    want = [np.empty_like(q) for q in sequences.q]
+    sequences.step([(s, 0, length) for s, length in enumerate(lengths)], cache, want)
+    for count in range(1, 301):
+        members = range(count) if count % 2 else range(300 - count, 300)
+        got = [np.empty_like(q) for q in sequences.q]
+        sequences.step([(s, lengths[s] - 1, lengths[s]) for s in members], cache, got)
+        assert_same([got[s][-1] for s in members], [want[s][-1] for s in members])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (5, 1, 33, 8)])
 def test_threads_and_instruction_sets_give_the_same_bits(heads, kv_heads, dim, block_size):
     sequences = Sequences((1, 65, 200), heads, kv_heads, dim)

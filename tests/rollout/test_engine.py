@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from leftovers import children_of
 from tiny_engine import END, VOCAB_SIZE, in_thread, tiny_options, write_tiny_model
 
 from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.saver import save_pretrained
+from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -137,7 +144,13 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ([True, False], None, r"prompts\[0\].*integers"),
     ([[[1], [2, 3]]], None, r"prompts\[0\].*token ids"),
     ([None], None, r"prompts\[0\].*integers"),
+    (["a", 5], None, r"prompts\[1\].*integers"),
+    ([b"bytes"], None, r"prompts\[0\].*integers"),
+    (["a", "\ud800"], None, r"prompts\[1\] must be text that UTF-8 can hold"),
     (5, None, "prompts must be"),
+    (None, None, "prompts must be"),
+    (np.array(5), None, "prompts must be"),
+    ({"a": 1}, None, "prompts must be"),
     ([[1] * 257], None, r"prompts\[0\].*max_model_len \(256\).*257"),
     ([[1] * 250], SamplingParams(max_tokens=7), r"prompts\[0\]: max_tokens \(7\).*max_model_len \(256\)"),
     (["a", "b"], [SamplingParams()], r"sampling_params.*\(2\), got 1"),
@@ -145,6 +158,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (["a"], {"n": 1}, "sampling_params must be SamplingParams"),
     (["a"], SamplingParams(stop_token_ids=[VOCAB_SIZE]), r"prompts\[0\]: stop_token_ids.*below vocab_size"),
     (["a"], SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), r"prompts\[0\]: logit_bias.*below vocab_size"),
+    (["a"], SamplingParams(logit_bias=dict.fromkeys(range(VOCAB_SIZE), -np.inf)), r"prompts\[0\]: .*a token to draw"),
 ]
 
 
@@ -163,6 +177,33 @@ def test_bad_input_is_refused_before_anything_is_queued(
 def shared_engine(tiny_model: Path) -> Any:
     with RolloutEngine(tiny_options(tiny_model)) as engine:
         yield engine
+
+
+def test_the_most_extreme_options_leave_the_engine_running(shared_engine: RolloutEngine) -> None:
+    for bias in (1e9, -1e9):
+        for penalty in (1e-6, 1e6):
+            extreme = SamplingParams(
+                temperature=1e-6, repetition_penalty=penalty, logit_bias=dict.fromkeys(range(VOCAB_SIZE), bias), n=2
+            )
+            rollouts = shared_engine.generate("ab", extreme)
+            assert all(np.isfinite(rollout.logprobs).all() for rollout in rollouts)
+            shared_engine.score(rollouts, definition="logprobs")
+    narrow = shared_engine.generate("ab", SamplingParams(top_p=1e-300, max_tokens=3))[0]
+    np.testing.assert_array_equal(narrow.logprobs, 0.0, "one token is kept")
+    assert shared_engine.health()["state"] == "running"
+
+
+def test_unhashable_and_other_odd_names_are_refused(shared_engine: RolloutEngine) -> None:
+    name: Any
+    for name in ([], None, 5, "nobody"):
+        for call in (
+            lambda: shared_engine.drop_weights(name),  # noqa: B023 - called in this round
+            lambda: shared_engine.get_weight_version(name),  # noqa: B023
+            lambda: shared_engine.score([[1, 2]], policy=name),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=re.escape(repr(name))):
+                call()
+    assert len(shared_engine.generate("still works", SamplingParams(max_tokens=2))) == 1
 
 
 def test_more_than_the_pool_holds_is_refused(tiny_model: Path) -> None:
@@ -186,9 +227,34 @@ def test_text_and_stop_strings_need_a_tokenizer(tmp_path: Path) -> None:
 def test_an_unusable_model_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json"):
         RolloutEngine(tiny_options(tmp_path))
+    with pytest.raises(ValueError, match="config must be an EngineConfig"):
+        RolloutEngine(str(tmp_path))  # type: ignore[arg-type]
     folder = write_tiny_model(tmp_path)
     with pytest.raises(ValueError, match=r"max_model_len.*256.*got 300"):
         RolloutEngine(tiny_options(folder, max_model_len=300))
+    content = json.loads((folder / "config.json").read_text())
+    del content["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json: field 'hidden_size' is missing"):
+        RolloutEngine(tiny_options(folder))
+
+
+def test_heads_that_no_kernel_can_do_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    content = tiny_config(head_dim=264, num_attention_heads=1, num_key_value_heads=1)
+    save_pretrained(tmp_path, content, random_tensors(ModelConfig.from_json(content)))
+    with pytest.raises(ValueError, match="head_dim must be at most 256 on the CPU, got 264"):
+        RolloutEngine(tiny_options(tmp_path))
+
+
+@pytest.mark.parametrize("worker", ["inprocess", "process"])
+@pytest.mark.parametrize("size", [0, 100, -4])
+def test_a_broken_model_file_is_refused_and_nothing_of_the_engine_stays(tmp_path: Path, worker: str, size: int) -> None:
+    file = write_tiny_model(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    children = children_of(os.getpid())
+    with pytest.raises(ValueError, match=f"{file}: "):
+        RolloutEngine(tiny_options(tmp_path, worker=worker))
+    assert children_of(os.getpid()) == children
 
 
 # -- how outputs end ---------------------------------------------------------------------------------------------------

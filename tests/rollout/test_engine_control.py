@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import FailingWorker, GatedWorker, in_thread, tiny_options, tiny_tensors, wait_until
+from tiny_engine import FailingWorker, GatedWorker, in_thread, step_into_drain, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -61,7 +61,7 @@ def test_abort_returns_the_tokens_so_far_and_spares_the_others(tiny_model: Path)
 
 
 def test_request_ids_are_checked(engine: RolloutEngine) -> None:
-    for ids in (["a", "a"], ["a"], "ab", ["", "b"], [1, 2]):
+    for ids in (["a", "a"], ["a"], "ab", ["", "b"], [1, 2], 5, {"x", "y"}):
         with pytest.raises(ValueError, match="request_ids"):
             engine.generate(["x", "y"], request_ids=ids)
 
@@ -117,9 +117,7 @@ def test_ctrl_c_gives_up_an_update_that_waits(tiny_model: Path) -> None:
     engine, worker = gated_engine(tiny_model)
 
     def interrupt() -> None:
-        wait_until(lambda: engine.health()["num_held"] == 1)
-        worker.gate.release()
-        wait_until(lambda: engine.health()["state"] == "draining")
+        step_into_drain(engine, worker)
         os.kill(os.getpid(), signal.SIGINT)
 
     with engine:

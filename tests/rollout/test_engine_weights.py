@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import GatedWorker, in_thread, tiny_options, tiny_tensors, wait_until, write_tiny_model
+from tiny_engine import (
+    GatedWorker,
+    in_thread,
+    step_into_drain,
+    tiny_options,
+    tiny_tensors,
+    wait_until,
+    write_tiny_model,
+)
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -80,12 +89,43 @@ def test_bad_weights_leave_the_old_version_serving(engine: RolloutEngine, tmp_pa
         engine.update_weights(misshapen)
     with pytest.raises(ValueError, match="safetensors"):
         engine.update_weights(tmp_path)
-    with pytest.raises(ValueError, match="source must be"):
-        engine.update_weights(5)  # type: ignore[arg-type]
+    for source in (5, b"bytes", [1, 2], None):
+        with pytest.raises(ValueError, match="source must be"):
+            engine.update_weights(source)  # type: ignore[arg-type]
     assert engine.get_weight_version() == 0
     after = engine.generate(PROMPT, PARAMS)[0]
     np.testing.assert_array_equal(after.logprobs, before.logprobs)
     assert after.policy_versions.tolist() == [0] * 6
+
+
+class Unreadable:
+    """An array that lives where NumPy cannot look, as a tensor on a GPU does."""
+
+    def __dlpack__(self, **_: object) -> object:
+        raise BufferError("on another device")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+
+@pytest.mark.parametrize("worker", ["inprocess", "process"])
+def test_what_cannot_be_read_leaves_the_engine_running(tiny_model: Path, tmp_path: Path, worker: str) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_model, cut)
+    file = cut / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    not_a_file = tmp_path / "not_a_file"
+    (not_a_file / "model.safetensors").mkdir(parents=True)
+    with RolloutEngine(tiny_options(tiny_model, worker=worker)) as engine:
+        before = engine.generate(PROMPT, PARAMS)[0]
+        for folder in (cut, not_a_file):
+            with pytest.raises(ValueError, match=f"{folder}/model.safetensors: "):
+                engine.update_weights(folder)
+        with pytest.raises(ValueError, match=r"model\.norm\.weight must be an array that NumPy can view"):
+            engine.update_weights(tiny_tensors(1) | {"model.norm.weight": Unreadable()})
+        after = engine.generate(PROMPT, PARAMS)[0]
+        np.testing.assert_array_equal(after.logprobs, before.logprobs)
+        assert engine.health()["weight_versions"] == {"policy": 0}
 
 
 def test_requests_before_an_update_finish_under_the_old_version_and_later_ones_wait(
@@ -95,9 +135,7 @@ def test_requests_before_an_update_finish_under_the_old_version_and_later_ones_w
     early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    wait_until(lambda: engine.health()["num_held"] == 1)
-    worker.gate.release()
-    wait_until(lambda: engine.health()["state"] == "draining")
+    step_into_drain(engine, worker)
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS))
     wait_until(lambda: engine.health()["num_held"] == 1)
     worker.open()
@@ -107,14 +145,25 @@ def test_requests_before_an_update_finish_under_the_old_version_and_later_ones_w
     assert engine.metrics()["weight_updates"] == 1
 
 
+def test_an_update_that_drains_is_applied_when_the_last_request_ends(
+    gated: tuple[RolloutEngine, GatedWorker],
+) -> None:
+    engine, worker = gated
+    early = in_thread(lambda: engine.generate(PROMPT, PARAMS))
+    worker.began.acquire()
+    update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
+    step_into_drain(engine, worker)
+    worker.open()
+    assert early()[0].policy_versions.tolist() == [0] * 6
+    assert update() == 1, "nothing else may be needed to wake the loop"
+
+
 def test_a_held_call_can_be_aborted_and_a_drain_given_up_by_closing(gated: tuple[RolloutEngine, GatedWorker]) -> None:
     engine, worker = gated
     early = in_thread(lambda: engine.generate(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))
     worker.began.acquire()
     update = in_thread(lambda: engine.update_weights(tiny_tensors(1)))
-    wait_until(lambda: engine.health()["num_held"] == 1)
-    worker.gate.release()
-    wait_until(lambda: engine.health()["state"] == "draining")
+    step_into_drain(engine, worker)
     late = in_thread(lambda: engine.generate(PROMPT, PARAMS, request_ids=["late"]))
     wait_until(lambda: engine.health()["num_held"] == 1)
     aborting = in_thread(lambda: engine.abort("late"))

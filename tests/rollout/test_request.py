@@ -1,5 +1,7 @@
 """Request, its results and history, admission limits, and the Rollout made of it."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,12 @@ def test_score_start_is_checked(start):
         ([100], {}, r"below vocab_size \(100\), got 100"),
         ([1], {"stop_token_ids": (100,)}, r"stop_token_ids must hold token ids below vocab_size"),
         ([1], {"logit_bias": {100: 1.0}}, r"logit_bias must hold token ids below vocab_size"),
+        ([1], {"logit_bias": dict.fromkeys(range(100), -math.inf)}, r"must leave a token to draw.*all 100"),
+        (
+            [1],
+            {"logit_bias": dict.fromkeys(range(99), -math.inf), "stop_token_ids": (99,), "min_tokens": 1},
+            r"must leave a token to draw.*all 100",
+        ),
         (
             range(20),
             {"max_tokens": 13},

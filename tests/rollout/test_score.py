@@ -109,6 +109,7 @@ def test_min_tokens_bans_stop_tokens_where_sampling_banned_them(engine: RolloutE
         ({"token_ids": [[1, 2]], "prompt_lens": [3]}, r"prompt_lens\[0\] must be in \[1, 2\].*got 3"),
         ({"token_ids": [[1, 2]], "prompt_lens": [0]}, r"prompt_lens\[0\] must be at least 1, got 0"),
         ({"token_ids": [[1, 2]], "prompt_lens": [1.0]}, r"prompt_lens\[0\] must be an integer"),
+        ({"token_ids": [[1, 2]], "prompt_lens": 1}, r"prompt_lens must be a sequence of integers.*got 1"),
         ({"token_ids": [[1, 2]], "prompt_lens": [1, 1]}, r"one entry per sequence \(1\), got 2"),
         (
             {"token_ids": [[1, 2]], "sampling_params": EVERY_OPTION, "definition": "logprobs"},

@@ -147,6 +147,13 @@ def test_steps_and_results_make_the_round_trip(num_tokens: int, num_rows: int, r
     assert_equal(sampled.result, a_result(num_rows, raw))
 
 
+def test_a_replayed_choice_of_experts_travels_too() -> None:
+    inputs = dataclasses.replace(a_step(), routing=np.arange(30, dtype=np.int32).reshape(2, 5, 3))
+    _, execute = decode(encode(1, Execute(inputs=inputs)))
+    assert isinstance(execute, Execute)
+    assert_equal(execute.inputs, inputs)
+
+
 def test_strided_arrays_travel_in_c_order() -> None:
     inputs = dataclasses.replace(a_step(), block_tables=np.arange(12, dtype=np.int32).reshape(3, 4).T)
     _, execute = decode(encode(1, Execute(inputs=inputs)))

@@ -1,4 +1,4 @@
-"""config.json of the four families, in the style of transformers 4 and of transformers 5, and every refusal."""
+"""config.json of every family, in the style of transformers 4 and of transformers 5, and every refusal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from zerokl.rollout.models.config import ModelConfig, RopeConfig
-from zerokl.rollout.models.synthetic import tiny_config
+from zerokl.rollout.models.moe_config import MoeConfig
+from zerokl.rollout.models.synthetic import tiny_config, tiny_moe_config
 
 SIZES = {
     "vocab_size": 320,
@@ -46,6 +47,15 @@ def old_and_new(name: str, theta: float, scaling: dict[str, Any] | None = None, 
     return [old, {**base, "rope_parameters": parameters, "dtype": "bfloat16"}]
 
 
+EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 2, "intermediate_size": 32}
+QWEN3_MOE = {
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+ERNIE_MOE = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
 FAMILIES = {
     "llama": (
         old_and_new("LlamaForCausalLM", 500000.0, LLAMA3_SCALING, attention_bias=False, mlp_bias=False, eos_token_id=2),
@@ -69,6 +79,24 @@ FAMILIES = {
     "ernie": (
         old_and_new("Ernie4_5ForCausalLM", 500000.0, head_dim=24, use_bias=False),
         {"head_dim": 24, "rotary_layout": "interleaved", "tie_word_embeddings": True, "qkv_bias": False},
+    ),
+    "qwen3 moe": (
+        old_and_new("Qwen3MoeForCausalLM", 1e6, **QWEN3_MOE, decoder_sparse_step=1, mlp_only_layers=[1]),
+        {"qk_norm": True, "moe": MoeConfig(layers=(0, 2), **EXPERTS, normalise=True)},
+    ),
+    "ernie moe": (
+        old_and_new("Ernie4_5_MoeForCausalLM", 500000.0, **ERNIE_MOE, moe_layer_end_index=2, moe_layer_interval=1),
+        {
+            "rotary_layout": "interleaved",
+            "moe": MoeConfig(
+                layers=(1, 2),
+                **EXPERTS,
+                shared_intermediate_size=64,
+                correction_bias=True,
+                normalise=True,
+                norm_min=1e-12,
+            ),
+        },
     ),
 }
 
@@ -103,6 +131,44 @@ def test_fields_that_early_llama_configurations_leave_out() -> None:
 def test_attention_bias_is_on_all_four_projections(name: str, field: str) -> None:
     config = ModelConfig.from_json(tiny_config(name, **{field: True}))
     assert config.qkv_bias and config.o_bias
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layers"),
+    [
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": None}, (0, 1, 2, 3, 4)),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [3], "decoder_sparse_step": 2}, (1,)),
+        (
+            "Qwen3MoeForCausalLM",
+            {"mlp_only_layers": None, "num_experts": None, "num_local_experts": 8},
+            (0, 1, 2, 3, 4),
+        ),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": None}, (1, 2, 3, 4)),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_interval": 2, "moe_layer_end_index": -1}, (1, 3)),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 2, "moe_layer_end_index": 3}, (2, 3)),
+        ("Ernie4_5_MoeForCausalLM", {"moe_layer_start_index": 9}, ()),
+    ],
+)
+def test_which_layers_are_mixtures(name: str, changes: dict[str, Any], layers: tuple[int, ...]) -> None:
+    config = ModelConfig.from_json(tiny_moe_config(name, num_hidden_layers=5, **changes))
+    assert config.moe is not None and config.moe.layers == layers
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most .* 8, got 9"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [3]}, r"mlp_only_layers must be a list of layers in \[0, 3\)"),
+        ("Qwen3MoeForCausalLM", {"num_local_experts": 4}, r"num_experts .* must be one number, got \[4, 8\]"),
+        ("Qwen3MoeForCausalLM", {"num_experts": None}, r"num_experts .* must be one number, got \[\]"),
+        ("Ernie4_5_MoeForCausalLM", {"moe_k": None}, "field 'moe_k' is missing"),
+        ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 0}, "moe_norm_min must be a finite number above 0"),
+        ("Ernie4_5_MoeForCausalLM", {"use_bias": True}, "use_bias must be false"),
+    ],
+)
+def test_mixtures_that_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_json(tiny_moe_config(name, **changes))
 
 
 def test_folder_file_and_generation_config(tmp_path: Path) -> None:
@@ -161,10 +227,17 @@ def test_every_required_field_is_named_with_its_file(tmp_path: Path, content: di
         "tie_word_embeddings",
         "layer_types",
         "use_bias",
+        "num_experts",  # has two names: test_mixtures_that_are_refused
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_layer_start_index",
+        "moe_layer_end_index",
+        "moe_layer_interval",
     }
     if content["architectures"] == ["LlamaForCausalLM"]:
         optional |= {"rope_theta", "rope_parameters", "num_key_value_heads"}
-    if "head_dim" in content and content["architectures"] != ["Qwen3ForCausalLM"]:
+    if "head_dim" in content and not content["architectures"][0].startswith("Qwen3"):
         optional |= {"head_dim"}
     file = tmp_path / "config.json"
     for field in set(content) - optional:

@@ -16,7 +16,7 @@ from zerokl.kernels.reference.ops import ReferenceOps
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
 from zerokl.rollout.models.rope import rope_table
-from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config, tiny_moe_config
 
 Doubles = NDArray[np.float64]
 
@@ -34,6 +34,10 @@ MODELS = {
     "qwen2 tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True, rms_norm_eps=1e-5),
     "qwen3": tiny_config("Qwen3ForCausalLM", head_dim=24, num_key_value_heads=1),
     "ernie": tiny_config("Ernie4_5ForCausalLM", head_dim=20, intermediate_size=72, num_key_value_heads=4),
+    "qwen3 moe": tiny_moe_config("Qwen3MoeForCausalLM", head_dim=24),
+    "qwen3 moe, plain weights": tiny_moe_config("Qwen3MoeForCausalLM", norm_topk_prob=False, decoder_sparse_step=2),
+    "ernie moe": tiny_moe_config("Ernie4_5_MoeForCausalLM", tie_word_embeddings=True),
+    "ernie moe, no shared experts": tiny_moe_config("Ernie4_5_MoeForCausalLM", moe_num_shared_experts=0),
 }
 
 
@@ -89,15 +93,34 @@ class PlainModel:
         weights /= weights.sum(-1, keepdims=True)
         return self.linear(prefix + ".o_proj", np.einsum("hij,jhd->ihd", weights, v).reshape(len(x), -1))
 
+    def block(self, prefix: str, x: Doubles) -> Doubles:
+        gate = self.linear(prefix + "gate_proj", x)
+        return self.linear(prefix + "down_proj", gate / (1 + np.exp(-gate)) * self.linear(prefix + "up_proj", x))
+
+    def mixture(self, prefix: str, x: Doubles) -> Doubles:
+        content, ernie = self.content, "Ernie" in self.family
+        top_k = content["moe_k" if ernie else "num_experts_per_tok"]
+        logits = x @ self.tensors[prefix + "gate.weight"].T
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        out = np.zeros_like(x)
+        for token, row in enumerate(p):
+            score = row + self.tensors[prefix + "moe_statics.e_score_correction_bias"][0] if ernie else row
+            chosen = sorted(range(len(row)), key=lambda expert: (-score[expert], expert))[:top_k]
+            divisor = max(row[chosen].sum(), 1e-12) if ernie or content["norm_topk_prob"] else 1.0
+            for expert in chosen:
+                out[token] += row[expert] / divisor * self.block(f"{prefix}experts.{expert}.", x[token : token + 1])[0]
+        shared = prefix + "shared_experts."
+        return out + self.block(shared, x) if shared + "gate_proj.weight" in self.tensors else out
+
     def hidden(self, token_ids: NDArray[np.int32]) -> Doubles:
         x = self.tensors["model.embed_tokens.weight"][token_ids]
         for layer in range(self.content["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             x = x + self.attention(prefix + "self_attn", self.norm(prefix + "input_layernorm", x))
             y = self.norm(prefix + "post_attention_layernorm", x)
-            gate = self.linear(prefix + "mlp.gate_proj", y)
-            inner = gate / (1 + np.exp(-gate)) * self.linear(prefix + "mlp.up_proj", y)
-            x = x + self.linear(prefix + "mlp.down_proj", inner)
+            mixed = prefix + "mlp.gate.weight" in self.tensors
+            x = x + (self.mixture if mixed else self.block)(prefix + "mlp.", y)
         return self.norm("model.norm", x)
 
     def logprobs(self, token_ids: NDArray[np.int32]) -> Doubles:

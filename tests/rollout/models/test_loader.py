@@ -138,6 +138,12 @@ def broken_single_files(good: bytes) -> dict[str, bytes]:
     header = json.loads(good[8 : 8 + length])
     header["model.norm.weight"]["data_offsets"][1] += 4
     text = json.dumps(header).encode()
+    header["model.norm.weight"]["dtype"] = ["F32"]
+    listed = json.dumps(header).encode()
+    header = json.loads(good[8 : 8 + length])
+    layers = [f"model.layers.{index}.mlp.down_proj.weight" for index in range(2)]
+    header[layers[1]]["data_offsets"] = header[layers[0]]["data_offsets"]
+    shared = json.dumps(header).encode()
     return {
         "empty": b"",
         "short": good[:5],
@@ -146,15 +152,38 @@ def broken_single_files(good: bytes) -> dict[str, bytes]:
         "longer": good + b"1234",
         "not json": good[:8] + b"#" * length + good[8 + length :],
         "wrong offsets": len(text).to_bytes(8, "little") + text + good[8 + length :],
+        "wrong dtype": len(listed).to_bytes(8, "little") + listed + good[8 + length :],
+        "shared bytes": len(shared).to_bytes(8, "little") + shared + good[8 + length :],
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n",
     }
 
 
-@pytest.mark.parametrize("kind", ["empty", "short", "huge header", "cut", "longer", "not json", "wrong offsets"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty",
+        "short",
+        "huge header",
+        "cut",
+        "longer",
+        "not json",
+        "wrong offsets",
+        "wrong dtype",
+        "shared bytes",
+        "pointer",
+    ],
+)
 def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     save_pretrained(tmp_path, CONTENT, random_tensors(CONFIG))
     file = tmp_path / "model.safetensors"
     file.write_bytes(broken_single_files(file.read_bytes())[kind])
     with pytest.raises(ValueError, match=f"{file}: "):
+        load_tensors(tmp_path, CONFIG)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read: Is a directory"):
         load_tensors(tmp_path, CONFIG)
 
 
@@ -167,6 +196,7 @@ def test_broken_indices_are_named(tmp_path: Path) -> None:
         ("{", f"{index}: not valid JSON"),
         ("{}", f"{index}: weight_map must map"),
         ({**good["weight_map"], EMBED: "../x.safetensors"}, f"{index}: weight_map must map"),
+        ({**good["weight_map"], EMBED: ""}, f"{index}: weight_map must map"),
         ({**good["weight_map"], "extra": "x.safetensors"}, "x.safetensors: no such file"),
         ({**good["weight_map"], "extra": first_shard}, f"{index}: the shards lack tensors that it lists: extra"),
         (

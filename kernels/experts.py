@@ -1,0 +1,48 @@
+"""Plain data of a mixture of experts: how a router chooses, what it chose, and the weights of a layer's block.
+
+Shape letters: T tokens, X experts, k slots (experts per token), E hidden size, F inner size of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """Constants of one layer's router."""
+
+    top_k: int
+    normalise: bool
+    """Weights of the chosen experts are divided by max(their sum, norm_min); otherwise they are plain probabilities."""
+    norm_min: float
+    index: int
+    """Which of the model's mixtures this is, from 0: the row of `StepInputs.routing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing(Generic[Array]):
+    """A choice of experts. Slots are ordered best first, and outputs are added in this order."""
+
+    experts: NDArray[np.int32]
+    """[T, k], distinct ids per token."""
+    weights: Array
+    """[T, k] float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeParams(Generic[Array]):
+    """Weights of a mixture of experts, beside shared experts, which are a dense block of their own."""
+
+    router: Any
+    """A packed matrix [X, E]."""
+    correction: Array | None
+    """[1, X], added to the probabilities for the choice, not to the weights."""
+    experts: Any
+    """What `Ops.pack_experts` made."""

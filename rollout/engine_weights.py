@@ -171,7 +171,7 @@ class WeightMethods:
 
     def _check_policy(self, name: str) -> None:
         known = self._weights.versions
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
     def _change(self, change: Exclusive) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import sys
 
 import numpy as np
@@ -16,6 +17,15 @@ _ALIGN = 64  # bytes: a cache line, and the widest vector
 
 
 _SLAB_FLOATS = 8 << 20  # 32 MiB: sixteen huge pages
+
+
+def zeroed_pages(*shape: int) -> Floats:
+    """A zeroed array on pages of its own, taken when first written and given back to the system with the array.
+
+    The heap would keep a freed block of any size if it had found room for it between others.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * 4)
+    return np.frombuffer(pages, np.float32).reshape(shape)
 
 
 class Slabs:

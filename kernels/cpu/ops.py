@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu import moe as mixture
-from zerokl.kernels.cpu.arena import Arena
+from zerokl.kernels.cpu.arena import Arena, zeroed_pages
 from zerokl.kernels.cpu.packing import PackedGateUp, PackedLinear, Packer
 from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
@@ -57,8 +57,8 @@ class CpuOps:
         if size > _MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM} on the CPU, got {size}")
         return KVPool(
-            keys=np.zeros((num_layers, num_blocks, heads, size, block_size), np.float32),
-            values=np.zeros((num_layers, num_blocks, heads, block_size, size), np.float32),
+            keys=zeroed_pages(num_layers, num_blocks, heads, size, block_size),
+            values=zeroed_pages(num_layers, num_blocks, heads, block_size, size),
             block_size=block_size,
         )
 

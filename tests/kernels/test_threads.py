@@ -137,6 +137,8 @@ def test_exit_after_use_is_clean():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_computes_and_exits():
     code = """
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of every fork beside threads
         _cpu.set_num_threads(3)
         good = product()
         child = os.fork()

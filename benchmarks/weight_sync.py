@@ -31,6 +31,7 @@ from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import expected_tensors, num_parameters
 from zerokl.rollout.models.synthetic import step_inputs, tiny_config
+from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.worker import SharedWeights, TensorWeights, WeightSource, Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
@@ -135,7 +136,7 @@ def beside_steps(worker: Worker, source: WeightSource, version: int, warm: int) 
 
     def run() -> None:
         start = perf_counter()
-        worker.execute(step)
+        worker.execute(StepOrder(inputs=step))
         spans.append((start, perf_counter()))
 
     for _ in range(warm):

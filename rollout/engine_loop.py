@@ -22,6 +22,7 @@ from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
+from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.worker import Worker
 
@@ -224,9 +225,9 @@ class EngineLoop:
         assert plan is not None, "unfinished requests and nothing to run"
         inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
-        result = self._worker.execute(inputs)
+        result = self._worker.execute(StepOrder(inputs=inputs))
         worker_seconds = time.perf_counter() - called
-        for request in self._scheduler.update(plan, result):
+        for request in self._scheduler.update(plan, result.sampled):
             self.deliver(request)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync.errors import (
     ChecksumError,
@@ -44,7 +44,7 @@ class Configure:
 class Execute:
     """Run a step; answered by Sampled."""
 
-    inputs: StepInputs
+    order: StepOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ class Done:
 class Sampled:
     """Outcome of a step."""
 
-    result: SampleResult
+    result: StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zerokl.kernels.dispatch import forget_step, get_ops, host_storage, release_spare_weights, weight_packer
-from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
+from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.spill import SpilledSets
+from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
@@ -90,12 +91,13 @@ class ModelRunner:
         """The committed sets by name: "policy" once there was a commit, and the pinned ones."""
         return dict(self._sets)
 
-    def execute(self, inputs: StepInputs) -> SampleResult:
+    def execute(self, order: StepOrder) -> StepResult:
         """Run one step with the set `inputs.policy`; the result has a row per logit row and is the caller's to keep.
 
         Raises ValueError when there is no such set, NonFiniteLogitsError naming step and rows when a distribution is
         broken (keys and values of the step are written then).
         """
+        inputs = order.inputs
         weights = self._sets.get(inputs.policy)
         if weights is None:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
@@ -103,11 +105,11 @@ class ModelRunner:
             raise ValueError("there is no KV pool: it is asleep")
         hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
         if not len(inputs.logit_rows):
-            return _no_rows(inputs.sampling.want_raw)
+            return StepResult(sampled=_no_rows(inputs.sampling.want_raw))
         result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
         if result.tokens.min() < 0:
             raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-        return result
+        return StepResult(sampled=result)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.

@@ -39,13 +39,14 @@ from zerokl.rollout.messages import (
     Sampled,
     Stage,
 )
+from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
 from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync.disk import PublishedFile
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import PublishedWeights
 from zerokl.weight_sync.shards import PublishedShards
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised with every change of the messages or of the tables below; any other is refused."""
 
 _ALIGNMENT = 8
@@ -109,7 +110,10 @@ SAMPLING_ARRAYS: ArrayTable = {
     "bias_token": (_I32, 1),
     "bias_value": (_F32, 1),
 }
-RESULT_ARRAYS: ArrayTable = {
+MOVE_ARRAYS: ArrayTable = {"blocks": (_I32, 1)}
+LOAD_ARRAYS: ArrayTable = {"expert_tokens": (_I32, 2)}
+ROUTED_ARRAYS: ArrayTable = {"experts": (_I32, 3), "weights": (_F32, 3)}
+SAMPLE_ARRAYS: ArrayTable = {
     "tokens": (_I32, 1),
     "logprobs": (_F32, 1),
     "policy_logprobs": (_F32, 1),
@@ -123,11 +127,9 @@ def encode(sequence: int, message: Message) -> list[bytes]:
     chunks: list[Any] = []
     body: list[Any]
     if isinstance(message, Execute):
-        inputs, sampling = message.inputs, message.inputs.sampling
-        shapes = _pack(STEP_ARRAYS, inputs, chunks), _pack(SAMPLING_ARRAYS, sampling, chunks)
-        body = [inputs.step, inputs.policy, sampling.want_raw, *shapes]
+        body = _order_fields(message.order, chunks)
     elif isinstance(message, Sampled):
-        body = [_pack(RESULT_ARRAYS, message.result, chunks)]
+        body = _result_fields(message.result, chunks)
     elif isinstance(message, Stage):
         body = [*_source_fields(message.source), message.version]
     else:
@@ -206,18 +208,9 @@ def _pack(table: ArrayTable, owner: object, chunks: list[Any]) -> list[tuple[int
 def _message(kind: type[Any], body: list[Any], payload: _Payload) -> Message:
     message: Message
     if kind is Execute:
-        _check_types("Execute", body, (int, str, bool, list, list))
-        step, policy, want_raw, step_shapes, sampling_shapes = body
-        arrays: dict[str, Any] = payload.take(STEP_ARRAYS, step_shapes)
-        options: dict[str, Any] = payload.take(SAMPLING_ARRAYS, sampling_shapes)
-        _check_present({name: array for name, array in arrays.items() if name != "routing"}, options)
-        sampling = SamplingBatch(**options, want_raw=want_raw)
-        message = Execute(inputs=StepInputs(**arrays, sampling=sampling, step=step, policy=policy))
+        message = Execute(order=_order(body, payload))
     elif kind is Sampled:
-        _check_types("Sampled", body, (list,))
-        results: dict[str, Any] = payload.take(RESULT_ARRAYS, body[0])
-        _check_present({name: array for name, array in results.items() if name != "raw_logprobs"})
-        message = Sampled(result=SampleResult(**results))
+        message = Sampled(result=_result(body, payload))
     elif kind is Stage:
         message = _stage(body)
     else:
@@ -225,6 +218,56 @@ def _message(kind: type[Any], body: list[Any], payload: _Payload) -> Message:
         message = kind(**{field.name: value for field, value in zip(fields(kind), body, strict=True)})
     payload.finish()
     return message
+
+
+def _order_fields(order: StepOrder, chunks: list[Any]) -> list[Any]:
+    inputs, sampling = order.inputs, order.inputs.sampling
+    shapes = _pack(STEP_ARRAYS, inputs, chunks), _pack(SAMPLING_ARRAYS, sampling, chunks)
+    moves = [[(move.peer, _pack(MOVE_ARRAYS, move, chunks)) for move in some] for some in (order.sends, order.receives)]
+    return [inputs.step, inputs.policy, sampling.want_raw, order.has_moves, *shapes, *moves]
+
+
+def _order(body: list[Any], payload: _Payload) -> StepOrder:
+    _check_types("Execute", body, (int, str, bool, bool, list, list, list, list))
+    step, policy, want_raw, has_moves, step_shapes, sampling_shapes, *moves = body
+    arrays: dict[str, Any] = payload.take(STEP_ARRAYS, step_shapes)
+    options: dict[str, Any] = payload.take(SAMPLING_ARRAYS, sampling_shapes)
+    _check_present({name: array for name, array in arrays.items() if name != "routing"}, options)
+    sampling = SamplingBatch(**options, want_raw=want_raw)
+    inputs = StepInputs(**arrays, sampling=sampling, step=step, policy=policy)
+    sends, receives = (tuple(_move(one, payload) for one in some) for some in moves)
+    return StepOrder(inputs=inputs, sends=sends, receives=receives, has_moves=has_moves)
+
+
+def _move(fields_of_move: Any, payload: _Payload) -> BlockMove:
+    if not isinstance(fields_of_move, list):
+        raise WireError(f"Execute: {fields_of_move!r:.80} is no move of blocks")
+    _check_types("BlockMove", fields_of_move, (int, list))
+    arrays: dict[str, Any] = payload.take(MOVE_ARRAYS, fields_of_move[1])
+    _check_present(arrays)
+    return BlockMove(peer=fields_of_move[0], **arrays)
+
+
+def _result_fields(result: StepResult, chunks: list[Any]) -> list[Any]:
+    return [
+        _pack(SAMPLE_ARRAYS, result.sampled, chunks),
+        _pack(LOAD_ARRAYS, result, chunks),
+        None if result.routed is None else _pack(ROUTED_ARRAYS, result.routed, chunks),
+    ]
+
+
+def _result(body: list[Any], payload: _Payload) -> StepResult:
+    if len(body) != 3 or not (body[2] is None or isinstance(body[2], list)):
+        raise WireError(f"Sampled: expected the shapes of three groups of arrays, got {body!r:.200}")
+    sampled: dict[str, Any] = payload.take(SAMPLE_ARRAYS, body[0])
+    _check_present({name: array for name, array in sampled.items() if name != "raw_logprobs"})
+    load: dict[str, Any] = payload.take(LOAD_ARRAYS, body[1])
+    routed: dict[str, Any] | None = None if body[2] is None else payload.take(ROUTED_ARRAYS, body[2])
+    if routed is not None:
+        _check_present(routed)
+    return StepResult(
+        sampled=SampleResult(**sampled), **load, routed=None if routed is None else RoutedTokens(**routed)
+    )
 
 
 def _source_fields(source: FolderWeights | SharedWeights) -> tuple[str, str | bytes]:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.validation import check_int
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ class Worker(Protocol):
     unknown name) is the caller's fault and leaves the worker as it was.
     """
 
-    def execute(self, inputs: StepInputs) -> SampleResult:
-        """Run one step with the weight set `inputs.policy`. The arrays returned are the caller's to keep.
+    def execute(self, order: StepOrder) -> StepResult:
+        """Run one step with the weight set `order.inputs.policy`. The arrays returned are the caller's to keep.
 
         Raises ValueError when no weight set has that name, FloatingPointError when logits are not finite.
         """
@@ -162,9 +162,9 @@ class LocalWorker:
         self._checksums: dict[str, int] = {}
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
-    def execute(self, inputs: StepInputs) -> SampleResult:
+    def execute(self, order: StepOrder) -> StepResult:
         """As `Worker.execute`."""
-        return self._live_runner().execute(inputs)
+        return self._live_runner().execute(order)
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """As `Worker.stage_weights`."""

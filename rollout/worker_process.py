@@ -112,7 +112,7 @@ def reply_to(worker: LocalWorker | None, message: Message) -> Message:
 def answer(worker: LocalWorker, message: Message) -> Message:
     """Carry out one order."""
     if isinstance(message, Execute):
-        return Sampled(result=worker.execute(message.inputs))
+        return Sampled(result=worker.execute(message.order))
     if isinstance(message, Describe):
         return Facts(facts={**worker.describe(), "kind": "process"})
     if isinstance(message, Stage):

@@ -9,12 +9,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
+from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import LocalWorker
 
 END = 256
@@ -73,10 +73,10 @@ class GatedWorker(LocalWorker):
         self.gate = threading.Semaphore(0)
         self.began = threading.Semaphore(0)
 
-    def execute(self, inputs: StepInputs) -> SampleResult:
+    def execute(self, order: StepOrder) -> StepResult:
         self.began.release()
         self.gate.acquire()
-        return super().execute(inputs)
+        return super().execute(order)
 
     def open(self) -> None:
         """Let all further steps pass."""
@@ -91,11 +91,11 @@ class FailingWorker(LocalWorker):
         self.error = error
         self.steps_left = fail_at
 
-    def execute(self, inputs: StepInputs) -> SampleResult:
+    def execute(self, order: StepOrder) -> StepResult:
         self.steps_left -= 1
         if self.steps_left == 0:
             raise self.error
-        return super().execute(inputs)
+        return super().execute(order)
 
 
 def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:

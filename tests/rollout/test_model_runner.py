@@ -15,6 +15,7 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.loader import open_tensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.step_order import StepOrder
 
 CONTENT = tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True)
 CONFIG = ModelConfig.from_json(CONTENT)
@@ -28,9 +29,8 @@ def make_runner() -> ModelRunner:
 def score(runner: ModelRunner, policy: str = "policy", logit_rows: NDArray[np.int32] | None = None) -> SampleResult:
     rows = np.arange(19, dtype=np.int32) if logit_rows is None else logit_rows
     sampling = neutral_sampling(len(rows), (rows * 5) % 96)
-    return runner.execute(
-        step_inputs([TOKENS], [0], [[5, 3]], 16, policy=policy, logit_rows=rows, sampling=sampling, step=7)
-    )
+    inputs = step_inputs([TOKENS], [0], [[5, 3]], 16, policy=policy, logit_rows=rows, sampling=sampling, step=7)
+    return runner.execute(StepOrder(inputs=inputs)).sampled
 
 
 def test_staging_changes_nothing_until_the_commit_and_keeps_no_source() -> None:

@@ -11,6 +11,7 @@ from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.model_runner import ModelRunner
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_moe_config
+from zerokl.rollout.step_order import StepOrder
 
 FAMILIES = ("Qwen3MoeForCausalLM", "Ernie4_5_MoeForCausalLM")
 CHANGED = (".experts.1.up_proj.", ".experts.0.down_proj.", "mlp.gate.", "shared_experts.up_proj.", "q_proj")
@@ -23,7 +24,7 @@ def make_runner(config: ModelConfig) -> ModelRunner:
 
 def logprobs(runner: ModelRunner) -> list[float]:
     step = step_inputs([np.arange(1, 13, dtype=np.int32)], [0], [[2]], 16)
-    return runner.execute(step).policy_logprobs.tolist()
+    return runner.execute(StepOrder(inputs=step)).sampled.policy_logprobs.tolist()
 
 
 def logprobs_of(config: ModelConfig, tensors: dict[str, np.ndarray]) -> list[float]:

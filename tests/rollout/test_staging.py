@@ -18,6 +18,7 @@ from zerokl.rollout.models.layout import expected_tensors
 from zerokl.rollout.models.packed_tensors import PackedTensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker, make_worker
 from zerokl.weight_sync import PublishedShards, WeightPublisher, publish_file
 from zerokl.weight_sync.errors import ParentMismatchError
@@ -37,7 +38,7 @@ def a_step() -> StepInputs:
 
 
 def bits(worker: Worker) -> bytes:
-    result = worker.execute(a_step())
+    result = worker.execute(StepOrder(inputs=a_step())).sampled
     return result.tokens.tobytes() + result.logprobs.tobytes()
 
 

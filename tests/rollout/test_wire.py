@@ -33,9 +33,13 @@ from zerokl.rollout.messages import (
     exception_of,
     failure_of,
 )
+from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
 from zerokl.rollout.wire import (
+    LOAD_ARRAYS,
+    MOVE_ARRAYS,
     PROTOCOL_VERSION,
-    RESULT_ARRAYS,
+    ROUTED_ARRAYS,
+    SAMPLE_ARRAYS,
     SAMPLING_ARRAYS,
     STEP_ARRAYS,
     WireError,
@@ -139,26 +143,45 @@ def test_plain_messages_make_the_round_trip(message: Any) -> None:
 @given(st.integers(0, 40), st.integers(0, 9), st.booleans(), st.integers(0, 5))
 def test_steps_and_results_make_the_round_trip(num_tokens: int, num_rows: int, raw: bool, seed: int) -> None:
     inputs = a_step(num_tokens, num_rows, seed)
-    sequence, execute = decode(encode(2**40, Execute(inputs=inputs)))
+    sequence, execute = decode(encode(2**40, Execute(order=StepOrder(inputs=inputs))))
     assert sequence == 2**40 and isinstance(execute, Execute)
-    assert_equal(execute.inputs, inputs)
-    _, sampled = decode(encode(0, Sampled(result=a_result(num_rows, raw))))
+    assert_equal(execute.order.inputs, inputs)
+    result = StepResult(sampled=a_result(num_rows, raw))
+    _, sampled = decode(encode(0, Sampled(result=result)))
     assert isinstance(sampled, Sampled)
-    assert_equal(sampled.result, a_result(num_rows, raw))
+    assert_equal(sampled.result, result)
+
+
+def test_moves_of_blocks_and_what_routers_chose_travel_too() -> None:
+    def move(peer: int, *blocks: int) -> BlockMove:
+        return BlockMove(peer=peer, blocks=np.array(blocks, np.int32))
+
+    order = StepOrder(inputs=a_step(), sends=(move(1, 3, 4), move(2)), receives=(move(0, 7),), has_moves=True)
+    _, execute = decode(encode(1, Execute(order=order)))
+    assert isinstance(execute, Execute) and execute.order.has_moves
+    for name in ("sends", "receives"):
+        for got, wanted in zip(getattr(execute.order, name), getattr(order, name), strict=True):
+            assert_equal(got, wanted)
+    ids = np.arange(24, dtype=np.int32).reshape(2, 4, 3)
+    routed = RoutedTokens(experts=ids, weights=ids.astype(np.float32))
+    result = StepResult(sampled=a_result(2, False), expert_tokens=ids[0], routed=routed)
+    _, sampled = decode(encode(2, Sampled(result=result)))
+    assert isinstance(sampled, Sampled)
+    assert_equal(sampled.result, result)
 
 
 def test_a_replayed_choice_of_experts_travels_too() -> None:
     inputs = dataclasses.replace(a_step(), routing=np.arange(30, dtype=np.int32).reshape(2, 5, 3))
-    _, execute = decode(encode(1, Execute(inputs=inputs)))
+    _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
     assert isinstance(execute, Execute)
-    assert_equal(execute.inputs, inputs)
+    assert_equal(execute.order.inputs, inputs)
 
 
 def test_strided_arrays_travel_in_c_order() -> None:
     inputs = dataclasses.replace(a_step(), block_tables=np.arange(12, dtype=np.int32).reshape(3, 4).T)
-    _, execute = decode(encode(1, Execute(inputs=inputs)))
+    _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
     assert isinstance(execute, Execute)
-    np.testing.assert_array_equal(execute.inputs.block_tables, inputs.block_tables)
+    np.testing.assert_array_equal(execute.order.inputs.block_tables, inputs.block_tables)
 
 
 def test_the_tables_cover_every_field_of_the_records() -> None:
@@ -167,7 +190,10 @@ def test_the_tables_cover_every_field_of_the_records() -> None:
 
     assert names(StepInputs) == set(STEP_ARRAYS) | {"sampling", "step", "policy"}
     assert names(SamplingBatch) == set(SAMPLING_ARRAYS) | {"want_raw"}
-    assert names(SampleResult) == set(RESULT_ARRAYS)
+    assert names(SampleResult) == set(SAMPLE_ARRAYS)
+    assert names(RoutedTokens) == set(ROUTED_ARRAYS)
+    assert names(BlockMove) == set(MOVE_ARRAYS) | {"peer"}
+    assert names(StepResult) == set(LOAD_ARRAYS) | {"sampled", "routed"}
 
 
 def header(*fields: Any) -> bytes:
@@ -176,6 +202,8 @@ def header(*fields: Any) -> bytes:
 
 
 RESULT_SHAPES = [[2]] * 4 + [None]
+NO_LOAD = [[None], None]
+RESULT = [RESULT_SHAPES, *NO_LOAD]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +212,8 @@ RESULT_SHAPES = [[2]] * 4 + [None]
         ([], "expected 1 or 2 frames, got 0"),
         ([b"", b"", b""], "expected 1 or 2 frames, got 3"),
         ([b"\xc1"], "not msgpack"),
-        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 2 is not 1"),
-        ([msgpack.packb("hello")], "protocol version 'hello' is not 1"),
+        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 3 is not 2"),
+        ([msgpack.packb("hello")], "protocol version 'hello' is not 2"),
         ([header(PROTOCOL_VERSION, "0", "Done", [])], "header: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Reboot", [])], "unknown message kind 'Reboot'"),
         ([header(PROTOCOL_VERSION, 0, "Done", [1])], "Done: expected fields of types"),
@@ -196,15 +224,21 @@ RESULT_SHAPES = [[2]] * 4 + [None]
         ([header(PROTOCOL_VERSION, 0, "Stage", ["folder", "x", 1.5])], "Stage: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Done", []), b"12345678"], "arrays take 0 bytes, the frame has 8"),
         (
-            [header(PROTOCOL_VERSION, 0, "Sampled", [RESULT_SHAPES]), bytes(31)],
+            [header(PROTOCOL_VERSION, 0, "Sampled", RESULT), bytes(31)],
             "entropy: shape .* needs 8 bytes, 7 are",
         ),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [RESULT_SHAPES]), bytes(33)], "take 32 bytes, the frame has 33"),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [RESULT_SHAPES[1:]]), bytes(32)], "expected 5 shapes"),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [[None] * 5])], "tokens: the array is missing"),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [[[2, 1]] * 5]), bytes(40)], "tokens: .* is not a shape of 1 dim"),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [[[-1]] * 5]), bytes(40)], "tokens: .* is not a shape"),
-        ([header(PROTOCOL_VERSION, 0, "Sampled", [[[2**62]] * 5]), bytes(40)], "tokens: shape .* needs"),
+        (
+            [header(PROTOCOL_VERSION, 0, "Sampled", RESULT), bytes(33)],
+            "take 32 bytes, the frame has 33",
+        ),
+        ([header(PROTOCOL_VERSION, 0, "Sampled", [RESULT_SHAPES[1:], *NO_LOAD]), bytes(32)], "expected 5 shapes"),
+        ([header(PROTOCOL_VERSION, 0, "Sampled", [[None] * 5, *NO_LOAD])], "tokens: the array is missing"),
+        (
+            [header(PROTOCOL_VERSION, 0, "Sampled", [[[2, 1]] * 5, *NO_LOAD]), bytes(40)],
+            "tokens: .* not a shape of 1 dim",
+        ),
+        ([header(PROTOCOL_VERSION, 0, "Sampled", [[[-1]] * 5, *NO_LOAD]), bytes(40)], "tokens: .* is not a shape"),
+        ([header(PROTOCOL_VERSION, 0, "Sampled", [[[2**62]] * 5, *NO_LOAD]), bytes(40)], "tokens: shape .* needs"),
     ],
 )
 def test_other_frames_are_refused_with_the_reason(frames: list[bytes], message: str) -> None:
@@ -215,7 +249,7 @@ def test_other_frames_are_refused_with_the_reason(frames: list[bytes], message: 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damaged_frames_are_refused_or_read_but_never_break(data: st.DataObject) -> None:
-    frames = [bytearray(frame) for frame in encode(5, Execute(inputs=a_step()))]
+    frames = [bytearray(frame) for frame in encode(5, Execute(order=StepOrder(inputs=a_step())))]
     frame = data.draw(st.sampled_from(frames))
     at = data.draw(st.integers(0, len(frame) - 1))
     if data.draw(st.booleans()):

@@ -25,6 +25,7 @@ from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker
 from zerokl.rollout.worker_link import RemoteTraceback, RemoteWorker, WorkerDiedError
 from zerokl.weight_sync import ChecksumError, WeightPublisher
@@ -78,6 +79,10 @@ def a_step(policy: str = "policy") -> StepInputs:
     return step_inputs([tokens], [0], [[5, 3]], 16, policy=policy, logit_rows=rows, sampling=sampling, step=3)
 
 
+def sample(worker: Worker, step: StepInputs) -> SampleResult:
+    return worker.execute(StepOrder(inputs=step)).sampled
+
+
 def same(one: SampleResult, other: SampleResult) -> bool:
     pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(SampleResult)]
     return all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
@@ -87,7 +92,7 @@ def local_result(config: EngineConfig, seed: int) -> SampleResult:
     worker = LocalWorker(config)
     worker.stage_weights(TensorWeights(tensors=random_tensors(MODEL, seed)), 0)
     worker.commit_weights()
-    return worker.execute(a_step())
+    return sample(worker, a_step())
 
 
 # -- the same worker ---------------------------------------------------------------------------------------------------
@@ -95,20 +100,20 @@ def test_results_are_those_of_the_local_worker_from_every_source_of_weights(
     remote: RemoteWorker, config: EngineConfig
 ) -> None:
     expected = [local_result(config, seed) for seed in range(3)]
-    assert same(remote.execute(a_step()), expected[0]) and not same(expected[0], expected[1])
+    assert same(sample(remote, a_step()), expected[0]) and not same(expected[0], expected[1])
     remote.pin_weights("reference")
     remote.stage_weights(TensorWeights(tensors=random_tensors(MODEL, 1)), 1)
-    assert same(remote.execute(a_step()), expected[0])
+    assert same(sample(remote, a_step()), expected[0])
     remote.commit_weights()
-    assert same(remote.execute(a_step()), expected[1])
+    assert same(sample(remote, a_step()), expected[1])
     with WeightPublisher() as publisher:
         published = publisher.publish(random_tensors(MODEL, 2), 2)
         remote.stage_weights(SharedWeights(published=published), 2)
         publisher.publish(random_tensors(MODEL, 3), 3)
         publisher.publish(random_tensors(MODEL, 4), 4)
     remote.commit_weights()
-    assert same(remote.execute(a_step()), expected[2])
-    assert same(remote.execute(a_step("reference")), expected[0])
+    assert same(sample(remote, a_step()), expected[2])
+    assert same(sample(remote, a_step("reference")), expected[0])
     facts = remote.describe()
     assert facts["kind"] == "process" and facts["pid"] != os.getpid()
     assert facts["versions"] == {"policy": 2, "reference": 0}
@@ -118,15 +123,15 @@ def test_results_are_those_of_the_local_worker_from_every_source_of_weights(
 
 
 def test_results_are_the_callers_to_keep(remote: RemoteWorker) -> None:
-    first = remote.execute(a_step())
+    first = sample(remote, a_step())
     kept = first.logprobs.copy()
-    remote.execute(dataclasses.replace(a_step(), token_ids=np.arange(2, 21, dtype=np.int32)))
+    sample(remote, dataclasses.replace(a_step(), token_ids=np.arange(2, 21, dtype=np.int32)))
     np.testing.assert_array_equal(first.logprobs, kept)
     first.logprobs[...] = 0
 
 
 def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RemoteWorker, config: EngineConfig) -> None:
-    before = remote.execute(a_step())
+    before = sample(remote, a_step())
     tensors = random_tensors(MODEL, 1)
     del tensors["model.norm.weight"]
     local: Worker = LocalWorker(config)
@@ -134,14 +139,14 @@ def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RemoteW
         with pytest.raises(ValueError, match=r"model\.norm\.weight") as missing:
             worker.stage_weights(TensorWeights(tensors=tensors), 1)
         with pytest.raises(ValueError, match="nobody") as unknown:
-            worker.execute(a_step("nobody"))
+            sample(worker, a_step("nobody"))
     assert isinstance(missing.value.__cause__, RemoteTraceback) and "stage" in str(missing.value.__cause__)
     assert isinstance(missing.value, ValueError) and type(unknown.value) is ValueError
-    assert same(remote.execute(a_step()), before)
+    assert same(sample(remote, a_step()), before)
 
 
 def test_damaged_weights_are_refused_by_type_and_name(remote: RemoteWorker) -> None:
-    before = remote.execute(a_step())
+    before = sample(remote, a_step())
     with WeightPublisher(buffers=1) as publisher:
         published = publisher.publish(random_tensors(MODEL, 1), 1)
         spec = published.manifest.tensors[2]
@@ -151,7 +156,7 @@ def test_damaged_weights_are_refused_by_type_and_name(remote: RemoteWorker) -> N
         with pytest.raises(ChecksumError, match=spec.name):
             remote.stage_weights(SharedWeights(published=published), 1)
         publisher.publish(random_tensors(MODEL, 1), 2)  # the worker holds no lease
-    assert same(remote.execute(a_step()), before)
+    assert same(sample(remote, a_step()), before)
 
 
 @pytest.mark.parametrize("content", [None, "{}"])
@@ -178,7 +183,7 @@ def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RemoteWorker) -> N
     pid = mortal.describe()["pid"]
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(mortal.execute, a_step())
+        call = pool.submit(sample, mortal, a_step())
         assert not call.done()
         os.kill(pid, signal.SIGKILL)
         start = time.perf_counter()
@@ -194,7 +199,7 @@ def test_a_worker_killed_between_calls_is_noticed_by_the_next_and_every_later_on
     assert wait_for_end(pid)
     for _ in range(3):
         with pytest.raises(WorkerDiedError, match="SIGKILL") as died:
-            mortal.execute(a_step())
+            sample(mortal, a_step())
         assert isinstance(died.value, WorkerError)
     tensors = TensorWeights(tensors=random_tensors(MODEL, 1))
     with pytest.raises(WorkerDiedError):
@@ -222,7 +227,7 @@ def test_a_child_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, con
 
 # -- interruption ------------------------------------------------------------------------------------------------------
 def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: RemoteWorker) -> None:
-    expected = remote.execute(a_step())
+    expected = sample(remote, a_step())
     pid = remote.describe()["pid"]
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGSTOP)
@@ -234,7 +239,7 @@ def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: R
     finally:
         signal.signal(signal.SIGALRM, previous)
         os.kill(pid, signal.SIGCONT)
-    assert same(remote.execute(a_step()), expected)
+    assert same(sample(remote, a_step()), expected)
 
 
 # -- nothing left ------------------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         about_to_call = threading.Event()
-        call = pool.submit(lambda: about_to_call.set() or mortal.execute(a_step()))
+        call = pool.submit(lambda: about_to_call.set() or sample(mortal, a_step()))
         about_to_call.wait()
         start = time.perf_counter()
         mortal.close()
@@ -371,6 +376,6 @@ def test_an_engine_killed_while_its_worker_starts_leaves_no_folder(tmp_path: Pat
 
 
 def test_two_workers_live_side_by_side(remote: RemoteWorker, mortal: RemoteWorker) -> None:
-    assert same(remote.execute(a_step()), mortal.execute(a_step()))
+    assert same(sample(remote, a_step()), sample(mortal, a_step()))
     mortal.close()
     assert remote.describe()["kind"] == "process"

@@ -25,6 +25,7 @@ from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt
+from zerokl.rollout.ranks import Ranks, make_ranks
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition, ScoreRequests
@@ -50,7 +51,8 @@ class RolloutEngine(WeightMethods):
     def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> None:
         """Load model and tokenizer (version 0 of the weights) and start the engine's thread.
 
-        `make_worker` gets the completed config; by default it makes the kind that `config.worker` names.
+        `make_worker` gets the completed config and makes the worker of an engine of one rank; by default it makes the
+        kind that `config.worker` names. Several ranks are processes, started together.
         Raises ValueError for a folder that is not a usable model, or options that do not suit it.
         """
         if not isinstance(config, EngineConfig):
@@ -58,14 +60,14 @@ class RolloutEngine(WeightMethods):
         self._model_config = ModelConfig.from_json(config.model)
         self._config = resolve_config(config, self._model_config)
         self._tokenizer = find_tokenizer(self._config)
-        worker = make_worker(self._config)
+        ranks = make_ranks(self._config, make_worker)
         try:
-            self._start(worker)
+            self._start(ranks)
         except BaseException:
-            worker.close()
+            ranks.close()
             raise
 
-    def _start(self, worker: Worker) -> None:
+    def _start(self, ranks: Ranks) -> None:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
         self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
@@ -74,11 +76,11 @@ class RolloutEngine(WeightMethods):
         )
         stop_strings = StopStrings(self._tokenizer)
         self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
-        self._weights = WeightSets(worker, self._scheduler)
-        self._sleep = Sleep(worker, self._weights, self._kv_cache)
+        self._weights = WeightSets(ranks, self._scheduler)
+        self._sleep = Sleep(ranks, self._weights, self._kv_cache)
         self._weights.load_first(FolderWeights(path=config.model))
-        self._worker = {key: value for key, value in worker.describe().items() if key in ("kind", "pid", "num_threads")}
-        self._describe_worker = worker.describe
+        self._ranks = ranks
+        self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
         limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
@@ -87,7 +89,7 @@ class RolloutEngine(WeightMethods):
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
         self._loop = EngineLoop(
-            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake
+            self._scheduler, ranks, self._weights, stop_strings, config.block_size, self._sleep.check_awake
         )
         in_flight = InFlightRequests(
             self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
@@ -210,12 +212,18 @@ class RolloutEngine(WeightMethods):
             "inexact_weights": sorted(self._weights.inexact),
             "hook_errors": self._updates.hooks.num_errors,
             "asleep": dict(self._sleep.parts),
-            "worker": dict(self._worker),
+            "worker": dict(self._facts[0]),
+            "ranks": [{"rank": rank, **facts} for rank, facts in enumerate(self._facts)],
         }
 
     def describe_worker(self) -> dict[str, Any]:
-        """Facts of the worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
-        return self._loop.at_boundary(self._describe_worker).result()
+        """Facts of the first rank's worker now: see `describe_ranks`."""
+        return self.describe_ranks()[0]
+
+    def describe_ranks(self) -> list[dict[str, Any]]:
+        """Facts of each rank's worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by
+        name."""
+        return self._loop.at_boundary(self._ranks.describe).result()
 
     def close(self) -> None:
         """Stop after the current step and free thread, worker and memory; idempotent.

@@ -19,12 +19,12 @@ from typing import Any, Literal, TypeVar
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
+from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
 from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.stop import StopStrings
-from zerokl.rollout.worker import Worker
 
 EngineState = Literal["running", "draining", "failed", "closed"]
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        worker: Worker,
+        ranks: Ranks,
         weights: WeightSets,
         stop_strings: StopStrings,
         block_size: int,
@@ -44,7 +44,7 @@ class EngineLoop:
     ) -> None:
         """`check_awake` raises EngineAsleepError where requests cannot run."""
         self._scheduler = scheduler
-        self._worker = worker
+        self._ranks = ranks
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
@@ -144,7 +144,7 @@ class EngineLoop:
             self._end("closed", None)
         finally:
             with contextlib.suppress(WorkerError):
-                self._worker.close()
+                self._ranks.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
@@ -225,7 +225,7 @@ class EngineLoop:
         assert plan is not None, "unfinished requests and nothing to run"
         inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
-        result = self._worker.execute(StepOrder(inputs=inputs))
+        (result,) = self._ranks.execute([StepOrder(inputs=inputs)])
         worker_seconds = time.perf_counter() - called
         for request in self._scheduler.update(plan, result.sampled):
             self.deliver(request)

@@ -46,3 +46,13 @@ class MoeParams(Generic[Array]):
     """[1, X], added to the probabilities for the choice, not to the weights."""
     experts: Any
     """What `Ops.pack_experts` made."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """Where the tokens of one rank find each expert of a mixture that is spread over a group of ranks."""
+
+    rank: NDArray[np.int32]
+    """[X], rank within the group."""
+    slot: NDArray[np.int32]
+    """[X], which of that rank's experts it is."""

@@ -7,6 +7,7 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +32,16 @@ class CpuOps:
     What an op returns lives in a buffer that is used again after its last reference is gone. Not for use by several
     threads at once. `num_threads` sets the threads of the extension, the calling one included, **for the whole
     process**: the extension has one pool, and the last setting counts. None leaves it as it is. Results do not depend
-    on it. Raises ValueError if it is outside [1, 1024].
+    on it. Raises ValueError if it is outside [1, 1024]. `experts` runs the mixtures; None: they are whole on this rank.
     """
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, experts: mixture.ExpertRunner | None = None) -> None:
         if num_threads is not None:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
         self.packer = Packer()
+        self._experts = mixture.LocalExperts() if experts is None else experts
+        self._chosen: list[Ints] = []
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -84,6 +87,7 @@ class CpuOps:
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
         """See `Ops.begin_step`."""
         self._inputs = inputs
+        self._chosen = []
         if pool is not self._pool:
             self._pool = pool
             self._layer_caches = list(zip(pool.keys, pool.values, strict=True))
@@ -129,11 +133,17 @@ class CpuOps:
         correction = None if params.correction is None else params.correction.reshape(-1)
         logits = self.linear(x, params.router)
         _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        self._chosen.append(ids)
         return Routing(ids, weights)
 
-    def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:
+    def expert_tokens(self, num_experts: int) -> Ints:
+        """[M, X]: how often the tokens of the step so far chose each expert, by mixture in forward order."""
+        counts = [np.bincount(ids.reshape(-1), minlength=num_experts) for ids in self._chosen]
+        return np.array(counts, np.int32).reshape(len(counts), num_experts)
+
+    def moe(self, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
         """See `Ops.moe`."""
-        return mixture.moe(self._arena, x, routing, experts, shared)
+        return self._experts.run(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

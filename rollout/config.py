@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_float, check_int
 
 WorkerKind = Literal["inprocess", "process"]
-RankRole = Literal["mixed", "prefill", "decode"]
+Role = Literal["mixed", "prefill", "decode"]
 ReturnRouting = Literal["none", "output", "all"]
 
 TIMEOUT_VARIABLE = "ZEROKL_EP_BATCHED_TOKEN_TIMEOUT"
@@ -62,7 +62,7 @@ class EngineConfig:
     batched_token_timeout: float | None = None
     """Seconds >= 0 for which, with several ranks, the first prompt may wait for others to fill the step. None: what the
     environment variable ZEROKL_EP_BATCHED_TOKEN_TIMEOUT says, else 0.1."""
-    rank_roles: Sequence[RankRole] | None = None
+    rank_roles: Sequence[Role] | None = None
     """One per rank: "prefill" ranks compute prompts and hand their KV blocks over to "decode" ranks, "mixed" ones do
     both. None: all mixed. Otherwise some rank must prefill and some rank decode."""
     num_redundant_experts: int = 0
@@ -102,7 +102,9 @@ class EngineConfig:
         if self.num_ranks > 1 and self.worker == "inprocess":
             raise ValueError(f"worker must be 'process' or None with {self.num_ranks} ranks, got 'inprocess'")
         if self.rank_roles is not None:
-            self._set("rank_roles", _roles(self.rank_roles, self.num_ranks))
+            self._set("rank_roles", check_roles("rank_roles", self.rank_roles))
+            if len(self.rank_roles) != self.num_ranks:
+                raise ValueError(f"rank_roles must hold {self.num_ranks} roles, one per rank, got {self.rank_roles!r}")
 
     @property
     def num_ranks(self) -> int:
@@ -168,22 +170,49 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Budgets and fairness constants of one rank."""
+    """Budgets of each rank and constants of fairness. A bad value raises ValueError naming field, value and bound."""
 
     max_num_seqs: int
-    """Requests that run at the same time at most."""
+    """Requests that run on a rank at the same time at most."""
     max_num_batched_tokens: int
-    """Tokens per step at most, a hard cap."""
+    """Tokens per step and rank at most, a hard cap."""
     look_ahead: int = 8
     """Waiting requests that lack blocks and may be passed over in one step, to try those behind them."""
     max_overtakes: int = 32
-    """Younger requests that may join before one that lacks blocks; after that it comes next."""
+    """Younger requests that may join before one that lacks blocks, over all ranks; after that it comes next."""
+    reserved_output_blocks: int = 0
+    """KV blocks kept free for the output of each request on a rank when another one joins, as far as it can still
+    grow; one for each that runs at least."""
+    batched_token_timeout: float = 0.0
+    """Seconds that new requests may be held to fill and balance a prefill over several ranks; 0: never."""
+    max_group_imbalance: float = 0.25
+    """Part of a rank's KV pool by which samples that stay with the leader of their group may load its rank, in
+    expected tokens, above the least loaded one; beyond it they move and compute the prompt there."""
+    roles: tuple[Role, ...] | None = None
+    """One per rank: "prefill" ranks hand requests over to decode-capable ones ("decode", "mixed") once their prompt is
+    computed, "decode" ranks take no new ones. None: all "mixed"."""
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         check_int("look_ahead", self.look_ahead, 0)
         check_int("max_overtakes", self.max_overtakes, 1)
+        check_int("reserved_output_blocks", self.reserved_output_blocks, 0)
+        check_float("batched_token_timeout", self.batched_token_timeout, "seconds >= 0", 0.0)
+        check_float("max_group_imbalance", self.max_group_imbalance, "a part >= 0", 0.0)
+        if self.roles is not None:
+            object.__setattr__(self, "roles", check_roles("roles", self.roles))
+
+
+def check_roles(name: str, roles: Sequence[Role]) -> tuple[Role, ...]:
+    """`roles` as a tuple. Raises ValueError unless some rank can prefill and some rank can decode."""
+    known = get_args(Role)
+    if isinstance(roles, str) or not roles or any(role not in known for role in roles):
+        raise ValueError(f"{name} must be a sequence of {known}, one per rank, got {roles!r}")
+    for missing in ("prefill", "decode"):
+        if not set(roles) & {"mixed", missing}:
+            raise ValueError(f"{name} must have a rank that can {missing} ('mixed' or {missing!r}), got {roles!r}")
+    return tuple(roles)
 
 
 _COUNTS = (
@@ -208,18 +237,6 @@ def _timeout_of_environment() -> float:
     except ValueError:
         value = text  # refused, as it was written
     return _timeout(TIMEOUT_VARIABLE, value)
-
-
-def _roles(roles: Any, num_ranks: int) -> tuple[RankRole, ...]:
-    known = get_args(RankRole)
-    if isinstance(roles, str) or not isinstance(roles, Sequence) or any(role not in known for role in roles):
-        raise ValueError(f"rank_roles must be a sequence of {known}, got {roles!r}")
-    if len(roles) != num_ranks:
-        raise ValueError(f"rank_roles must hold {num_ranks} roles, one per rank, got {len(roles)}")
-    for needed in ("prefill", "decode"):
-        if not any(role in ("mixed", needed) for role in roles):
-            raise ValueError(f"rank_roles must hold a rank that does {needed}, got {roles!r}")
-    return tuple(roles)
 
 
 def _path(name: str, value: Any) -> str:

@@ -70,14 +70,14 @@ class RolloutEngine(WeightMethods):
     def _start(self, ranks: Ranks) -> None:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
-        self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
-        budgets = SchedulerConfig(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        )
+        kv_caches = [
+            KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+            for _ in range(config.num_ranks)
+        ]
         stop_strings = StopStrings(self._tokenizer)
-        self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
+        self._scheduler = Scheduler(_budgets(config), kv_caches, stop_strings)
         self._weights = WeightSets(ranks, self._scheduler)
-        self._sleep = Sleep(ranks, self._weights, self._kv_cache)
+        self._sleep = Sleep(ranks, self._weights, self._scheduler)
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
@@ -92,7 +92,7 @@ class RolloutEngine(WeightMethods):
             self._scheduler, ranks, self._weights, stop_strings, config.block_size, self._sleep.check_awake
         )
         in_flight = InFlightRequests(
-            self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
+            self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
         )
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep)
         self._loop.start()
@@ -188,15 +188,17 @@ class RolloutEngine(WeightMethods):
         return self._loop.abort(None).result()
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests in flight keep their blocks."""
-        self._loop.at_boundary(self._kv_cache.reset).result()
+        """Forget all cached prefixes, on all ranks. Requests in flight keep their blocks."""
+        self._loop.at_boundary(self._scheduler.reset_prefix_cache).result()
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start, and sizes of now; read without stopping the loop, so they may be a step apart."""
         return self._loop.metrics()
 
     def health(self) -> dict[str, Any]:
-        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, the worker's kind.
+        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.
+
+        `ranks` holds of each rank the worker's kind, pid and num_threads, the requests running there and its KV blocks.
 
         `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
         not 0 under them. States are "running", "draining", "asleep", "failed" and "closed".
@@ -213,7 +215,10 @@ class RolloutEngine(WeightMethods):
             "hook_errors": self._updates.hooks.num_errors,
             "asleep": dict(self._sleep.parts),
             "worker": dict(self._facts[0]),
-            "ranks": [{"rank": rank, **facts} for rank, facts in enumerate(self._facts)],
+            "ranks": [
+                {"rank": rank, **facts, **load}
+                for rank, (facts, load) in enumerate(zip(self._facts, self._scheduler.rank_metrics(), strict=True))
+            ],
         }
 
     def describe_worker(self) -> dict[str, Any]:
@@ -284,3 +289,13 @@ class RolloutEngine(WeightMethods):
     def _give_up(self, call: Call) -> None:
         with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
             self._loop.abort(list(call.groups))
+
+
+def _budgets(config: EngineConfig) -> SchedulerConfig:
+    assert config.batched_token_timeout is not None and config.rank_roles is not None, "an unresolved config"
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        batched_token_timeout=config.batched_token_timeout,
+        roles=tuple(config.rank_roles),
+    )

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 
 from zerokl.rollout.control import WeightSets
 from zerokl.rollout.errors import EngineAsleepError
-from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.ranks import Ranks
+from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.validation import check_int
 
 SleepTag = Literal["weights", "kv_cache"]
@@ -18,10 +18,10 @@ TAGS: tuple[str, ...] = get_args(SleepTag)
 class Sleep:
     """Puts parts away and brings them back, on the loop thread; any thread may ask what is missing."""
 
-    def __init__(self, ranks: Ranks, weights: WeightSets, kv_cache: KVCacheManager) -> None:
+    def __init__(self, ranks: Ranks, weights: WeightSets, scheduler: Scheduler) -> None:
         self._ranks = ranks
         self._weights = weights
-        self._kv_cache = kv_cache
+        self._scheduler = scheduler
         self.parts: dict[str, int] = {}
         """Tag -> level of the parts that are away. Replaced as a whole, never changed."""
 
@@ -31,7 +31,7 @@ class Sleep:
         levels = {tag: max(level, kept.get(tag, 0)) for tag in tags}
         self._ranks.sleep(tags, levels.get("weights", level), spill_dir)
         if "kv_cache" in tags:
-            self._kv_cache.reset()
+            self._scheduler.reset_prefix_cache()
         if levels.get("weights") == 2:
             self._weights.drop_pins()
         self.parts = {**self.parts, **levels}

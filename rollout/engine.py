@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
@@ -19,6 +20,7 @@ from zerokl.rollout.control import POLICY, Call, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.in_flight import InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
@@ -88,13 +90,21 @@ class RolloutEngine(WeightMethods):
             vocab_size=self._model_config.vocab_size,
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
+        staging = threading.Lock()
+        self._balance = ExpertBalance(config, self._model_config, ranks, staging)
         self._loop = EngineLoop(
-            self._scheduler, ranks, self._weights, stop_strings, config.block_size, self._sleep.check_awake
+            self._scheduler,
+            ranks,
+            self._weights,
+            stop_strings,
+            config.block_size,
+            self._sleep.check_awake,
+            self._balance,
         )
         in_flight = InFlightRequests(
             self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
         )
-        self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep)
+        self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
         self._finalizer = weakref.finalize(self, self._loop.close)
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
@@ -43,11 +44,13 @@ class EngineLoop:
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
+        balance: ExpertBalance,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
         self._scheduler = scheduler
         self._ranks = ranks
+        self._balance = balance
         self._clock = clock
         self._stop_strings = stop_strings
         self._block_size = block_size
@@ -118,8 +121,8 @@ class EngineLoop:
         return self.at_boundary(lambda: self._abort(ids))
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
-        return {**self._meter.metrics(), "held": self.num_held}
+        """Counters since the start and sizes of now: see `LoopMeter.metrics`; moves of experts; calls and changes held."""
+        return {**self._meter.metrics(), **self._balance.metrics(), "held": self.num_held}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -245,6 +248,7 @@ class EngineLoop:
         worker_seconds = time.perf_counter() - called
         for request in self._scheduler.update(plan, results):
             self.deliver(request)
+        self._balance.count_step(results)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 
     def deliver(self, request: Request) -> None:

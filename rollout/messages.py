@@ -112,8 +112,8 @@ class BringBack:
 class Rearrange:
     """Worker.rearrange_experts; answered by Done."""
 
-    slots: list[list[int]]
-    """As `ExpertPlacement.slots`."""
+    placement: list[list[list[int]]]
+    """[M, E, slots], as `ExpertPlacement.experts`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

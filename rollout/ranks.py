@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import WeightSource, Worker, make_worker
 
@@ -62,6 +65,10 @@ class Ranks(Protocol):
         """`Worker.describe` of each rank."""
         ...
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """As `Worker.rearrange_experts`."""
+        ...
+
     def close(self) -> None:
         """As `Worker.close`."""
         ...
@@ -81,6 +88,7 @@ class OneRank:
         self.drop_weights = worker.drop_weights
         self.sleep = worker.sleep
         self.wake_up = worker.wake_up
+        self.rearrange_experts = worker.rearrange_experts
         self.close = worker.close
 
     def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:

@@ -13,6 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zerokl.rollout import messages
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import Failed, Message, exception_of, is_consequence
@@ -104,6 +107,10 @@ class _Processes:
         self._done(messages.BringBack(weights="weights" in tags, kv_cache="kv_cache" in tags))
         self._away -= set(tags)
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """See Worker."""
+        self._done(messages.Rearrange(placement=placement.tolist()))
+
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
@@ -132,7 +139,8 @@ class RemoteWorker(_Processes):
     """A `zerokl.rollout.worker.Worker` in a process of its own."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """As `_Processes`, whatever number of ranks the config has."""
+        """As `_Processes`."""
+        assert config.num_ranks == 1, f"one worker for {config.num_ranks} ranks"
         super().__init__(config, 1)
 
     def execute(self, order: StepOrder) -> StepResult:

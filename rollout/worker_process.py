@@ -14,10 +14,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import zmq
 
 from zerokl.rollout import messages
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.expert_parallel.links import BoundRank
+from zerokl.rollout.expert_parallel.rank_place import RankPlace
+from zerokl.rollout.expert_parallel.shared_memory import SharedMemoryCommunicator
 from zerokl.rollout.messages import Message, failure_of
 from zerokl.rollout.wire import WireError, decode, encode
 from zerokl.rollout.worker import LocalWorker
@@ -64,15 +68,27 @@ class Rank:
     def __init__(self) -> None:
         self.worker: LocalWorker | None = None
         self._config: EngineConfig | None = None
+        self._bound: BoundRank | None = None
 
     def configure(self, message: messages.Configure) -> None:
-        """Take the options. Nothing is waited for."""
+        """Take the options, and let the other ranks reach this one, if there are any. Nothing is waited for."""
         self._config = EngineConfig.from_dict(message.options)
+        if self._config.num_ranks > 1:
+            self._bound = SharedMemoryCommunicator.bind(message.rank, self._config.num_ranks, message.folder)
 
     def connect(self) -> None:
         """Reach the other ranks, which are configured, and make the worker."""
-        assert self._config is not None, "connected before it was configured"
-        self.worker = LocalWorker(self._config)
+        config, place = self._config, RankPlace()
+        assert config is not None, "connected before it was configured"
+        if self._bound is not None:
+            place = RankPlace(
+                self._bound.rank,
+                config.num_ranks,
+                config.expert_parallel_size,
+                SharedMemoryCommunicator.connect(self._bound),
+                config.num_redundant_experts,
+            )
+        self.worker = LocalWorker(config, place)
 
 
 def serve_staging(socket: zmq.Socket[bytes], rank: Rank) -> None:
@@ -120,6 +136,8 @@ def answer(worker: LocalWorker, message: Message) -> Message:
         worker.sleep(_tags(message), message.level, message.spill_dir or None)
     elif isinstance(message, messages.BringBack):
         worker.wake_up(_tags(message))
+    elif isinstance(message, messages.Rearrange):
+        worker.rearrange_experts(np.array(message.placement, np.int32))
     else:
         raise WireError(f"{type(message).__name__} is not a message to a worker")
     return messages.Done()

@@ -125,7 +125,7 @@ def vars_of(instance: Any) -> list[Any]:
         Drop(name=""),
         PutAway(weights=True, kv_cache=False, level=1, spill_dir="/tmp"),
         BringBack(weights=False, kv_cache=True),
-        Rearrange(slots=[[0, 2], [1, 3]]),
+        Rearrange(placement=[[[0, 2], [1, 3]]]),
         Describe(),
         Close(),
         Done(),

@@ -71,18 +71,17 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
 
 
-def spread_ops(device: str, num_threads: int | None, group: Communicator[Any]) -> EngineOps[Any]:
-    """The ops of one rank of a group that has a model's experts between them: `moe` takes `SpreadWeights`.
+def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
+    """Have `ops` run mixtures over the ranks of a group: their `moe` takes `SpreadWeights` from then on.
 
-    Otherwise as `get_ops`. Raises ValueError for a device that cannot.
+    Raises ValueError for ops of a device that cannot.
     """
-    if device != "cpu":
-        raise ValueError(f"device must be 'cpu' where experts are spread over {group.size} ranks, got {device!r}")
     from zerokl.kernels.cpu.ops import CpuOps
     from zerokl.kernels.cpu.spread_experts import SpreadExperts
 
-    ops: EngineOps[Any] = CpuOps(num_threads, SpreadExperts(group))
-    return ops
+    if not isinstance(ops, CpuOps):
+        raise ValueError(f"device must be 'cpu' where experts are on {group.size} ranks, got {type(ops).__name__}")
+    ops.experts = SpreadExperts(group)
 
 
 def expert_tokens(ops: EngineOps[Any], num_experts: int) -> NDArray[np.int32] | None:

@@ -56,3 +56,12 @@ class ExpertMap:
     """[X], rank within the group."""
     slot: NDArray[np.int32]
     """[X], which of that rank's experts it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadWeights:
+    """One rank's part of a mixture's experts, and where its tokens find the others."""
+
+    packed: Any
+    """What `Ops.pack_experts` made of the rank's own experts, in the order of their slots."""
+    where: ExpertMap

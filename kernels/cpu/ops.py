@@ -32,15 +32,15 @@ class CpuOps:
     What an op returns lives in a buffer that is used again after its last reference is gone. Not for use by several
     threads at once. `num_threads` sets the threads of the extension, the calling one included, **for the whole
     process**: the extension has one pool, and the last setting counts. None leaves it as it is. Results do not depend
-    on it. Raises ValueError if it is outside [1, 1024]. `experts` runs the mixtures; None: they are whole on this rank.
+    on it. Raises ValueError if it is outside [1, 1024].
     """
 
-    def __init__(self, num_threads: int | None = None, experts: mixture.ExpertRunner | None = None) -> None:
+    def __init__(self, num_threads: int | None = None) -> None:
         if num_threads is not None:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
         self.packer = Packer()
-        self._experts = mixture.LocalExperts() if experts is None else experts
+        self.experts: mixture.ExpertRunner = mixture.LocalExperts()
         self._chosen: list[Ints] = []
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
@@ -143,7 +143,7 @@ class CpuOps:
 
     def moe(self, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
         """See `Ops.moe`."""
-        return self._experts.run(self._arena, x, routing, experts, shared)
+        return self.experts.run(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

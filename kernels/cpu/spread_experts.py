@@ -17,20 +17,10 @@ from zerokl.kernels.communicator import Communicator
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.arena import Arena
 from zerokl.kernels.cpu.moe import PackedExperts, combined, expert_outputs, sort_by_expert
-from zerokl.kernels.experts import ExpertMap, Routing
+from zerokl.kernels.experts import ExpertMap, Routing, SpreadWeights
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class SpreadWeights:
-    """One rank's part of a mixture's experts, and where the others are."""
-
-    packed: PackedExperts
-    """Of the rank's slots."""
-    where: ExpertMap
-    """For this rank's tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from ranks_rig import communicators, each
 
 from zerokl.kernels.cpu import _cpu, spread_experts
 from zerokl.kernels.cpu.ops import CpuOps
-from zerokl.kernels.cpu.spread_experts import Dispatch, SpreadExperts, SpreadWeights, plan_dispatch
-from zerokl.kernels.experts import ExpertMap, Routing
+from zerokl.kernels.cpu.spread_experts import Dispatch, SpreadExperts, plan_dispatch
+from zerokl.kernels.experts import ExpertMap, Routing, SpreadWeights
 
 Floats = NDArray[np.float32]
 HIDDEN, INNER, EXPERTS, SLOTS = 40, 24, 8, 3
@@ -53,7 +53,8 @@ def spread(ends: Any, experts: Any, loads: list[tuple[Floats, Routing[Floats], A
     where, dealt = random_map(np.random.default_rng(seed), len(ends))
 
     def work(rank: int) -> Floats:
-        ops = CpuOps(experts=SpreadExperts(ends[rank]))
+        ops = CpuOps()
+        ops.experts = SpreadExperts(ends[rank])
         packed = ops.pack_experts(dealt.shape[1], (experts[expert] for expert in dealt[rank]))
         x, routing, shared = loads[rank]
         return np.array(ops.moe(x, routing, SpreadWeights(packed, where), shared))

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_int
 
 WorkerKind = Literal["inprocess", "process"]
+ReturnRouting = Literal["none", "output", "all"]
 
 GIB = 1 << 30
 
@@ -45,6 +46,11 @@ class EngineConfig:
     """"inprocess" runs the model in the caller's process, "process" in a child process."""
     device: str = "cpu"
     """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
+    return_routing: ReturnRouting = "none"
+    """Whether a rollout holds the routers' choices: for no token, those of the "output", or "all", the prompt's too.
+
+    A mixture-of-experts model only. Costs 6 bytes per KV slot, mixture and expert of a token in the controller.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", _path("model", self.model))
@@ -63,6 +69,8 @@ class EngineConfig:
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
         if self.worker not in get_args(WorkerKind):
             raise ValueError(f"worker must be one of {get_args(WorkerKind)}, got {self.worker!r}")
+        if self.return_routing not in get_args(ReturnRouting):
+            raise ValueError(f"return_routing must be one of {get_args(ReturnRouting)}, got {self.return_routing!r}")
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
 

@@ -25,6 +25,7 @@ from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt
+from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition, ScoreRequests
@@ -68,7 +69,10 @@ class RolloutEngine(WeightMethods):
     def _start(self, worker: Worker) -> None:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
-        self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        routing = RankRouting.of_engine(config, self._model_config.moe)
+        self._kv_cache = KVCacheManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching, routing.on_release(0)
+        )
         budgets = SchedulerConfig(
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
@@ -87,7 +91,7 @@ class RolloutEngine(WeightMethods):
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
         self._loop = EngineLoop(
-            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake
+            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake, routing
         )
         in_flight = InFlightRequests(
             self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse

@@ -20,6 +20,7 @@ from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, ga
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.request import Request
+from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
 from zerokl.rollout.step_order import StepOrder
@@ -41,6 +42,7 @@ class EngineLoop:
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
+        routing: RankRouting,
     ) -> None:
         """`check_awake` raises EngineAsleepError where requests cannot run."""
         self._scheduler = scheduler
@@ -48,6 +50,7 @@ class EngineLoop:
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
+        self._routing = routing
         self._wake = threading.Condition()
         # Guarded by _wake, as are _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
@@ -223,10 +226,11 @@ class EngineLoop:
         start = time.perf_counter()
         plan = self._scheduler.plan()
         assert plan is not None, "unfinished requests and nothing to run"
-        inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
+        order = StepOrder(inputs=build_step_inputs(plan, self._scheduler.requests, self._block_size))
         called = time.perf_counter()
-        result = self._worker.execute(StepOrder(inputs=inputs))
+        result = self._worker.execute(order)
         worker_seconds = time.perf_counter() - called
+        self._routing.record([order], [result])
         for request in self._scheduler.update(plan, result.sampled):
             self.deliver(request)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)

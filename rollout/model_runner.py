@@ -23,6 +23,7 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
+from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
@@ -62,8 +63,8 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         """Make the ops and allocate the KV pool; no weights yet.
 
-        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks` and `max_model_len`
-        count.
+        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks`, `max_model_len` and
+        `return_routing` count.
         """
         assert config.num_blocks is not None, "an unresolved EngineConfig"
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -71,6 +72,11 @@ class ModelRunner:
         self._spec = DecoderSpec.from_config(model_config)
         self._device = config.device
         self._ops = get_ops(config.device, num_threads)
+        self._capture: RoutingCapture[Any] | None = None
+        if config.return_routing != "none":
+            assert model_config.moe is not None, "an unresolved EngineConfig"
+            self._capture = RoutingCapture(self._ops, model_config.moe)
+        self._forward_ops = self._ops if self._capture is None else self._capture.recording_ops
         self._make_pool = partial(
             self._ops.kv_pool,
             model_config.num_hidden_layers,
@@ -103,13 +109,14 @@ class ModelRunner:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
+        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
+        routed = None if self._capture is None else self._capture.take()
         if not len(inputs.logit_rows):
-            return StepResult(sampled=_no_rows(inputs.sampling.want_raw))
+            return StepResult(sampled=_no_rows(inputs.sampling.want_raw), routed=routed)
         result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
         if result.tokens.min() < 0:
             raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-        return StepResult(sampled=result)
+        return StepResult(sampled=result, routed=routed)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.

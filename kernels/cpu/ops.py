@@ -123,12 +123,14 @@ class CpuOps:
 
     def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
         """See `Ops.route`."""
-        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
-        ids = np.empty((len(x), spec.top_k), np.int32) if given is None else given
+        replay = None if self._inputs is None else self._inputs.replay(spec.index)
+        ids = np.empty((len(x), spec.top_k), np.int32) if replay is None else replay.experts.copy()
         weights = self._arena.take(len(x), spec.top_k)
         correction = None if params.correction is None else params.correction.reshape(-1)
         logits = self.linear(x, params.router)
-        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, replay is not None)
+        if replay is not None:
+            replay.put_weights(weights)
         return Routing(ids, weights)
 
     def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:

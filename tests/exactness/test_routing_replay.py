@@ -198,6 +198,25 @@ def test_a_store_that_misses_shared_or_reused_blocks_is_found_out(
     assert differences(run_variant(long, variant).rollouts, right)["routing"] > 0
 
 
+def test_a_request_that_begins_anew_has_the_new_versions_routing_alone(job: Job, model: Any) -> None:
+    from zerokl.integrations.policy_model import PolicyModel
+
+    newer = PolicyModel(model.config, tensors(job.folder, 1))
+    engine, worker = gated_engine(job.folder, return_routing="all", num_blocks=64)
+    with engine:
+        params = SamplingParams(n=2, max_tokens=6, seed=4, ignore_eos=True)
+        call = in_thread(lambda: engine.generate([job.prompts[4]], params))
+        update = update_after(engine, worker, 5, dict(newer.named_arrays()), mode="keep", max_staleness=0)
+        worker.open()
+        update()
+        rollouts = call()
+    assert all(rollout.num_restarts == 1 for rollout in rollouts)
+    routed = trainer_routing(newer, rollouts)
+    parts = [per_rollout(array, rollouts) for array in (routed.experts, routed.weights)]
+    for rollout, experts, weights in zip(rollouts, *parts, strict=True):
+        assert_is_routing(rollout, experts, weights)
+
+
 @pytest.mark.parametrize("kv", ["recompute", "keep"])
 def test_a_result_keeps_the_routing_of_the_version_that_gave_it(job: Job, model: Any, kv: str) -> None:
     from zerokl.integrations.policy_model import PolicyModel

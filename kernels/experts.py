@@ -46,14 +46,14 @@ class Replay:
     """[T, k], constants in place of the router's weights where experts are given; None: the router's everywhere."""
 
     @property
-    def fixed(self) -> NDArray[np.bool_] | None:
-        """[T, 1], whether a token's weights are given; None if none are."""
-        return None if self.weights is None else self.experts[:, :1] >= 0
+    def given(self) -> NDArray[np.bool_]:
+        """[T, 1], whether a token's experts are given."""
+        return self.experts[:, :1] >= 0
 
     def put_weights(self, weights: NDArray[Any]) -> None:
         """Overwrite the router's `weights` [T, k] where others are given."""
         if self.weights is not None:
-            np.copyto(weights, self.weights, where=self.experts[:, :1] >= 0)
+            np.copyto(weights, self.weights, where=self.given)
 
 
 @dataclass(frozen=True, slots=True)

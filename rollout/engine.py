@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -71,7 +72,7 @@ class RolloutEngine(WeightMethods):
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
         routing = RankRouting.of_engine(config, self._model_config.moe)
         self._kv_cache = KVCacheManager(
-            config.num_blocks, config.block_size, config.enable_prefix_caching, routing.on_release(0)
+            config.num_blocks, config.block_size, config.enable_prefix_caching, partial(routing.keep, 0)
         )
         budgets = SchedulerConfig(
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens

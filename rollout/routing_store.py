@@ -6,7 +6,7 @@ kept where they are kept: it is there for as long as they are, and moves where t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -96,13 +96,11 @@ class RankRouting:
             store.write(order.inputs.slot_mapping, result.routed)
 
     def hand_over(self, source: int, target: int, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> None:
-        """Blocks of one rank's pool were copied to another one's; to be told before the `record` of their step."""
+        """Blocks of one rank's pool go to another one's; to be told once it is planned, while both hold them."""
         if self._stores:
             self._stores[target].copy(self._stores[source], source_blocks, target_blocks)
 
-    def on_release(self, rank: int) -> Callable[[Request], None]:
-        """For the `KVCacheManager` of a rank."""
-        return self._stores[rank].keep if self._stores else _nothing
-
-
-def _nothing(_: Request) -> None: ...
+    def keep(self, rank: int, request: Request) -> None:
+        """See `RoutingStore.keep`: `on_release` of the rank's `KVCacheManager`."""
+        if self._stores:
+            self._stores[rank].keep(request)

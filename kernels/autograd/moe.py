@@ -47,19 +47,20 @@ class _Route(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
         if replay is not None:
             replay.put_weights(array)
         ctx.save_for_backward(logits)
-        ctx.choice = (spec, ids.astype(np.int64), None if replay is None else replay.fixed)
+        ctx.choice = (spec, ids.astype(np.int64))
+        ctx.constant = None if replay is None or replay.weights is None else replay.given
         return weights
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> Tensor:
         (logits,) = ctx.saved_tensor()
-        spec, ids, fixed = ctx.choice
+        spec, ids = ctx.choice
         values = read(logits).astype(np.float64)
         p = np.exp(values - values.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         dchosen = read(dweights).astype(np.float64)
-        if fixed is not None:
-            dchosen *= ~fixed
+        if ctx.constant is not None:
+            dchosen *= ~ctx.constant
         if spec.normalise:
             chosen = np.take_along_axis(p, ids, axis=1)
             total = chosen.sum(axis=1, keepdims=True)

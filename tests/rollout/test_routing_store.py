@@ -80,7 +80,7 @@ def test_blocks_that_are_handed_over_take_their_routing_along() -> None:
     routing = RankRouting([filled(), RoutingStore(BLOCKS, BLOCK, moe(), "all")])
     routing.hand_over(0, 1, [4, 2], [0, 3])
     request = running(generate("a", 10), [0, 3], 12)
-    routing.on_release(1)(request)
+    routing.keep(1, request)
     assert request.routing is not None and marks(request.routing) == [*range(32, 40), *range(16, 20)]
 
 

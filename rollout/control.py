@@ -27,12 +27,14 @@ class Call:
     `groups` holds the requests of each id that `abort` knows: the n samples of a prompt, or the one scored sequence.
     """
 
-    __slots__ = ("aborted", "error", "future", "groups", "num_left", "texts")
+    __slots__ = ("aborted", "arrival_time", "error", "future", "groups", "num_left", "texts")
 
     def __init__(self, groups: dict[str, list[Request]]) -> None:
         assert groups and all(groups.values()), "a call without requests has nothing to wait for"
         self.groups = groups
         self.num_left = sum(len(group) for group in groups.values())
+        self.arrival_time = 0.0
+        """When it was submitted, in seconds of the loop's clock."""
         self.aborted: set[str] = set()
         """Ids aborted before the call was taken up."""
         self.texts: dict[str, str] = {}

@@ -17,7 +17,7 @@ from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
 from zerokl.rollout.control import POLICY, Call, WeightSets
-from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.engine_loop import EngineLoop, OneRank
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.in_flight import InFlightRequests
@@ -78,7 +78,7 @@ class RolloutEngine(WeightMethods):
             max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
         stop_strings = StopStrings(self._tokenizer)
-        self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
+        self._scheduler = Scheduler(budgets, [self._kv_cache], stop_strings)
         self._weights = WeightSets(worker, self._scheduler)
         self._sleep = Sleep(worker, self._weights, self._kv_cache)
         self._weights.load_first(FolderWeights(path=config.model))
@@ -92,7 +92,13 @@ class RolloutEngine(WeightMethods):
         )
         self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
         self._loop = EngineLoop(
-            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake, routing
+            self._scheduler,
+            OneRank(worker),
+            self._weights,
+            stop_strings,
+            config.block_size,
+            self._sleep.check_awake,
+            routing,
         )
         in_flight = InFlightRequests(
             self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse

@@ -1,20 +1,22 @@
-"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and worker.
+"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and ranks.
 
     callers --(Call | Exclusive)--> inbox --+
     callers --(small actions)----> urgent --+--> [ urgent, inbox, one step ]* --> futures
 
-The thread waits on a condition while there is nothing to do. `failed` and `closed` are never left again.
+The thread waits on a condition while there is nothing to do: until something comes, or a collection window of the
+scheduler closes. `failed` and `closed` are never left again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
@@ -22,13 +24,42 @@ from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.step_inputs import build_step_inputs
-from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.step_inputs import build_step_orders
+from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.worker import Worker
 
 EngineState = Literal["running", "draining", "failed", "closed"]
 Result = TypeVar("Result")
+
+
+class Ranks(Protocol):
+    """Whoever runs a step on all ranks."""
+
+    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
+        """Run a step, one order and one result per rank; raises what `Worker.execute` raises, and applies nothing."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        ...
+
+
+class OneRank:
+    """`Ranks` of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
+        """See Ranks."""
+        (order,) = orders
+        return [self._worker.execute(order)]
+
+    def close(self) -> None:
+        """See Ranks."""
+        self._worker.close()
 
 
 class EngineLoop:
@@ -37,16 +68,18 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        worker: Worker,
+        ranks: Ranks,
         weights: WeightSets,
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
         routing: RankRouting,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run."""
+        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
         self._scheduler = scheduler
-        self._worker = worker
+        self._ranks = ranks
+        self._clock = clock
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
@@ -63,6 +96,8 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
+        self._hold: Hold | None = None
+        """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
         self.cause: BaseException | None = None
         """What made the engine fail."""
@@ -70,7 +105,7 @@ class EngineLoop:
 
     # -- any thread ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Start the thread; the worker is the thread's from here on, closing included."""
+        """Start the thread; the ranks are the thread's from here on, closing included."""
         self._thread.start()
 
     @property
@@ -92,6 +127,7 @@ class EngineLoop:
             self.check_alive()
             if isinstance(item, Call):
                 self._check_awake()
+                item.arrival_time = self._clock()
                 taken = next((name for name in item.groups if name in self._open), None)
                 if taken is not None:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
@@ -147,17 +183,22 @@ class EngineLoop:
             self._end("closed", None)
         finally:
             with contextlib.suppress(WorkerError):
-                self._worker.close()
+                self._ranks.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
         with self._wake:
-            self._wake.wait_for(self._has_work)
+            while not self._has_work():
+                self._wake.wait(None if self._hold is None else self._hold.until - self._clock())
+            self._hold = None
             return not self._closing
 
     def _has_work(self) -> bool:
-        waiting = self._closing or self._urgent or self._inbox or self._draining is not None
-        return bool(waiting or self._scheduler.num_unfinished)
+        if self._closing or self._urgent or self._inbox or self._draining is not None:
+            return True
+        if self._hold is not None:
+            return self._clock() >= self._hold.until
+        return self._scheduler.num_unfinished > 0
 
     def _run_urgent(self) -> None:
         while self._urgent:
@@ -210,7 +251,7 @@ class EngineLoop:
         try:
             self._check_awake()
             for request in call.requests:
-                self._scheduler.add(request)
+                self._scheduler.add(request, call.arrival_time)
                 added.append(request)
         except (ValueError, EngineAsleepError) as error:  # weights were dropped or put away since the call was checked
             for request in added:
@@ -224,14 +265,19 @@ class EngineLoop:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        plan = self._scheduler.plan()
+        # While a change waits for those in flight nobody else is let in: nothing is worth waiting for.
+        plan = self._scheduler.plan(self._clock() if self._draining is None else math.inf)
         assert plan is not None, "unfinished requests and nothing to run"
-        order = StepOrder(inputs=build_step_inputs(plan, self._scheduler.requests, self._block_size))
+        if isinstance(plan, Hold):
+            self._hold = plan
+            return
+        self._routing.hand_over(plan.handovers)
+        orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
-        result = self._worker.execute(order)
+        results = self._ranks.execute(orders)
         worker_seconds = time.perf_counter() - called
-        self._routing.record([order], [result])
-        for request in self._scheduler.update(plan, result.sampled):
+        self._routing.record(orders, results)
+        for request in self._scheduler.update(plan, results):
             self.deliver(request)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 

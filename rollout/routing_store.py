@@ -17,6 +17,7 @@ from zerokl.rollout.models.moe_config import MoeConfig
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.step_order import RoutedTokens, StepOrder, StepResult
+from zerokl.rollout.step_plan import Handover
 
 INT16_EXPERTS = 1 << 15
 """Ids of this many experts fit int16."""
@@ -95,10 +96,13 @@ class RankRouting:
             assert result.routed is not None, "the worker returned no routing"
             store.write(order.inputs.slot_mapping, result.routed)
 
-    def hand_over(self, source: int, target: int, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> None:
-        """Blocks of one rank's pool go to another one's; to be told once it is planned, while both hold them."""
-        if self._stores:
-            self._stores[target].copy(self._stores[source], source_blocks, target_blocks)
+    def hand_over(self, handovers: Sequence[Handover]) -> None:
+        """Take the entries of blocks along that go to another rank, once it is planned: both ranks hold them then."""
+        if not self._stores:
+            return
+        for handover in handovers:
+            source, target = self._stores[handover.source], self._stores[handover.target]
+            target.copy(source, handover.source_blocks, handover.target_blocks)
 
     def keep(self, rank: int, request: Request) -> None:
         """See `RoutingStore.keep`: `on_release` of the rank's `KVCacheManager`."""

@@ -18,11 +18,14 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.moe_config import MoeConfig
 from zerokl.rollout.models.synthetic import tiny_moe_config
 from zerokl.rollout.request import Request
+from zerokl.rollout.results import Origin
 from zerokl.rollout.routing import RolloutRouting, replay_arrays
 from zerokl.rollout.routing_store import INT16_EXPERTS, RankRouting, RoutingStore
 from zerokl.rollout.step_order import RoutedTokens
+from zerokl.rollout.step_plan import Handover
 
 MIXTURES, SLOTS, BLOCK, BLOCKS = 2, 3, 8, 6
+ORIGIN = Origin(policy_version=0)
 
 
 def moe(num_experts: int = 8) -> MoeConfig:
@@ -78,7 +81,7 @@ def test_a_score_request_keeps_nothing() -> None:
 
 def test_blocks_that_are_handed_over_take_their_routing_along() -> None:
     routing = RankRouting([filled(), RoutingStore(BLOCKS, BLOCK, moe(), "all")])
-    routing.hand_over(0, 1, [4, 2], [0, 3])
+    routing.hand_over([Handover("a", 0, 1, (4, 2), (0, 3))])
     request = running(generate("a", 10), [0, 3], 12)
     routing.keep(1, request)
     assert request.routing is not None and marks(request.routing) == [*range(32, 40), *range(16, 20)]
@@ -116,7 +119,7 @@ def test_results_keep_their_routing_over_any_stays_in_the_pool(
         if computed == known:
             draws = min(draws, 64 - had)
             for _ in range(draws):
-                request.record(result(), 0, 1, 0)
+                request.record(result(), 0, 1, ORIGIN)
             computed = known + max(draws - 1, 0) if draws else known - 1
         new = {position: 100 * stay + position for position in range(computed)}
         frozen = range(prompt - 1, prompt - 1 + had)
@@ -133,7 +136,7 @@ def test_results_keep_their_routing_over_any_stays_in_the_pool(
 
 def test_a_request_that_begins_anew_forgets_its_routing() -> None:
     request = running(generate("a", 10), [4, 0], 10)
-    request.record(result(), 0, 1, 0)
+    request.record(result(), 0, 1, ORIGIN)
     filled().keep(request)
     request.num_blocks = 0
     request.restart()

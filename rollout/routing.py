@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,12 +42,12 @@ class RolloutRouting:
         known, split = len(self.experts), min(len(newer.experts), first_row - self.start)
         beyond = max(split, known)
 
-        def joined(old: NDArray[np.generic], new: NDArray[np.generic]) -> NDArray[np.generic]:
+        def joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
             return np.concatenate([new[:split], old[split:], new[beyond:]])
 
         return RolloutRouting(
-            experts=joined(self.experts, newer.experts),  # type: ignore[arg-type]
-            weights=joined(self.weights, newer.weights),  # type: ignore[arg-type]
+            experts=joined(self.experts, newer.experts),
+            weights=joined(self.weights, newer.weights),
             start=self.start,
         )
 

@@ -98,7 +98,7 @@ class RolloutEngine(WeightMethods):
             stop_strings,
             config.block_size,
             self._sleep.check_awake,
-            routing,
+            routing=routing,
         )
         in_flight = InFlightRequests(
             self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse

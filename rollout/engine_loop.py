@@ -22,7 +22,7 @@ from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, ga
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.request import Request
-from zerokl.rollout.routing_store import RankRouting
+from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepOrder, StepResult
@@ -73,10 +73,13 @@ class EngineLoop:
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
-        routing: RankRouting,
         clock: Callable[[], float] = time.monotonic,
+        routing: RankRouting = NO_ROUTING,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
+        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds.
+
+        `routing` hears of each step's handovers and outcome before the scheduler takes it.
+        """
         self._scheduler = scheduler
         self._ranks = ranks
         self._clock = clock

@@ -84,7 +84,7 @@ class RankRouting:
     def of_engine(cls, config: EngineConfig, moe: MoeConfig | None, num_ranks: int = 1) -> RankRouting:
         """For a resolved config and the mixtures of its model."""
         if config.return_routing == "none":
-            return cls()
+            return NO_ROUTING
         assert moe is not None and config.num_blocks is not None, "an unresolved EngineConfig"
         returned = config.return_routing
         stores = [RoutingStore(config.num_blocks, config.block_size, moe, returned) for _ in range(num_ranks)]
@@ -108,3 +108,7 @@ class RankRouting:
         """See `RoutingStore.keep`: `on_release` of the rank's `KVCacheManager`."""
         if self._stores:
             self._stores[rank].keep(request)
+
+
+NO_ROUTING = RankRouting()
+"""Of an engine that returns no routing."""

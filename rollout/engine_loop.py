@@ -24,6 +24,7 @@ from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
+from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_plan import Hold
@@ -46,8 +47,12 @@ class EngineLoop:
         check_awake: Callable[[], None],
         balance: ExpertBalance,
         clock: Callable[[], float] = time.monotonic,
+        routing: RankRouting = NO_ROUTING,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
+        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds.
+
+        `routing` hears of each step's handovers and outcome before the scheduler takes it.
+        """
         self._scheduler = scheduler
         self._ranks = ranks
         self._balance = balance
@@ -55,6 +60,7 @@ class EngineLoop:
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
+        self._routing = routing
         self._wake = threading.Condition()
         # Guarded by _wake, as are _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
@@ -242,10 +248,12 @@ class EngineLoop:
         if isinstance(plan, Hold):
             self._hold = plan
             return
+        self._routing.hand_over(plan.handovers)
         orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
         results = self._ranks.execute(orders)
         worker_seconds = time.perf_counter() - called
+        self._routing.record(orders, results)
         for request in self._scheduler.update(plan, results):
             self.deliver(request)
         self._balance.count_step(results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, block_key, root_ke
 from zerokl.rollout.request import Request
 
 SPARE_TABLE_ENTRIES = 8
+
+
+def _nothing(_: Request) -> None: ...
 
 
 class KVCacheManager:
@@ -27,8 +30,18 @@ class KVCacheManager:
     All tokens known at admission get their blocks at once; afterwards only sampling makes a table grow.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        """With `enable_prefix_caching` off, blocks are shared within a group of samples only."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        on_release: Callable[[Request], None] = _nothing,
+    ) -> None:
+        """With `enable_prefix_caching` off, blocks are shared within a group of samples only.
+
+        `on_release` is told of a request that is about to lose its blocks, whose content is still there.
+        """
+        self._on_release = on_release
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
         self._prefixes = PrefixCache()
@@ -167,6 +180,7 @@ class KVCacheManager:
 
     def release(self, request: Request) -> None:
         """Take all blocks back. Published ones keep their content until they are needed."""
+        self._on_release(request)
         self.release_blocks(request.block_table[: request.num_blocks].tolist())
         request.num_blocks = 0
         request.num_published_blocks = 0

@@ -104,7 +104,7 @@ class EngineConfig:
         if self.rank_roles is not None:
             self._set("rank_roles", check_roles("rank_roles", self.rank_roles))
             if len(self.rank_roles) != self.num_ranks:
-                raise ValueError(f"rank_roles must name each of the {self.num_ranks} ranks once, got {self.rank_roles!r}")
+                raise ValueError(f"rank_roles must name each of the {self.num_ranks} ranks, got {self.rank_roles!r}")
 
     @property
     def num_ranks(self) -> int:

@@ -309,5 +309,3 @@ def test_ranks_hand_blocks_over_and_no_bit_changes(
     with on_ranks(tiny_model, data_parallel_size=2, rank_roles=["prefill", "decode"]) as engine:
         assert differences(sampled(engine_of("dense", "1")), sampled(engine)) == NONE_DIFFER
         assert engine.metrics()["handovers"] == 2 * len(PROMPTS)
-
-

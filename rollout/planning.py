@@ -26,7 +26,8 @@ def plan(snapshot: Snapshot, budgets: SchedulerConfig, now: float) -> Decision:
     With several ranks, joining may be put off: while all waiting requests of the weight set are new, the first of them
     has waited for less than `batched_token_timeout`, and some rank could still take more. What runs goes on meanwhile.
     """
-    roles: tuple[Role, ...] = budgets.roles or ("mixed",) * len(snapshot.running)
+    mixed: Role = "mixed"
+    roles = budgets.roles or (mixed,) * len(snapshot.running)
     drafts = [
         RankDraft(rank, roles[rank], running, kv_cache, budgets)
         for rank, (running, kv_cache) in enumerate(zip(snapshot.running, snapshot.kv_caches, strict=True))

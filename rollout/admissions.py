@@ -25,7 +25,7 @@ class Admissions:
     def __init__(
         self, snapshot: Snapshot, budgets: SchedulerConfig, decision: Decision, policy: str, drafts: list[RankDraft]
     ) -> None:
-        """`drafts` are changed, of `decision` only the keys."""
+        """`drafts` are changed, of `decision` only the prefix keys."""
         self.drafts = drafts
         self.outcomes: list[Join | Blocked] = []
         self.refusals: list[tuple[Refusal, str | None]] = []
@@ -73,10 +73,10 @@ class Admissions:
     # -- where to ----------------------------------------------------------------------------------
     def _place(self, request: Request, ranks: list[RankDraft]) -> tuple[RankDraft, list[int]] | None:
         """The rank to join and the blocks shared there; None if it fits nowhere."""
-        keys = self._keys(request, ranks[0])
+        prefix = self._decision.prefix_keys(ranks[0].kv_cache, request, self._epoch)
         fitting: list[tuple[RankDraft, list[int]]] = []
         for draft in ranks:
-            matched = draft.kv_cache.match(request, keys) if keys else []
+            matched = draft.kv_cache.match(request, prefix)
             if draft.has_blocks(request, matched):
                 fitting.append((draft, matched))
         if request.group_id is not None and len(fitting) > 1:
@@ -100,9 +100,6 @@ class Admissions:
         near = [place for place in fitting if place[0].expected_tokens - lowest <= bound]
         home = max(near, key=lambda place: (len(place[1]), -place[0].rank))
         return [home] if home[1] else near
-
-    def _keys(self, request: Request, draft: RankDraft) -> list[bytes]:
-        return self._decision.prefix_keys(draft.kv_cache, request, self._epoch)
 
     # -- what is decided ---------------------------------------------------------------------------
     def _join(self, request: Request, draft: RankDraft, matched: list[int]) -> None:

@@ -95,8 +95,8 @@ def _hand_over(
             continue
         matched: list[int] = []
         if not request.has_older_kv:
-            keys = decision.prefix_keys(draft.kv_cache, request, snapshot.weights[request.policy].epoch)
-            matched = draft.kv_cache.match(request, keys)
+            prefix = decision.prefix_keys(draft.kv_cache, request, snapshot.weights[request.policy].epoch)
+            matched = draft.kv_cache.match(request, prefix)
         cost = (draft.expected_tokens - len(matched) * draft.kv_cache.block_size, draft.rank)
         if (best is None or cost < best) and draft.has_blocks(request, matched):
             best, best_matched = cost, matched

@@ -11,6 +11,7 @@ from scheduling_rig import VOCAB, Rig, assert_as_expected, entries, generate
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.kv_cache.prefix_cache import PrefixKeys
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_plan import Hold
@@ -185,8 +186,8 @@ class ForgetsASourceBlock(KVCacheManager):
 class MatchesTooMuch(KVCacheManager):
     """A block is taken for cached that holds something else."""
 
-    def match(self, request: Request, keys: list[bytes]) -> list[int]:
-        matched = super().match(request, keys)
+    def match(self, request: Request, prefix: PrefixKeys) -> list[int]:
+        matched = super().match(request, prefix)
         return matched[::-1]
 
 

@@ -106,6 +106,7 @@ class RolloutEngine(WeightMethods):
         )
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
+        ranks.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     # -- sampling -----------------------------------------------------------------------------------------------------

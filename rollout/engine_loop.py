@@ -118,6 +118,15 @@ class EngineLoop:
             self._wake.notify()
         return future
 
+    def fail(self, error: WorkerError) -> None:
+        """End the loop with this error, if it runs; returns at once."""
+
+        def throw() -> None:
+            raise error
+
+        with contextlib.suppress(EngineFailedError, EngineClosedError):
+            self.at_boundary(throw)
+
     def abort(self, ids: Collection[str] | None) -> Future[int]:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
         return self.at_boundary(lambda: self._abort(ids))

@@ -178,10 +178,14 @@ def test_published_weights_are_verified_by_the_ranks_that_read_them(tmp_path: Pa
         workers = [LocalWorker(options, RankPlace(rank, 2, 2, ends[rank])) for rank in range(2)]
         whole = publisher.publish(tensors, 1)
         damaged = replace(
-            whole, manifest=replace(whole.manifest, tensors=tuple(
-                replace(spec, checksum=spec.checksum ^ 1) if spec.name == theirs else spec
-                for spec in whole.manifest.tensors
-            ))
+            whole,
+            manifest=replace(
+                whole.manifest,
+                tensors=tuple(
+                    replace(spec, checksum=spec.checksum ^ 1) if spec.name == theirs else spec
+                    for spec in whole.manifest.tensors
+                ),
+            ),
         )
         workers[0].stage_weights(SharedWeights(published=damaged), 1)
         with pytest.raises(ChecksumError, match=theirs):

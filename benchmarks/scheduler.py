@@ -2,12 +2,12 @@
 
     python benchmarks/scheduler.py --json          the last line is one JSON object
 
-`plan_ms_*`: median over steps of `Scheduler.plan`, snapshot and commit included, with 10,000 and 100,000 waiting. Before
-each step some waiting and running requests are aborted, so that others join: those at the head need more blocks than are
-free, those behind them hit cached prefixes. `plan_p99_ms_*`: of the same steps. `intake_per_s`: requests from another
-thread through `EngineLoop.submit` into the queue, while the loop plans and steps as fast as it can (no model: ranks
-answer with constants), counted until the last is in the scheduler. `result_p99_ms`: from the end of the forward that
-finished a request to the moment its caller's thread has it, while a head that needs a whole pool blocks the queue.
+`plan_ms_*`: median over steps of `Scheduler.plan`, snapshot and commit included, with 10,000 and 100,000 waiting;
+`plan_p99_ms_*`: of the same steps. Before each step some waiting and running requests are aborted, so that others join:
+those at the head need more blocks than are free, those behind them hit cached prefixes. `intake_per_s`: requests from
+another thread through `EngineLoop.submit` into the scheduler, while the loop plans and steps as fast as it can (no
+model: ranks answer with constants). `result_p99_ms`: from the end of the forward that finished a request to the moment
+its caller's thread has it, while a head that needs a whole pool waits.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class RolloutEngine(WeightMethods):
             stop_strings,
             config.block_size,
             self._sleep.check_awake,
-            self._balance,
+            after_step=self._balance.count_step,
             routing=routing,
         )
         in_flight = InFlightRequests(
@@ -112,6 +112,7 @@ class RolloutEngine(WeightMethods):
         )
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
+        ranks.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -208,8 +209,11 @@ class RolloutEngine(WeightMethods):
         self._loop.at_boundary(self._scheduler.reset_prefix_cache).result()
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and sizes of now; read without stopping the loop, so they may be a step apart."""
-        return self._loop.metrics()
+        """Counters since the start, and sizes of now, all ranks together; `health` has what each rank holds.
+
+        They are read without stopping the loop, so they may be a step apart.
+        """
+        return {**self._loop.metrics(), **self._balance.metrics()}
 
     def health(self) -> dict[str, Any]:
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.

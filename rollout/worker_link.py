@@ -52,7 +52,7 @@ class _Processes:
             self._link.start()
             options, folder = dataclasses.asdict(config), str(self._link.folder)
             self._done(*(messages.Configure(options=options, rank=rank, folder=folder) for rank in range(size)))
-            self._done(messages.Connect())
+            self._done(messages.Connect(), enough=_is_cause)
             self._link.forget_folder()
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
@@ -110,8 +110,8 @@ class _Processes:
         self._away -= set(tags)
 
     def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
-        """See Worker."""
-        self._done(messages.Rearrange(placement=placement.tolist()))
+        """See Worker. As with a step, the first rank that fails ends the wait: others may be waiting for it."""
+        self._done(messages.Rearrange(placement=placement.tolist()), enough=_is_cause)
 
     def watch(self, report: Callable[[WorkerError], None]) -> None:
         """See `zerokl.rollout.ranks.Ranks`."""
@@ -121,8 +121,10 @@ class _Processes:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
 
-    def _done(self, *orders: Message, channels: Channels | None = None) -> None:
-        self._exchange(orders, messages.Done, channels=channels)
+    def _done(
+        self, *orders: Message, channels: Channels | None = None, enough: Callable[[Message], bool] | None = None
+    ) -> None:
+        self._exchange(orders, messages.Done, channels=channels, enough=enough)
 
     def _exchange(
         self,

@@ -85,6 +85,7 @@ class ModelRunner:
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
         self._spilled: SpilledSets | None = None
+        self._stepping = False
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
@@ -103,10 +104,14 @@ class ModelRunner:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
-        if not len(inputs.logit_rows):
-            return StepResult(sampled=_no_rows(inputs.sampling.want_raw))
-        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
+        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
+        try:
+            hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
+            if not len(inputs.logit_rows):
+                return StepResult(sampled=_no_rows(inputs.sampling.want_raw))
+            result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
+        finally:
+            self._stepping = False
         if result.tokens.min() < 0:
             raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
         return StepResult(sampled=result)
@@ -114,11 +119,12 @@ class ModelRunner:
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
 
-        May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
+        May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays or
+        `kernels.row_stream.RowStream`s (read-only
         ones will do, and a mapping that reads on access, such as `models.loader.open_tensors` gives, keeps the peak of
         memory low). Everything kept is a copy: the sources may be overwritten afterwards. With `delta` they are those
         that differ from the live set's, and what was packed of the others is shared with it. Raises ValueError naming
-        missing, extra or misshapen tensors; nothing is staged then.
+        missing, extra or misshapen tensors, and one that holds a NaN or an infinity; nothing is staged then.
         """
         self._staged = None
         live = self._sets.get(LIVE)
@@ -129,8 +135,8 @@ class ModelRunner:
             tensors = Overlay(tensors, self.live_tensors())
         else:
             check_tensors(tensors, self._config)
-        packer = weight_packer(self._ops, beside_steps=live is not None)
-        params = build_params(packer, self._config, tensors, self._rope, keep=packer.tensor, previous=previous)
+        packer, operands = weight_packer(self._ops, tensors, lambda: self._stepping)
+        params = build_params(packer, self._config, operands, self._rope, keep=packer.tensor, previous=previous)
         self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
 
     def live_tensors(self) -> Mapping[str, Any]:

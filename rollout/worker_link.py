@@ -54,6 +54,7 @@ class RemoteWorker:
     def __init__(self, config: EngineConfig) -> None:
         """Start the process and wait until it is ready. Raises what LocalWorker(config) raises."""
         reap_dead_segments()
+        self._publisher: WeightPublisher | None = None
         with ExitStack() as undo:
             self._link = WorkerLink()
             undo.callback(self._link.close)
@@ -70,20 +71,21 @@ class RemoteWorker:
         return reply.result
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        """See Worker. Arrays of this process (TensorWeights) are published for the time of the call, which copies them
-        once into fresh shared memory; a trainer that publishes by itself re-uses its segments and is faster.
+        """See Worker. Arrays of this process (TensorWeights) are copied once into shared memory, which is kept for the
+        next call, until `sleep` of "weights" or `close`.
         """
         if isinstance(source, TensorWeights):
-            with WeightPublisher("staging", buffers=1) as publisher:
-                arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
-                published = publisher.publish(arrays, version)
-                self._stage(Stage(source=SharedWeights(published=published), version=version))
+            if self._publisher is None:
+                self._publisher = WeightPublisher("staging", buffers=1)
+            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
+            published = self._publisher.publish(arrays, version)
+            self._stage(Stage(source=SharedWeights(published=published), version=version))
         elif isinstance(source, FolderWeights):
             absolute = FolderWeights(path=str(Path(source.path).absolute()))  # working directories may have parted
             self._stage(Stage(source=absolute, version=version))
         elif isinstance(source.published, PublishedFile):
             file = dataclasses.replace(source.published, path=str(Path(source.published.path).absolute()))
-            self._stage(Stage(source=SharedWeights(published=file), version=version))
+            self._stage(Stage(source=dataclasses.replace(source, published=file), version=version))
         else:
             self._stage(Stage(source=source, version=version))
 
@@ -107,6 +109,8 @@ class RemoteWorker:
         """See Worker."""
         folder = "" if spill_dir is None else str(Path(spill_dir).absolute())
         self._done(PutAway(weights="weights" in tags, kv_cache="kv_cache" in tags, level=level, spill_dir=folder))
+        if "weights" in tags:
+            self._free_publisher()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """See Worker."""
@@ -122,6 +126,12 @@ class RemoteWorker:
     def close(self) -> None:
         """End the process: asked first, killed if it has not ended after 5 seconds."""
         self._close()
+        self._free_publisher()
+
+    def _free_publisher(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
 
     def _stage(self, message: Stage) -> None:
         reply = self._link.staging.exchange(message)

@@ -86,6 +86,13 @@ def weight_packer(
     return ops, WholeTensors(tensors)
 
 
+def narrow_bfloat16(values: NDArray[np.float32], patterns: NDArray[np.uint16]) -> None:
+    """Write float32 [n] as patterns [n] of the nearest bfloat16 values, ties to even. Takes C-contiguous arrays."""
+    from zerokl.kernels.cpu import _cpu
+
+    _cpu.narrow_bfloat16(values, patterns)
+
+
 def release_spare_weights(ops: EngineOps[Any]) -> int:
     """Give memory of dropped sets of weights, which the next set would use again, to the system; returns its bytes."""
     from zerokl.kernels.cpu.ops import CpuOps

@@ -75,11 +75,13 @@ class RemoteWorker:
         next call, until `sleep` of "weights" or `close`.
         """
         if isinstance(source, TensorWeights):
-            if self._publisher is None:
-                self._publisher = WeightPublisher("staging", buffers=1)
-            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
-            published = self._publisher.publish(arrays, version)
-            self._stage(Stage(source=SharedWeights(published=published), version=version))
+            try:
+                self._stage_arrays(source, version)
+            except ValueError:
+                raise  # the worker has answered, and reads no more
+            except BaseException:
+                self._free_publisher()  # it may still be read
+                raise
         elif isinstance(source, FolderWeights):
             absolute = FolderWeights(path=str(Path(source.path).absolute()))  # working directories may have parted
             self._stage(Stage(source=absolute, version=version))
@@ -88,6 +90,13 @@ class RemoteWorker:
             self._stage(Stage(source=dataclasses.replace(source, published=file), version=version))
         else:
             self._stage(Stage(source=source, version=version))
+
+    def _stage_arrays(self, source: TensorWeights, version: int) -> None:
+        if self._publisher is None:
+            self._publisher = WeightPublisher("staging", buffers=1)
+        arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
+        published = self._publisher.publish(arrays, version)
+        self._stage(Stage(source=SharedWeights(published=published), version=version))
 
     def commit_weights(self) -> None:
         """See Worker."""

@@ -64,7 +64,10 @@ class ArrivingTensor:
         """Copy what was borrowed and not read."""
         if self._borrows:
             self._borrows = False
-            self._append(_NOTHING)
+            if self.num_read < self.num_arrived:
+                self._append(_NOTHING)
+            else:
+                self._held, self._base = _NOTHING, self.num_arrived
 
     def wait(self, stop: int) -> None:
         """See `RowStream`. Raises IncompleteUpdateError where the source ends before."""
@@ -112,6 +115,7 @@ class ArrivingTensor:
         self.num_read = end
         if end == self._spec.nbytes:
             self._check()
+            self._give_back()  # nobody writes there before the next wait
         return taken
 
     def _check(self) -> None:

@@ -128,9 +128,7 @@ class PolicyTrainer(ABC):
             cached_tokens=sum(rollout.num_cached_tokens for rollout in rollouts),
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
-            mismatch=mismatch_kl(
-                first_epoch.logprobs, rolled, inexact=any(rollout.inexact for rollout in rollouts)
-            ),
+            mismatch=mismatch_kl(first_epoch.logprobs, rolled, inexact=any(rollout.inexact for rollout in rollouts)),
             reference=reference_kl(np.concatenate(reference), rolled),
             entropy=first_epoch.entropy,
             loss=first_epoch.loss,

@@ -38,7 +38,8 @@ class RowStream(Protocol):
     def read(self, stop: int) -> NDArray[Any]:
         """The rows [n, width] from where the last read ended up to row `stop`: float32, or bfloat16 patterns (uint16).
 
-        C-contiguous, and valid until the next `wait`, or read beyond one, of any stream of its set. Raises ValueError when the tensor is not what it should be.
+        C-contiguous, and valid until any stream of its set waits, or reads what it did not wait for. Raises ValueError
+        when the tensor is not what it should be.
         """
         ...
 

@@ -70,8 +70,8 @@ class WeightMethods:
         `bucket_bytes`: of a published file, bytes that are in memory at a time (64 MiB by default); other sources are
         read where they are.
 
-        Raises ValueError for wrong options, tensors (one that holds a NaN or an infinity too) or version, HookError; the old version then goes on serving, as it
-        does when the wait is interrupted by Ctrl-C.
+        Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
+        version then goes on serving, as it does when the wait is interrupted by Ctrl-C.
         """
         return self._make_update(
             source,
@@ -105,7 +105,8 @@ class WeightMethods:
 
         `source` may be a function that gives the weights at the end of the body. A body that raises updates nothing.
         """
-        InFlightOptions(**{key: value for key, value in options.items() if key not in ("version", "allow_rewind", "bucket_bytes")})
+        others = ("version", "allow_rewind", "bucket_bytes")
+        InFlightOptions(**{key: value for key, value in options.items() if key not in others})
         swap = HotSwap()
         yield swap
         swap.version = self.update_weights(source() if callable(source) else source, **options)

@@ -41,7 +41,7 @@ class KLReport:
     differing_logprobs: int
     """Tokens whose two logprobs are not the same number."""
     inexact: bool = False
-    """Whether the rollout's weights were rounded otherwise than in the trainer's forward: a mismatch is then no defect."""
+    """Whether the rollout's weights were rounded otherwise than the trainer's: then a mismatch is no defect."""
 
     def metrics(self, prefix: str = "rollout_corr") -> dict[str, float]:
         """Under names that trainers log: `<prefix>/kl`, `<prefix>/k3_kl`, `training/rollout_probs_diff_mean`, ..."""

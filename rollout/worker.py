@@ -69,9 +69,7 @@ WeightSource = TensorWeights | FolderWeights | SharedWeights
 """Where a set of weights comes from."""
 
 
-def weight_source(
-    source: Any, version: int | None, bucket_bytes: int | None = None
-) -> tuple[WeightSource, int | None]:
+def weight_source(source: Any, version: int | None, bucket_bytes: int | None = None) -> tuple[WeightSource, int | None]:
     """What a user gave as weights, and their version: the given one, or else the publication's, or else None.
 
     Raises ValueError for a source of another kind, and for a version from 0 or bucket_bytes from 1 that are none.

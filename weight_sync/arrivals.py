@@ -162,7 +162,7 @@ class ArrivingTensors(Mapping[str, ArrivingTensor]):
     def __init__(self, manifest: Manifest, buckets: Iterable[Bucket], offered: Collection[str]) -> None:
         for spec in manifest.tensors:
             if spec.dtype not in WIDENED:
-                raise ManifestError(f"tensor {spec.name!r} has dtype {spec.dtype}; must be float32, float16 or bfloat16")
+                raise ManifestError(f"tensor {spec.name!r} has dtype {spec.dtype}; must be one of {WIDENED}")
         spare: list[Bytes] = []
         self._version = manifest.version
         self._tensors = {

@@ -36,6 +36,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 bfloat16 is stored as its bit pattern."""
 
+Spans = tuple[tuple[int, int], ...]
+
 _MAX_INT = 2**63 - 1
 _MAX_NAME = 1024
 _LISTED = 8
@@ -59,7 +61,7 @@ class TensorSpec:
     """Bytes from the start of the segment, a multiple of 64."""
     checksum: int = 0
     """xxh3_64 of the bytes, with seed 0."""
-    spans: tuple[tuple[int, int], ...] | None = None
+    spans: Spans | None = None
     """Ranges [start, stop) of elements in C order that are there, in a delta, ascending and apart; None: all."""
 
     def __post_init__(self) -> None:
@@ -243,7 +245,7 @@ def result_checksum(checksums: Mapping[str, int]) -> int:
 
 
 def plan_layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, spans: Mapping[str, Spans] | None = None
 ) -> tuple[tuple[TensorSpec, ...], int]:
     """Place (name, dtype, shape) one after the other, each on a 64-byte boundary; checksums are left 0.
 

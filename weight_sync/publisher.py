@@ -105,7 +105,8 @@ class WeightPublisher:
         arrays = [np.ascontiguousarray(array) for _, array in named]
         specs, total_bytes = plan_layout(((name, self._dtype, array.shape) for name, array in named), spans=ranges)
         parts = [_chosen(array, spec.spans) for spec, array in zip(specs, arrays, strict=True)]
-        checksums = {**self._checksums, **{name: self._checksum(array) for (name, _), array in zip(named, arrays, strict=True)}}
+        whole = {spec.name: self._checksum(array) for spec, array in zip(specs, arrays, strict=True)}
+        checksums = {**self._checksums, **whole}
         planned = Manifest(
             version=version,
             tensors=specs,

@@ -19,11 +19,11 @@ def round_to_bfloat16(x: Tensor) -> Tensor:
 
 class _Round(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
         out, out_array = empty(*x.shape)
         _cpu.round_bfloat16(read(x).reshape(-1), out_array.reshape(-1))
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Tensor:
+    def backward(_ctx: Any, dout: Tensor) -> Tensor:
         return dout.clone()

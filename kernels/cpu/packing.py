@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,9 +162,11 @@ def _refuse(source: RowStream) -> None:
         raise NonFiniteWeightsError(source.name)
 
 
-def _widened(rows: NDArray[np.float32] | NDArray[np.uint16]) -> Floats:
+def _widened(rows: NDArray[Any]) -> Floats:
+    """Rows of a stream as float32."""
+    wide: Floats = rows
     if rows.dtype == np.float32:
-        return rows
+        return wide
     wide = np.empty(rows.shape, np.float32)
     _cpu.copy_weights(rows.reshape(-1), wide.reshape(-1))
     return wide

@@ -213,10 +213,7 @@ void multiply_groups(const Product* products, int64_t count) {
 void to_floats(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, sizeof(float) * static_cast<size_t>(count));
 }
-void to_floats(const uint16_t* from, int64_t count, float* to) {
-  bits32* bits = reinterpret_cast<bits32*>(to);
-  for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
-}
+void to_floats(const uint16_t* from, int64_t count, float* to) { widen_bits(from, count, to); }
 
 // 16 columns of a panel from up to 16 rows of weights; the joined_overflow of them. Pieces of the rows are brought into
 // the nearest cache, turned there, and leave by whole lines.

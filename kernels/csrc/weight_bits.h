@@ -27,6 +27,12 @@ inline uint32_t rounded(uint32_t bits) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x00400000u : nearest;
 }
 
+// The values of bfloat16 patterns.
+inline void widen_bits(const uint16_t* from, int64_t count, float* to) {
+  bits32* bits = reinterpret_cast<bits32*>(to);
+  for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
+}
+
 // To memory that is not read soon, at a multiple of 64 bytes: without reading the line first.
 inline void vstream(float* p, vf v) {
 #if defined(ZK_ISA_avx512)

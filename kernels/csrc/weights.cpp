@@ -15,13 +15,15 @@ bool copy(const float* in, int64_t count, float* out) {
 }
 
 bool widen(const uint16_t* in, int64_t count, float* out) {
-  bits32* bits = reinterpret_cast<bits32*>(out);
-  uint32_t joined = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    bits[i] = static_cast<uint32_t>(in[i]) << 16;
-    joined |= finite_overflow(static_cast<uint32_t>(in[i]) << 16);
+  constexpr int64_t PIECE = 1024;
+  alignas(64) float piece[PIECE];
+  bool finite = true;
+  for (int64_t first = 0; first < count; first += PIECE) {
+    const int64_t length = count - first < PIECE ? count - first : PIECE;
+    widen_bits(in + first, length, piece);
+    finite = copy(piece, length, out + first) && finite;
   }
-  return is_finite(joined);
+  return finite;
 }
 
 void narrow(const float* in, int64_t count, uint16_t* out) {

@@ -109,5 +109,5 @@ def test_gradients_are_those_at_the_rounded_values_and_reach_the_parameters(tmp_
 
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
-    with pytest.raises(ValueError, match="weight_dtype must be one of .*bfloat16.*, got 'float16'"):
+    with pytest.raises(ValueError, match=r"weight_dtype must be one of .*bfloat16.*, got 'float16'"):
         policy_of(tmp_path, weight_dtype="float16")

@@ -113,7 +113,8 @@ with RolloutEngine(tiny_options(Path({folder!r}), worker={worker!r})) as engine,
     if {worker!r} == "process":
         open({hold!r}, "w").close()
     for seed, version in ((2, 1), (1, 2)):
-        assert engine.update_weights(tiny_tensors(seed) if {arrays!r} else publisher.publish(tiny_tensors(seed), version)) == version
+        good = tiny_tensors(seed)
+        assert engine.update_weights(good if {arrays!r} else publisher.publish(good, version)) == version
         assert bits(engine) != before
     print("updated", flush=True)
 """

@@ -116,7 +116,7 @@ def test_a_source_that_ends_early_or_repeats_is_refused() -> None:
     with pytest.raises(IncompleteUpdateError, match="ended before"):
         arriving["a"].read(40)
     session, _ = begun(tensors, [Bucket(pieces=tuple(made[:3]))])
-    with pytest.raises(IncompleteUpdateError, match="'a' did not arrive whole .928 bytes are missing"):
+    with pytest.raises(IncompleteUpdateError, match=r"'a' did not arrive whole .928 bytes are missing"):
         session.verify_read()
     for false, text in [
         ([made[0], made[0]], "byte 0 came where 64 was due"),

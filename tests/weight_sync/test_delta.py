@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from zerokl.weight_sync import ManifestError, PublishedWeights, WeightPublisher
-from zerokl.weight_sync.receiver import lease_published
 from zerokl.weight_sync.live_weights import LiveWeights
+from zerokl.weight_sync.receiver import lease_published
 from zerokl.weight_sync.session import UpdateSession
 from zerokl.weight_sync.views import narrow, widen
 
@@ -80,7 +80,7 @@ def test_a_rounded_delta_to_weights_that_were_not_rounded_is_refused() -> None:
     with WeightPublisher() as publisher:
         publisher.publish(weights, 0, dtype="bfloat16")
         published = publisher.publish_delta({"layer.1": weights["layer.1"]}, 1)
-        with pytest.raises(ValueError, match="'layer.0' is not rounded to bfloat16 here"):
+        with pytest.raises(ValueError, match=r"'layer.0' is not rounded to bfloat16 here"):
             received(published, LiveWeights(version=0, tensors=weights))
         rounded = as_received(weights, "bfloat16")
         whole, _ = received(published, LiveWeights(version=0, tensors=rounded))

@@ -28,6 +28,7 @@ from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.weight_sync import Manifest, PublishedFile, PublishedShards, PublishedWeights
     from zerokl.weight_sync.live_weights import LiveWeights
@@ -145,6 +146,14 @@ class Worker(Protocol):
         """Read the sets of level 1 back, byte for byte, and make an empty KV pool; what is there stays."""
         ...
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """Have each expert where `placement` [M, E, slots] wants it, copied from rank to rank; no output changes a bit.
+
+        Called on every rank between the same two steps, while none stages weights. Raises ValueError for a placement
+        that does not fit, with experts on one rank alone, and while the weights are asleep; nothing has moved then.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts for people and logs: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
         ...
@@ -157,15 +166,18 @@ class Worker(Protocol):
 class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Allocate the KV pool of `config`, which must be resolved. Raises ValueError for an unusable model folder."""
+    def __init__(self, config: EngineConfig, place: RankPlace | None = None) -> None:
+        """Allocate the KV pool of `config`, which must be resolved. `place` is the rank's among others; None: alone.
+
+        Raises ValueError for an unusable model folder, or one that cannot be spread over the ranks.
+        """
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
         from zerokl.weight_sync.receiver import SegmentMappings
 
         self._model_config = ModelConfig.from_json(config.model)
-        self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
+        self._runner: ModelRunner | None = ModelRunner(config, self._model_config, place)
         self._session: UpdateSession | None = None
         self._checksums: dict[str, int] = {}
         self._checksum_dtype = "float32"
@@ -224,6 +236,10 @@ class LocalWorker:
         """As `Worker.wake_up`."""
         self._live_runner().wake_up(tags)
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """As `Worker.rearrange_experts`."""
+        self._live_runner().rearrange_experts(placement)
+
     def describe(self) -> dict[str, Any]:
         """As `Worker.describe`."""
         return {
@@ -264,7 +280,8 @@ class LocalWorker:
         from zerokl.weight_sync.session import UpdateSession
 
         expected = expected_tensors(self._model_config)
-        session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]})
+        read = {*runner.held_tensors(), LM_HEAD}
+        session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]}, read=read)
         session.begin(version, lease.manifest)
         _check_tied(lease.manifest, expected)
         try:
@@ -290,15 +307,15 @@ class LocalWorker:
         return session
 
     def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
+        from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
         from zerokl.rollout.model_runner import LIVE
         from zerokl.weight_sync.live_weights import LiveWeights
 
         live = runner.weight_sets.get(LIVE)
         if live is None:
             return None
-        return LiveWeights(
-            version=live.version, tensors=runner.live_tensors(), checksums=self._checksums, dtype=self._checksum_dtype
-        )
+        tensors = OwnTensors(runner.live_tensors(), self._model_config)
+        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums, dtype=self._checksum_dtype)
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:

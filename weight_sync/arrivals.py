@@ -41,6 +41,8 @@ class ArrivingTensor:
         self._base = 0  # of the first byte in _held
         self._window: Bytes | None = None  # the memory of _held where it is ours
         self._borrows = False
+        self.is_checked = True
+        """Otherwise its bytes are counted and not kept."""
         self.num_arrived = 0
         """Bytes."""
         self.num_read = 0
@@ -53,7 +55,9 @@ class ArrivingTensor:
             raise ManifestError(f"tensor {self.name!r}: bytes {piece.start} to {end} of {self._spec.nbytes}")
         if piece.start != self.num_arrived:
             raise ManifestError(f"tensor {self.name!r}: byte {piece.start} came where {self.num_arrived} was due")
-        if self.num_read == self.num_arrived:
+        if not self.is_checked:
+            self.num_read = end
+        elif self.num_read == self.num_arrived:
             self._give_back()
             self._held, self._base, self._borrows = piece.data, piece.start, not lasting
         else:
@@ -155,11 +159,17 @@ class ArrivingTensors(Mapping[str, ArrivingTensor]):
     """The tensors of a complete set by name, over a stream of buckets that is taken up as far as somebody reads.
 
     In memory are the bucket at hand and what came before it was wanted: little, where the publication's order is that
-    of the reads. Tensors that are not `offered` are checked and not shown. Raises ManifestError for an element type
-    that has no exact float32 form.
+    of the reads. Tensors that are not `offered` are checked and not shown. The data of those that are not `checked`
+    (None: all are) is passed over. Raises ManifestError for an element type that has no exact float32 form.
     """
 
-    def __init__(self, manifest: Manifest, buckets: Iterable[Bucket], offered: Collection[str]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        buckets: Iterable[Bucket],
+        offered: Collection[str],
+        checked: Collection[str] | None = None,
+    ) -> None:
         for spec in manifest.tensors:
             if spec.dtype not in WIDENED:
                 raise ManifestError(f"tensor {spec.name!r} has dtype {spec.dtype}; must be one of {WIDENED}")
@@ -168,6 +178,9 @@ class ArrivingTensors(Mapping[str, ArrivingTensor]):
         self._tensors = {
             spec.name: ArrivingTensor(spec, manifest.version, self._pull, spare) for spec in manifest.tensors
         }
+        if checked is not None:
+            for name in self._tensors.keys() - set(checked):
+                self._tensors[name].is_checked = False
         self._offered = {name: tensor for name, tensor in self._tensors.items() if name in offered}
         self._buckets = iter(buckets)
         self._last: list[ArrivingTensor] = []

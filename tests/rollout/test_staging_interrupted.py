@@ -13,11 +13,11 @@ import pytest
 from leftovers import segments_of
 from tiny_engine import tiny_options, tiny_tensors, write_tiny_model
 
-from zerokl.rollout import worker_channels
+from zerokl.rollout import worker_child
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineFailedError
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker_channels import WorkerDiedError
+from zerokl.rollout.worker_child import WorkerDiedError
 from zerokl.weight_sync import WeightPublisher
 
 _DYING = """
@@ -47,7 +47,7 @@ def kill_while_staging(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int)
     with WeightPublisher() as publisher:
         published = publisher.publish(tiny_tensors(seed + 1), 1)
         with monkeypatch.context() as patched:
-            patched.setattr(worker_channels, "_BOOT", _DYING.format(step=step, number=number) + worker_channels._BOOT)
+            patched.setattr(worker_child, "_BOOT", _DYING.format(step=step, number=number) + worker_child._BOOT)
             doomed = RolloutEngine(options)
         with doomed:
             before = bits(doomed)
@@ -92,12 +92,12 @@ sys.path.append({tests!r})
 from pathlib import Path
 from test_staging_interrupted import bits
 from tiny_engine import tiny_options, tiny_tensors
-from zerokl.rollout import worker_channels
+from zerokl.rollout import worker_child
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.weight_sync import WeightPublisher
 waiting = {waiting!r}
 if {worker!r} == "process":
-    worker_channels._BOOT = waiting + worker_channels._BOOT
+    worker_child._BOOT = waiting + worker_child._BOOT
 else:
     exec(waiting)
 with RolloutEngine(tiny_options(Path({folder!r}), worker={worker!r})) as engine, WeightPublisher() as publisher:

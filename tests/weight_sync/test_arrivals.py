@@ -129,6 +129,23 @@ def test_a_source_that_ends_early_or_repeats_is_refused() -> None:
             session.verify_read()
 
 
+def test_what_others_read_is_counted_and_not_looked_at() -> None:
+    tensors = some(3)
+    for missing in (0, 1):
+        made = pieces(tensors, list(tensors), 64)
+        for piece in made:
+            if piece.name == "a":
+                piece.data[:] = 0
+        arriving = ArrivingTensors(published(some(3)), borrowed(made[missing:], 2), set(tensors), set(tensors) - {"a"})
+        if missing:
+            with pytest.raises(ManifestError, match="byte 64 came where 0 was due"):
+                arriving.finish()
+        else:
+            arriving.finish()
+            with pytest.raises(ChecksumError, match="'a'"):
+                ArrivingTensors(published(some(3)), borrowed(made, 2), set(tensors)).finish()
+
+
 def test_what_is_read_in_order_needs_little_memory() -> None:
     tensors = {f"t{i}": np.ones((500, 500), np.float32) for i in range(12)}
     arriving = ArrivingTensors(published(tensors), borrowed(pieces(tensors, list(tensors), 100_000), 1), set(tensors))

@@ -67,13 +67,11 @@ class _Processes:
         reachable = self._reachable(source, version)
         try:
             self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
-        except WorkerError:
-            raise
-        except Exception:
-            self._done(messages.Discard(), channels=self._link.staging)
-            raise
-        except BaseException:  # interrupted: what was published may still be read
-            self._free_publisher()
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, WorkerError):
+                self._done(messages.Discard(), channels=self._link.staging)
+            else:  # interrupted, or a rank is gone: what was published may still be read
+                self._free_publisher()
             raise
 
     def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights:

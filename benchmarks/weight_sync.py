@@ -1,12 +1,17 @@
-"""From a trainer's arrays to a worker that samples with them: seconds, beside one memcpy of the same bytes.
+"""From a trainer's arrays to an engine that samples with them, beside one memcpy of the same bytes in the same run.
 
-    python benchmarks/weight_sync.py --json [--models 135m 0.6b 1.7b] [--rounds 5]
+    python benchmarks/weight_sync.py --json [--sizes 135m,0.6b,1.7b] [--rounds 5] [--threads 1]
 
-Each row is the median of the rounds; all pages were touched by rounds before, the first publication is told apart.
-`publish_s`: the trainer's part with its checksums. `sync_s`: that and what the worker does to it (checksums, packing),
-nobody stepping. `pause`: while a worker process steps and stages at once, from the end of the last step on the old
-version to the start of the first on the new one, less the ordinary gap. `staging_throughput`: steps per second
-meanwhile, over those undisturbed. `serial_pause_ms`: the pause if steps waited for the staging.
+Seconds are medians of the rounds. All pages were touched by rounds before; the first publication is told apart.
+
+- `memcpy_s`: one thread copies `bytes_moved` bytes, piece by piece. `publish_s`: the trainer's part with its checksums.
+  `sync_s`: that and `update_weights` of an engine that nobody uses (checksums, packing, commit).
+- `pause_*_ms`: while eight sequences decode, from the end of the last step on the old version to the start of the first
+  on the new one, less the ordinary gap. `staging_throughput`: steps per second while staging, over undisturbed.
+  `recompute_ms`: with kv="recompute", the time of the steps that compute old tokens' keys and values again.
+
+The worker is a process (but for "inproc"). The share of "delta" is 2 per cent of the tensors' bytes. 1.7b is published
+as bfloat16 alone, through one segment: float32 would not fit 24 GiB.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import json
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -24,69 +31,63 @@ from typing import Any
 
 import numpy as np
 from machine_facts import machine_facts
-from numpy.typing import NDArray
+from weight_models import MODELS, Tensors, made_up_weights, some_changed
 
-from zerokl.kernels.ops import StepInputs
+from zerokl.kernels.dispatch import narrow_bfloat16
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.layout import expected_tensors, num_parameters
-from zerokl.rollout.models.synthetic import step_inputs, tiny_config
-from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.worker import SharedWeights, TensorWeights, WeightSource, Worker, make_worker
+from zerokl.rollout.models.layout import num_parameters
+from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.worker import FolderWeights, TensorWeights, WeightSource, Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
-Tensors = dict[str, NDArray[np.float32]]
-
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": tiny_config("LlamaForCausalLM"),
-    "135m": tiny_config(
-        "LlamaForCausalLM",
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "0.6b": tiny_config(
-        "Qwen3ForCausalLM",
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
-    "1.7b": tiny_config(
-        "Qwen3ForCausalLM",
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
-}
+SEQUENCES, WARM_STEPS = 8, 8
+DELTA_SHARE = 0.02
+COPIED = 256 << 20
 
 
-def weights_of(config: ModelConfig) -> Tensors:
-    block = (np.random.default_rng(0).standard_normal(1 << 20) * 0.02).astype(np.float32)
-    return {name: np.resize(block, shape) for name, shape in expected_tensors(config).items()}
+@dataclass
+class Record:
+    """What a worker did, in seconds of `perf_counter`."""
+
+    steps: list[tuple[float, float, int]] = field(default_factory=list)
+    """(start, end, tokens)"""
+    staging: tuple[float, float] = (0.0, 0.0)
+    commit: int = 0
+    """Steps before it."""
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def wait_for_steps(self, count: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.steps) >= count)
 
 
-def some_changed(tensors: Tensors, share: float = 0.02) -> Tensors:
-    """Tensors of layers, of about this share of all bytes."""
-    wanted, chosen = share * sum(array.nbytes for array in tensors.values()), dict[str, NDArray[np.float32]]()
-    for name, array in tensors.items():
-        if ".down_proj." in name and sum(one.nbytes for one in chosen.values()) + array.nbytes <= wanted:
-            chosen[name] = array
-    return chosen or {"model.norm.weight": tensors["model.norm.weight"]}
+def recording(worker: Any, record: Record, first: Tensors) -> Worker:
+    """The worker, its methods noting what they do. The folder that it is to load at the start is `first`."""
+    execute, stage, commit = worker.execute, worker.stage_weights, worker.commit_weights
+
+    def execute_and_note(order: StepOrder) -> StepResult:
+        start = perf_counter()
+        result: StepResult = execute(order)
+        with record.changed:
+            record.steps.append((start, perf_counter(), len(order.inputs.token_ids)))
+            record.changed.notify_all()
+        return result
+
+    def stage_and_note(source: WeightSource, version: int) -> None:
+        start = perf_counter()
+        stage(TensorWeights(tensors=first) if isinstance(source, FolderWeights) else source, version)
+        record.staging = (start, perf_counter())
+
+    def commit_and_note() -> None:
+        record.commit = len(record.steps)
+        commit()
+
+    worker.execute, worker.stage_weights, worker.commit_weights = execute_and_note, stage_and_note, commit_and_note
+    made: Worker = worker
+    return made
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -95,139 +96,143 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return perf_counter() - start, result
 
 
-class Transport:
-    """Publishes one way; `dtype` is None for float32."""
-
-    def __init__(self, name: str, dtype: Any, publisher: WeightPublisher, folder: Path) -> None:
-        self.name, self.dtype, self.publisher, self.path = name, dtype, publisher, folder / "weights.safetensors"
-
-    def publish(self, tensors: Tensors, version: int) -> WeightSource:
-        if self.name == "inproc":
-            return TensorWeights(tensors=tensors)
-        if self.name == "disk":
-            return SharedWeights(published=publish_file(self.path, tensors, version))
-        if self.name == "delta":
-            return SharedWeights(published=self.publisher.publish_delta(some_changed(tensors), version))
-        return SharedWeights(published=self.publisher.publish(tensors, version, dtype=self.dtype))
-
-    def nbytes(self, tensors: Tensors) -> int:
-        whole = sum(array.nbytes for array in (some_changed(tensors) if self.name == "delta" else tensors).values())
-        return whole // 2 if self.dtype else whole
+def memcpy_seconds(nbytes: int) -> float:
+    """Of that many bytes, between two pieces of memory that no cache holds."""
+    size = min(nbytes, COPIED)
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    return min(timed(lambda: np.copyto(target, source))[0] for _ in range(3)) * nbytes / size
 
 
-def update(worker: Worker, transport: Transport, tensors: Tensors, version: int) -> tuple[float, float]:
-    """Seconds of the publication, and of all."""
-    published, source = timed(lambda: transport.publish(tensors, version))
-    staged, _ = timed(lambda: worker.stage_weights(source, version))
-    worker.commit_weights()
-    return published, published + staged
+class Bench:
+    """One engine and one publisher; a row for each way from one to the other."""
+
+    def __init__(self, tensors: Tensors, publisher: WeightPublisher, engine: RolloutEngine, record: Record) -> None:
+        self.tensors, self.publisher, self.engine, self.record = tensors, publisher, engine, record
+        self.path = Path(engine.config.model) / "published.safetensors"
+        self.first_publish: dict[str, float] = {}
+
+    def publish(self, transport: str, dtype: Any) -> Any:
+        version = self.engine.get_weight_version() + 1
+        if transport == "inproc":
+            return self.tensors
+        if transport == "disk":
+            return publish_file(self.path, self.tensors, version)
+        if transport == "delta":
+            return self.publisher.publish_delta(some_changed(self.tensors, DELTA_SHARE), version)
+        return self.publisher.publish(self.tensors, version, dtype=dtype)
+
+    def row(self, transport: str, dtype: Any, rounds: int) -> dict[str, Any]:
+        first, _ = timed(lambda: self.publish("shm" if transport == "delta" else transport, dtype))
+        for _ in range(3):  # both buffers, and both sets of packed weights
+            source = self.publish("shm" if transport == "delta" else transport, dtype)
+            self.engine.update_weights(source)
+        moved = some_changed(self.tensors, DELTA_SHARE) if transport == "delta" else self.tensors
+        nbytes = sum(array.nbytes for array in moved.values()) // (2 if dtype else 1)
+        published, synced, copied, beside = [], [], [], []
+        for _ in range(rounds):
+            copied.append(memcpy_seconds(nbytes))
+            seconds, source = timed(lambda: self.publish(transport, dtype))
+            published.append(seconds)
+            synced.append(seconds + timed(lambda source=source: self.engine.update_weights(source))[0])
+            beside.append(self.beside_steps(self.publish(transport, dtype), "keep"))
+        again = self.beside_steps(self.publish(transport, dtype), "recompute")
+        publish_s, sync_s, memcpy_s = (statistics.median(values) for values in (published, synced, copied))
+        pauses = [one["pause_ms"] for one in beside]
+        return {
+            "transport": transport,
+            "dtype": dtype or "float32",
+            "publish_s": publish_s,
+            "sync_s": sync_s,
+            "memcpy_s": memcpy_s,
+            "publish_ratio": publish_s / memcpy_s,
+            "sync_ratio": sync_s / memcpy_s,
+            "pause_p50_ms": float(np.percentile(pauses, 50)),
+            "pause_p99_ms": float(np.percentile(pauses, 99)),
+            "staging_throughput": statistics.median(one["throughput"] for one in beside),
+            "recompute_ms": again["recompute_ms"],
+            "first_publish_s": first,
+            "bytes_moved": nbytes,
+        }
+
+    def beside_steps(self, source: Any, kv: Any) -> dict[str, float]:
+        """One update of a busy engine."""
+        record = self.record
+        record.steps.clear()
+        params = SamplingParams(max_tokens=900, seed=1, ignore_eos=True)
+        prompts = [[7 + index, 3, 5] for index in range(SEQUENCES)]
+        calling = threading.Thread(target=self.engine.generate, args=(prompts, params))
+        calling.start()
+        record.wait_for_steps(2 * WARM_STEPS)
+        self.engine.update_weights(source, mode="keep", kv=kv)
+        record.wait_for_steps(record.commit + 4)
+        self.engine.abort_all()
+        calling.join()
+        return summary(record)
 
 
-def decode_step() -> StepInputs:
-    """Eight sequences that draw one token each."""
-    tokens = [np.array([7 + row], np.int32) for row in range(8)]
-    return step_inputs(tokens, [0] * 8, [[row] for row in range(8)], 16)
-
-
-def beside_steps(worker: Worker, source: WeightSource, version: int, warm: int) -> tuple[float, float]:
-    """(pause in ms, throughput of steps while staging over undisturbed) of one update."""
-    step = decode_step()
-    spans = []
-
-    def run() -> None:
-        start = perf_counter()
-        worker.execute(StepOrder(inputs=step))
-        spans.append((start, perf_counter()))
-
-    for _ in range(warm):
-        run()
-    undisturbed = (spans[-1][1] - spans[0][0]) / warm
-    gap = statistics.median(b[0] - a[1] for a, b in pairwise(spans))
-    spans.clear()
-    stager = threading.Thread(target=worker.stage_weights, args=(source, version))
-    begin = perf_counter()
-    stager.start()
-    while stager.is_alive():
-        run()
-    staging = (perf_counter() - begin) / len(spans)
-    end = spans[-1][1]
-    worker.commit_weights()
-    run()
-    return 1e3 * max(0.0, spans[-1][0] - end - gap), undisturbed / staging
-
-
-def rows_of(model: str, dtype: Any, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    content = MODELS[model]
-    (folder / "config.json").write_text(json.dumps(content))
-    config = ModelConfig.from_json(content)
-    tensors = weights_of(config)
-    rows = []
-    for name in ("inproc", "shm", "disk", "delta") if dtype is None else ("shm",):
-        options = EngineConfig(
-            model=str(folder),
-            num_blocks=8,
-            max_model_len=64,
-            num_threads=args.threads,
-            worker="inprocess" if name == "inproc" else "process",
-        )
-        worker = make_worker(options)
-        with WeightPublisher("bench") as publisher:
-            transport = Transport(name, dtype, publisher, folder)
-            full = Transport("shm" if name == "delta" else name, dtype, publisher, folder)
-            first, _ = update(worker, full, tensors, 0)
-            for version in (1, 2, 3):  # both buffers, and both sets of packed weights
-                update(worker, full, tensors, version)
-            rows.append(measure(worker, transport, tensors, args.rounds) | {"first_publish_s": first})
-        worker.close()
-        rows[-1] |= {"model": model, "params": num_parameters(config), "dtype": dtype or "float32", "transport": name}
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
-
-
-def measure(worker: Worker, transport: Transport, tensors: Tensors, rounds: int) -> dict[str, Any]:
-    nbytes = transport.nbytes(tensors)
-    source_bytes, target_bytes = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
-    published, synced, copied, pauses, rates = [], [], [], [], []
-    version = 3
-    for _ in range(rounds):
-        version += 1
-        copied.append(timed(lambda: np.copyto(target_bytes, source_bytes))[0])
-        seconds = update(worker, transport, tensors, version)
-        published.append(seconds[0])
-        synced.append(seconds[1])
-        version += 1
-        source = transport.publish(tensors, version)
-        pause, rate = beside_steps(worker, source, version, warm=8)
-        pauses.append(pause)
-        rates.append(rate)
-    publish_s, sync_s, memcpy_s = (statistics.median(values) for values in (published, synced, copied))
+def summary(record: Record) -> dict[str, float]:
+    steps, commit, (begin, end) = record.steps, record.commit, record.staging
+    quiet = [step for step in steps if step[1] <= begin][WARM_STEPS // 2 :]
+    gap = statistics.median(after[0] - before[1] for before, after in pairwise(quiet))
+    per_step = (quiet[-1][1] - quiet[0][0]) / len(quiet)
+    staging = [step for step in steps if begin <= step[0] and step[1] <= end]
+    span = staging[-1][1] - staging[0][0] if staging else 0.0
+    again = [end - start for start, end, tokens in steps[commit:] if tokens > SEQUENCES]
     return {
-        "publish_s": publish_s,
-        "sync_s": sync_s,
-        "memcpy_s": memcpy_s,
-        "publish_ratio": publish_s / memcpy_s,
-        "sync_ratio": sync_s / memcpy_s,
-        "pause_p50_ms": float(np.percentile(pauses, 50)),
-        "pause_p99_ms": float(np.percentile(pauses, 99)),
-        "serial_pause_ms": 1e3 * (sync_s - publish_s),
-        "staging_throughput": statistics.median(rates),
-        "bytes_moved": nbytes,
+        "pause_ms": 1e3 * max(0.0, steps[commit][0] - steps[commit - 1][1] - gap),
+        "throughput": len(staging) * per_step / span if span else 1.0,
+        "recompute_ms": 1e3 * sum(again),
     }
+
+
+@contextmanager
+def bench_of(model: str, worker: str, args: argparse.Namespace) -> Iterator[Bench]:
+    config = ModelConfig.from_json(MODELS[model])
+    tensors, record = made_up_weights(config), Record()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        options = EngineConfig(
+            model=folder,
+            num_blocks=SEQUENCES * 64,
+            max_model_len=1024,
+            num_threads=args.threads,
+            worker=worker,  # type: ignore[arg-type]
+        )
+        buffers = 1 if model == "1.7b" else 2
+        with (
+            WeightPublisher("bench", buffers=buffers, narrow=narrow_bfloat16) as publisher,
+            RolloutEngine(options, make_worker=lambda given: recording(make_worker(given), record, tensors)) as engine,
+        ):
+            yield Bench(tensors, publisher, engine, record)
+
+
+def rows_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    facts = {"model": model, "params": num_parameters(ModelConfig.from_json(MODELS[model]))}
+    rounds = max(2, args.rounds // 2) if model == "1.7b" else args.rounds
+    ways = [("process", "shm", None), ("process", "disk", None), ("process", "delta", None)]
+    ways += [("process", "shm", "bfloat16"), ("process", "delta", "bfloat16"), ("inprocess", "inproc", None)]
+    if model == "1.7b":
+        ways = [way for way in ways if way[2]]
+    rows = []
+    for worker in dict.fromkeys(way[0] for way in ways):
+        with bench_of(model, worker, args) as bench:
+            for _, transport, dtype in (way for way in ways if way[0] == worker):
+                rows.append(facts | bench.row(transport, dtype, rounds))
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="accepted by every benchmark; the last line is JSON anyway")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["135m", "0.6b"])
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--sizes", default="135m,0.6b,1.7b", help=f"some of {','.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=None, help="of the engine's kernels; the trainer's part has one")
     args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for model in args.models:
-            for dtype in args.dtypes:
-                rows += rows_of(model, None if dtype == "float32" else dtype, args, Path(folder))
+    sizes = args.sizes.split(",")
+    if unknown := set(sizes) - MODELS.keys():
+        parser.error(f"--sizes: {sorted(unknown)} are not among {list(MODELS)}")
+    rows = [row for size in sizes for row in rows_of(size, args)]
     print(json.dumps({"rows": rows, **machine_facts()}))
 
 

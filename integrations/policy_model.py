@@ -6,9 +6,9 @@ It runs `zerokl.rollout.models.decoder.forward`, the engine's own program, over 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,8 +38,11 @@ from zerokl.kernels.autograd.arrays import array_of  # noqa: E402
 from zerokl.kernels.autograd.lm_head import DEFAULT_CHUNK_ROWS  # noqa: E402
 from zerokl.kernels.autograd.ops import AutogradOps  # noqa: E402
 from zerokl.kernels.autograd.packed_step import packed_step, scratch_pool  # noqa: E402
+from zerokl.kernels.autograd.rounding import round_to_bfloat16  # noqa: E402
+from zerokl.kernels.ops import DecoderParams  # noqa: E402
 
 Tensor = Any  # paddle.Tensor
+WeightDtype = Literal["float32", "bfloat16"]
 
 
 class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no complete stubs
@@ -58,31 +61,41 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         *,
         seed: int = 0,
         chunk_rows: int = DEFAULT_CHUNK_ROWS,
+        weight_dtype: WeightDtype = "float32",
     ) -> None:
         """`tensors` (Hugging Face names, copied) or, without them, random weights that `seed` alone decides.
 
-        `chunk_rows`: rows of logits that exist at a time in `logprobs`. Raises ValueError naming missing, extra or
+        `chunk_rows`: rows of logits that exist at a time in `logprobs`. With `weight_dtype="bfloat16"` the parameters
+        stay float32, and each forward runs on the bfloat16 values nearest to them (ties to even), as an engine does
+        that got them by `WeightPublisher.publish(..., dtype="bfloat16", inexact=False)`; gradients reach the
+        parameters as they are at the rounded values. Raises ValueError for another one, and naming missing, extra or
         misshapen tensors.
         """
         super().__init__()
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        if weight_dtype not in get_args(WeightDtype):
+            raise ValueError(f"weight_dtype must be one of {get_args(WeightDtype)}, got {weight_dtype!r}")
+        self.weight_dtype = weight_dtype
         self.config = config
         self.chunk_rows = chunk_rows
         if tensors is None:
             tensors = initial_tensors(config, seed)
         check_tensors(tensors, config)
-        parameters = {name: self._adopt(name, tensors[name]) for name in expected_tensors(config)}
+        for name in expected_tensors(config):
+            self._adopt(name, tensors[name])
         self._ops = AutogradOps()
         self._spec = DecoderSpec.from_config(config)
-        rope = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
-        self._params = build_params(self._ops, config, parameters, rope)
+        self._rope = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
+        self._params = self._build(lambda parameter: parameter)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, chunk_rows: int = DEFAULT_CHUNK_ROWS) -> PolicyModel:
+    def from_pretrained(
+        cls, folder: str | Path, *, chunk_rows: int = DEFAULT_CHUNK_ROWS, weight_dtype: WeightDtype = "float32"
+    ) -> PolicyModel:
         """Load a Hugging Face folder (config.json, safetensors), strictly; ValueError names what is wrong with it."""
         config = ModelConfig.from_json(folder)
-        return cls(config, open_tensors(folder, config), chunk_rows=chunk_rows)
+        return cls(config, open_tensors(folder, config), chunk_rows=chunk_rows, weight_dtype=weight_dtype)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors (float32), as `from_pretrained` and the engine read them."""
@@ -122,7 +135,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = np.arange(len(ids), dtype=np.int32) if rows is None else checked_rows(rows, len(ids))
-        return self._hidden(ids, starts, wanted, routing, routing_weights)
+        return self._hidden(self._current(), ids, starts, wanted, routing, routing_weights)
 
     forward = hidden_states
 
@@ -146,16 +159,26 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = default_rows(starts) if rows is None else checked_rows(rows, len(ids), starts)
-        hidden = self._hidden(ids, starts, wanted, routing, routing_weights)
-        return self.head_logprobs(hidden, ids[wanted + 1], temperature)
+        params = self._current()
+        hidden = self._hidden(params, ids, starts, wanted, routing, routing_weights)
+        return self._ops.logprobs(hidden, params.lm_head, ids[wanted + 1], temperature, self.chunk_rows)
 
     def head_logprobs(self, hidden: Tensor, targets: ArrayLike, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The LM head on `hidden_states` [R, E]: logprobs [R] of `targets` [R] and entropies [R], differentiable."""
         ids = checked_targets(targets, hidden.shape[0], self.config.vocab_size)
-        return self._ops.logprobs(hidden, self._params.lm_head, ids, temperature, self.chunk_rows)
+        return self._ops.logprobs(hidden, self._current().lm_head, ids, temperature, self.chunk_rows)
+
+    def _build(self, form: Callable[[Tensor], Tensor]) -> DecoderParams[Tensor]:
+        operands = {name: form(parameter) for name, parameter in self.named_parameters()}
+        return build_params(self._ops, self.config, operands, self._rope)
+
+    def _current(self) -> DecoderParams[Tensor]:
+        """What a forward runs on now."""
+        return self._params if self.weight_dtype == "float32" else self._build(round_to_bfloat16)
 
     def _hidden(
         self,
+        params: DecoderParams[Tensor],
         ids: NDArray[np.int32],
         starts: NDArray[np.int32],
         rows: NDArray[np.int32],
@@ -165,7 +188,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         experts = None if routing is None else checked_routing(routing, len(ids), self.config)
         weights = None if routing_weights is None else checked_routing_weights(routing_weights, experts)
         step = packed_step(ids, starts, rows, experts, weights)
-        return forward(self._ops, self._params, self._spec, step, scratch_pool(step, self._spec.attention))
+        return forward(self._ops, params, self._spec, step, scratch_pool(step, self._spec.attention))
 
     def _adopt(self, name: str, values: NDArray[Any]) -> Tensor:
         """Make a parameter and register it in a tree of plain layers, so that Paddle's name for it is `name`."""

@@ -36,9 +36,12 @@ class PublishEvery:
         publisher: WeightPublisher,
         *,
         every: int = 1,
+        publish_options: Mapping[str, Any] | None = None,
         **update_options: Any,
     ) -> None:
-        """`update_options` are those of `RolloutEngine.update_weights`. Raises ValueError unless every >= 1."""
+        """`publish_options` are `WeightPublisher.publish`'s (dtype, inexact), `update_options` those of
+        `RolloutEngine.update_weights`. Raises ValueError unless every >= 1.
+        """
         if type(every) is not int or every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every!r}")
         self.num_steps = 0
@@ -48,6 +51,7 @@ class PublishEvery:
         self._engine = engine
         self._publisher = publisher
         self._every = every
+        self._publish_options = dict(publish_options or {})
         self._options = update_options
         self._step = optimizer.step
         optimizer.step = self._step_and_publish  # type: ignore[method-assign]
@@ -55,7 +59,8 @@ class PublishEvery:
     def publish(self) -> int:
         """Publish now and update the engine; returns the version."""
         version = self._engine.get_weight_version() + 1
-        return self._engine.update_weights(self._publisher.publish(self._named_arrays(), version), **self._options)
+        published = self._publisher.publish(self._named_arrays(), version, **self._publish_options)
+        return self._engine.update_weights(published, **self._options)
 
     def close(self) -> None:
         """Give the optimizer back the `step` that it had; idempotent."""

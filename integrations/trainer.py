@@ -135,7 +135,7 @@ class PolicyTrainer(ABC):
             cached_tokens=sum(rollout.num_cached_tokens for rollout in rollouts),
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
-            mismatch=mismatch_kl(first_epoch.logprobs, rolled),
+            mismatch=mismatch_kl(first_epoch.logprobs, rolled, inexact=any(rollout.inexact for rollout in rollouts)),
             reference=reference_kl(np.concatenate(reference), rolled),
             entropy=first_epoch.entropy,
             loss=first_epoch.loss,
@@ -143,10 +143,13 @@ class PolicyTrainer(ABC):
         )
 
     def sync_weights(self) -> tuple[int, float]:
-        """Publish the policy and commit it in the engine; (version, seconds)."""
+        """Publish the policy, rounded as in its own forward, and commit it in the engine; (version, seconds)."""
         start = perf_counter()
         version = self.engine.get_weight_version() + 1
-        self.engine.update_weights(self.publisher.publish(self.policy.named_arrays(), version))
+        dtype = None if self.policy.weight_dtype == "float32" else self.policy.weight_dtype
+        self.engine.update_weights(
+            self.publisher.publish(self.policy.named_arrays(), version, dtype=dtype, inexact=False)
+        )
         seconds = perf_counter() - start
         if self.step_number == 0:
             self.engine.pin_weights("reference")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.communicator import Communicator
 from zerokl.kernels.ops import AttentionSpec, KVPool, Ops
+from zerokl.kernels.row_stream import NamedRows, WholeTensors
 
 Array = TypeVar("Array")
 
@@ -84,13 +85,26 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
     ops.experts = SpreadExperts(group)
 
 
-def weight_packer(ops: EngineOps[Any], *, beside_steps: bool) -> WeightPacker[Any]:
-    """What packs a new set of weights for `ops`; with `beside_steps`, while another thread may run steps."""
+def weight_packer(
+    ops: EngineOps[Any], tensors: Mapping[str, Any], stepping: Callable[[], bool]
+) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
+    """What packs a new set of weights for `ops`, and `tensors` (arrays or RowStreams by name) in the form it takes.
+
+    `stepping` says whether another thread runs a step now. A value that is not finite raises NonFiniteWeightsError
+    when its tensor is read.
+    """
     from zerokl.kernels.cpu.ops import CpuOps
 
     if type(ops) is CpuOps:  # a class made of it may pack otherwise
-        return ops.packer.next_set(beside_steps=beside_steps)
-    return ops
+        return ops.packer.next_set(stepping=stepping), NamedRows(tensors)
+    return ops, WholeTensors(tensors)
+
+
+def narrow_bfloat16(values: NDArray[np.float32], patterns: NDArray[np.uint16]) -> None:
+    """Write float32 [n] as patterns [n] of the nearest bfloat16 values, ties to even. Takes C-contiguous arrays."""
+    from zerokl.kernels.cpu import _cpu
+
+    _cpu.narrow_bfloat16(values, patterns)
 
 
 def release_spare_weights(ops: EngineOps[Any]) -> int:

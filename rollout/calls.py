@@ -6,7 +6,7 @@ Everything about a call is checked before its first request is made: it runs as 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class CallMaker:
         groups = scores.groups(prefix)
         return scores, Call(groups) if groups else None
 
-    def rollouts(self, call: Call) -> list[Rollout]:
+    def rollouts(self, call: Call, inexact_versions: Set[int]) -> list[Rollout]:
         """The records of a finished generate call, with their texts."""
 
         def text(request: Request) -> str | None:
@@ -82,7 +82,7 @@ class CallMaker:
             stopped = call.texts.get(request.request_id)
             return whole_text(self._tokenizer, request) if stopped is None else stopped
 
-        return [Rollout.from_request(request, text(request)) for request in call.requests]
+        return [Rollout.from_request(request, text(request), inexact_versions) for request in call.requests]
 
     def _check(self, prompts: Any, sampling_params: Any) -> list[CheckedPrompt]:
         listed = prompt_list(prompts, "prompts")

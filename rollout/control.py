@@ -117,6 +117,8 @@ class WeightSets:
         self.versions: dict[str, int] = {}
         self.inexact: frozenset[str] = frozenset()
         """Sets whose publication says that a trainer's forward does not give the same bits."""
+        self.inexact_versions: frozenset[int] = frozenset()
+        """Versions of the policy that were such sets."""
         self.stage_seconds = 0.0
         self.commit_seconds = 0.0
         self.num_updates = 0
@@ -162,7 +164,10 @@ class WeightSets:
         self._epoch += 1
         self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version, keep_running=keep_running)
         self.versions = {**self.versions, POLICY: version}
-        self.inexact = self.inexact | {POLICY} if self._staged_inexact else self.inexact - {POLICY}
+        if self._staged_inexact:
+            self.inexact, self.inexact_versions = self.inexact | {POLICY}, self.inexact_versions | {version}
+        else:
+            self.inexact, self.inexact_versions = self.inexact - {POLICY}, self.inexact_versions - {version}
         self.commit_seconds += time.perf_counter() - start
         self.num_updates += 1
         return version

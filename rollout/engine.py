@@ -137,7 +137,7 @@ class RolloutEngine(WeightMethods):
         call = self._calls.generate_call(prompts, sampling_params, request_ids)
         self._loop.submit(call)
         self._wait(call)
-        return self._calls.rollouts(call)
+        return self._calls.rollouts(call, self._weights.inexact_versions)
 
     async def agenerate(
         self,
@@ -150,7 +150,7 @@ class RolloutEngine(WeightMethods):
         call = self._calls.generate_call(prompts, sampling_params, request_ids)
         self._loop.submit(call)
         await self._await(call)
-        return self._calls.rollouts(call)
+        return self._calls.rollouts(call, self._weights.inexact_versions)
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(

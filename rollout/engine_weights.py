@@ -51,6 +51,7 @@ class WeightMethods:
         max_staleness: int | None = None,
         on_stale: OnStale = "requeue",
         allow_rewind: bool = False,
+        bucket_bytes: int | None = None,
     ) -> int:
         """Replace the policy's weights; returns their version.
 
@@ -69,11 +70,21 @@ class WeightMethods:
 
         Where it does not wait, a score call in flight begins anew: its result is of one version.
 
-        Raises ValueError for wrong options, tensors or version, HookError; the old version then goes on serving, as it
-        does when the wait is interrupted by Ctrl-C.
+        `bucket_bytes`: of a published file, bytes that are in memory at a time (64 MiB by default); other sources are
+        read where they are.
+
+        Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
+        version then goes on serving, as it does when the wait is interrupted by Ctrl-C.
         """
         return self._make_update(
-            source, version, mode=mode, kv=kv, max_staleness=max_staleness, on_stale=on_stale, allow_rewind=allow_rewind
+            source,
+            version,
+            mode=mode,
+            kv=kv,
+            max_staleness=max_staleness,
+            on_stale=on_stale,
+            allow_rewind=allow_rewind,
+            bucket_bytes=bucket_bytes,
         ).run()
 
     async def aupdate_weights(self, source: Source, version: int | None = None, **options: Any) -> int:
@@ -97,7 +108,8 @@ class WeightMethods:
 
         `source` may be a function that gives the weights at the end of the body. A body that raises updates nothing.
         """
-        InFlightOptions(**{key: value for key, value in options.items() if key not in ("version", "allow_rewind")})
+        others = ("version", "allow_rewind", "bucket_bytes")
+        InFlightOptions(**{key: value for key, value in options.items() if key not in others})
         swap = HotSwap()
         yield swap
         swap.version = self.update_weights(source() if callable(source) else source, **options)
@@ -183,10 +195,16 @@ class WeightMethods:
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _make_update(
-        self, source: Source, version: int | None = None, *, allow_rewind: bool = False, **options: Any
+        self,
+        source: Source,
+        version: int | None = None,
+        *,
+        allow_rewind: bool = False,
+        bucket_bytes: int | None = None,
+        **options: Any,
     ) -> WeightUpdate:
         in_flight = InFlightOptions(**options)
-        weights, version = weight_source(source, version)
+        weights, version = weight_source(source, version, bucket_bytes)
         return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
 
     def _check_policy(self, name: str) -> None:

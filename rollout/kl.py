@@ -13,7 +13,7 @@ negative.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -40,6 +40,8 @@ class KLReport:
     probs_diff_max: float
     differing_logprobs: int
     """Tokens whose two logprobs are not the same number."""
+    inexact: bool = False
+    """Whether the rollout's weights were rounded otherwise than the trainer's: then a mismatch is no defect."""
 
     def metrics(self, prefix: str = "rollout_corr") -> dict[str, float]:
         """Under names that trainers log: `<prefix>/kl`, `<prefix>/k3_kl`, `training/rollout_probs_diff_mean`, ..."""
@@ -50,6 +52,7 @@ class KLReport:
             f"{prefix}/k3_kl_max": self.k3_kl_max,
             "training/rollout_probs_diff_mean": self.probs_diff_mean,
             "training/rollout_probs_diff_max": self.probs_diff_max,
+            f"{prefix}/inexact": float(self.inexact),
         }
 
     def to_dict(self) -> dict[str, float]:
@@ -87,9 +90,15 @@ def kl_report(log_p: ArrayLike, log_q: ArrayLike, mask: ArrayLike | None = None)
     )
 
 
-def mismatch_kl(trainer_logprobs: ArrayLike, rollout_logprobs: ArrayLike, mask: ArrayLike | None = None) -> KLReport:
-    """Trainer's forward against the rollout that drew the tokens (`policy_logprobs`), same weights: all zeros."""
-    return kl_report(trainer_logprobs, rollout_logprobs, mask)
+def mismatch_kl(
+    trainer_logprobs: ArrayLike, rollout_logprobs: ArrayLike, mask: ArrayLike | None = None, *, inexact: bool = False
+) -> KLReport:
+    """Trainer's forward against the rollout that drew the tokens (`policy_logprobs`), same weights: all zeros.
+
+    But not so where weights were rounded on the way otherwise than the trainer rounds them: `inexact` (a rollout's own
+    `inexact` says it) is noted in the report.
+    """
+    return replace(kl_report(trainer_logprobs, rollout_logprobs, mask), inexact=inexact)
 
 
 def reference_kl(reference_logprobs: ArrayLike, policy_logprobs: ArrayLike, mask: ArrayLike | None = None) -> KLReport:

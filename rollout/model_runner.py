@@ -105,6 +105,7 @@ class ModelRunner:
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
         self._spilled: SpilledSets | None = None
+        self._stepping = False
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
@@ -131,19 +132,25 @@ class ModelRunner:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        self._place.begin_step(order, self._pool)
-        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
-        return self._with_routing(self._sample(hidden, weights, inputs))
+        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
+        try:
+            self._place.begin_step(order, self._pool)
+            hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
+            sampled = self._sample(hidden, weights, inputs)
+        finally:
+            self._stepping = False
+        return self._with_routing(sampled)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
 
         May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
-        ones will do, and a mapping that reads on access, such as `models.loader.open_tensors` gives, keeps the peak of
-        memory low). Everything kept is a copy: the sources may be overwritten afterwards. With `delta` they are those
-        that differ from the live set's, and what was packed of the others is shared with it. All names and shapes are
-        checked, but experts of other ranks are not read. Raises ValueError naming missing, extra or misshapen tensors;
-        nothing is staged then.
+        ones will do) or `kernels.row_stream.RowStream`s; a mapping that reads on access, such as
+        `models.loader.open_tensors` gives, keeps the peak of memory low. Everything kept is a copy: the sources may be
+        overwritten afterwards. With `delta` they are those that differ from the live set's, and what was packed of the
+        others is shared with it. All names and shapes are checked, but experts of other ranks are not read. Raises
+        ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an infinity; nothing is
+        staged then.
         """
         self._staged = None
         live = self._sets.get(LIVE)
@@ -154,11 +161,11 @@ class ModelRunner:
             tensors = Overlay(tensors, self.live_tensors())
         else:
             check_tensors(tensors, self._config)
-        packer = weight_packer(self._ops, beside_steps=live is not None)
+        packer, operands = weight_packer(self._ops, tensors, lambda: self._stepping)
         params = build_params(
             packer,
             self._config,
-            tensors,
+            operands,
             self._rope,
             keep=packer.tensor,
             previous=previous,

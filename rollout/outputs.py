@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,12 @@ class Rollout:
     logprobs_definition: LogprobsDefinition = "processed_logprobs"
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
 
+    inexact: bool = False
+    """Whether a version that sampled its tokens was published rounded, but not as in the trainer's forward.
+
+    That forward then does not give the same bits.
+    """
+
     @property
     def version_spans(self) -> list[tuple[int, int, int]]:
         """(start, end, version) of each run of tokens that one version of the weights sampled, in order."""
@@ -80,7 +87,9 @@ class Rollout:
         return [(start, end, int(versions[start])) for start, end in zip(starts, ends, strict=False)]
 
     @classmethod
-    def from_request(cls, request: Request, text: str | None = None) -> Rollout:
+    def from_request(
+        cls, request: Request, text: str | None = None, inexact_versions: Set[int] = frozenset()
+    ) -> Rollout:
         """The record of a finished generate request; arrays are copies of exact length."""
         assert request.finish_reason is not None, request.request_id
         raw = request.raw_logprobs
@@ -108,4 +117,5 @@ class Rollout:
             prompt_index=request.prompt_index,
             sampling_params=request.sampling_params,
             routing=request.routing,
+            inexact=not inexact_versions.isdisjoint(request.policy_versions.tolist()),
         )

@@ -107,18 +107,19 @@ def _source_fields(source: FolderWeights | SharedWeights) -> tuple[str, str | by
         return "folder", source.path
     published = source.published
     if isinstance(published, PublishedFile):
-        return f"file {published.version}", published.path
+        return f"file {published.version} {source.bucket_bytes}", published.path
     return "shards" if isinstance(published, PublishedShards) else "shared", published.to_bytes()
 
 
 def _stage(body: list[Any]) -> messages.Stage:
     kind = body[0] if body and isinstance(body[0], str) else ""
-    if kind == "folder" or re.fullmatch(r"file \d{1,19}", kind):
+    if kind == "folder" or re.fullmatch(r"file \d{1,19} \d{1,19}", kind):
         check_types("Stage", body, (str, str, int))
         if kind == "folder":
             return messages.Stage(source=FolderWeights(path=body[1]), version=body[2])
-        file = PublishedFile(path=body[1], version=int(kind[5:]))
-        return messages.Stage(source=SharedWeights(published=file), version=body[2])
+        file_version, bucket_bytes = map(int, kind.split()[1:])
+        file = PublishedFile(path=body[1], version=file_version)
+        return messages.Stage(source=SharedWeights(published=file, bucket_bytes=bucket_bytes), version=body[2])
     if kind not in ("shared", "shards"):
         raise WireError(f"Stage: {body!r:.200} has no known source of weights")
     check_types("Stage", body, (str, bytes, int))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,13 +24,16 @@ from numpy.typing import NDArray
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.validation import check_int
+from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
-    from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
-    from zerokl.weight_sync.session import LiveWeights, UpdateSession
+    from zerokl.weight_sync import Manifest, PublishedFile, PublishedShards, PublishedWeights
+    from zerokl.weight_sync.live_weights import LiveWeights
+    from zerokl.weight_sync.session import UpdateSession
+    from zerokl.weight_sync.transport import Lease
 
     Published = PublishedWeights | PublishedFile | PublishedShards
 
@@ -58,23 +62,26 @@ class SharedWeights:
     """Weights that a trainer published: in shared memory, mapped by the worker and not copied, or in a file."""
 
     published: Published
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    """Of a file: bytes that are in memory at a time."""
 
 
 WeightSource = TensorWeights | FolderWeights | SharedWeights
 """Where a set of weights comes from."""
 
 
-def weight_source(source: Any, version: int | None) -> tuple[WeightSource, int | None]:
+def weight_source(source: Any, version: int | None, bucket_bytes: int | None = None) -> tuple[WeightSource, int | None]:
     """What a user gave as weights, and their version: the given one, or else the publication's, or else None.
 
-    Raises ValueError for a source of another kind and for a version that is not an integer from 0.
+    Raises ValueError for a source of another kind, and for a version from 0 or bucket_bytes from 1 that are none.
     """
     from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
 
     if version is not None:
         version = check_int("version", version, 0, INT64_MAX)
     if isinstance(source, (PublishedWeights, PublishedFile, PublishedShards)):
-        return SharedWeights(published=source), source.version if version is None else version
+        size = DEFAULT_BUCKET_BYTES if bucket_bytes is None else check_int("bucket_bytes", bucket_bytes, 1)
+        return SharedWeights(published=source, bucket_bytes=size), source.version if version is None else version
     if isinstance(source, (str, os.PathLike)):
         return FolderWeights(path=os.fspath(source)), version
     if isinstance(source, Mapping):
@@ -167,11 +174,14 @@ class LocalWorker:
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
+        from zerokl.weight_sync.receiver import SegmentMappings
 
         self._model_config = ModelConfig.from_json(config.model)
         self._runner: ModelRunner | None = ModelRunner(config, self._model_config, place)
         self._session: UpdateSession | None = None
         self._checksums: dict[str, int] = {}
+        self._checksum_dtype = "float32"
+        self._segments = SegmentMappings()
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
     def execute(self, order: StepOrder) -> StepResult:
@@ -190,7 +200,7 @@ class LocalWorker:
             # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
             runner.stage(open_tensors(source.path, self._model_config), version)
         else:
-            self._stage_published(runner, source.published, version)
+            self._stage_published(runner, source, version)
 
     def commit_weights(self) -> None:
         """As `Worker.commit_weights`."""
@@ -200,7 +210,7 @@ class LocalWorker:
             self._checksums = {}
         else:
             session.commit(runner.commit)
-            self._checksums = session.checksums
+            self._checksums, self._checksum_dtype = session.checksums, session.dtype
             session.publish()
         self._session = None
 
@@ -220,6 +230,7 @@ class LocalWorker:
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
         """As `Worker.sleep`."""
         self._live_runner().sleep(tags, level, spill_dir)
+        self._segments.release()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """As `Worker.wake_up`."""
@@ -242,43 +253,83 @@ class LocalWorker:
     def close(self) -> None:
         """As `Worker.close`."""
         self._runner = None
+        self._segments.release()
 
-    def _stage_published(self, runner: ModelRunner, published: Published, version: int) -> None:
-        from zerokl.rollout.models.layout import LM_HEAD, expected_tensors
-        from zerokl.weight_sync.session import UpdateSession, receive
+    def _stage_published(self, runner: ModelRunner, source: SharedWeights, version: int) -> None:
         from zerokl.weight_sync.shards import PublishedShards
 
-        expected = expected_tensors(self._model_config)
-        tied = {LM_HEAD: next(iter(expected.values()))} if LM_HEAD not in expected else {}
+        published = source.published
         if isinstance(published, PublishedShards):
             with published.verified() as tensors:
                 runner.stage(tensors, version)
             return
-        with published.open() as lease:
-            delta = lease.manifest.parent is not None
-            live = self._live_weights(runner) if delta else None
-            session = UpdateSession(expected, live, tied, read={*runner.held_tensors(), *tied})
-            try:
-                runner.stage(receive(session, version, lease), version, delta=delta)
-            finally:
-                session.release()
-        self._session = session
+        with self._lease(published) as lease:
+            if lease.manifest.parent is None:
+                self._session = self._stage_arriving(runner, lease, version, source.bucket_bytes)
+            else:
+                self._session = self._stage_delta(runner, lease, version)
+
+    def _lease(self, published: PublishedWeights | PublishedFile) -> AbstractContextManager[Lease]:
+        from zerokl.weight_sync import PublishedWeights
+
+        return self._segments.lease(published) if isinstance(published, PublishedWeights) else published.open()
+
+    def _stage_arriving(self, runner: ModelRunner, lease: Lease, version: int, bucket_bytes: int) -> UpdateSession:
+        """Pack a complete set while it is read and checked."""
+        from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
+        from zerokl.weight_sync.session import UpdateSession
+
+        expected = expected_tensors(self._model_config)
+        read = {*runner.held_tensors(), LM_HEAD}
+        session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]}, read=read)
+        session.begin(version, lease.manifest)
+        _check_tied(lease.manifest, expected)
+        try:
+            runner.stage(session.arriving(lease.buckets(bucket_bytes)), version)
+            session.verify_read()
+        except BaseException:
+            runner.discard_staged()
+            raise
+        finally:
+            session.release()
+        return session
+
+    def _stage_delta(self, runner: ModelRunner, lease: Lease, version: int) -> UpdateSession:
+        from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
+        from zerokl.weight_sync.session import UpdateSession, receive
+
+        expected = expected_tensors(self._model_config)
+        session = UpdateSession(expected, self._live_weights(runner), {LM_HEAD: expected[EMBED]})
+        try:
+            runner.stage(receive(session, version, lease), version, delta=True)
+        finally:
+            session.release()
+        return session
 
     def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
         from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
         from zerokl.rollout.model_runner import LIVE
-        from zerokl.weight_sync.session import LiveWeights
+        from zerokl.weight_sync.live_weights import LiveWeights
 
         live = runner.weight_sets.get(LIVE)
         if live is None:
             return None
         tensors = OwnTensors(runner.live_tensors(), self._model_config)
-        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums)
+        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums, dtype=self._checksum_dtype)
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:
             raise WorkerError("the worker is closed")
         return self._runner
+
+
+def _check_tied(manifest: Manifest, expected: Mapping[str, Any]) -> None:
+    """Raise ValueError where a tied head is there and is not the embedding."""
+    from zerokl.rollout.models.layout import EMBED, LM_HEAD
+
+    content = {spec.name: (spec.dtype, spec.checksum) for spec in manifest.tensors if spec.name in (EMBED, LM_HEAD)}
+    if LM_HEAD not in expected and LM_HEAD in content and content[LM_HEAD] != content[EMBED]:
+        raise ValueError(f"tie_word_embeddings is true, but {LM_HEAD} differs from {EMBED}")
 
 
 def as_array(name: str, tensor: Any) -> NDArray[Any]:

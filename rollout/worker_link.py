@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -44,6 +44,7 @@ class _Processes:
         """Start the processes and wait until they are ready. Raises what LocalWorker(config) raises."""
         reap_dead_segments()
         self._size = size
+        self._publisher: WeightPublisher | None = None
         self._away: frozenset[str] = frozenset()
         """Parts that are put away."""
         with ExitStack() as undo:
@@ -60,17 +61,41 @@ class _Processes:
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """See Worker. On all ranks or, where one refuses, on none; raises what the first that refused raised.
 
-        Arrays of this process (TensorWeights) are published for the time of the call, which copies them once into fresh
-        shared memory; a trainer that publishes by itself re-uses its segments and is faster.
+        Arrays of this process (TensorWeights) are copied once into shared memory, which all ranks read and which is
+        kept for the next call, until `sleep` of "weights" or `close`.
         """
-        with _reachable(source, version) as reachable:
-            try:
-                self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
-            except WorkerError:
-                raise
-            except BaseException:  # Ctrl-C too: once this has returned, no rank is still at it
-                self._done(messages.Discard(), channels=self._link.staging)
-                raise
+        reachable = self._reachable(source, version)
+        try:
+            self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
+        except WorkerError:
+            self._free_publisher()  # a rank is gone: what was published may still be read
+            raise
+        except Exception:
+            self._done(messages.Discard(), channels=self._link.staging)
+            raise
+        except BaseException:  # Ctrl-C: who has staged discards now, the others once they are done with it
+            self._link.staging.send([messages.Discard()] * self._size)
+            self._done(messages.Discard())
+            raise
+
+    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights:
+        """The source as other processes can read it. Working directories may have parted."""
+        if isinstance(source, TensorWeights):
+            if self._publisher is None:
+                self._publisher = WeightPublisher("staging", buffers=1)
+            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
+            return SharedWeights(published=self._publisher.publish(arrays, version))
+        if isinstance(source, FolderWeights):
+            return FolderWeights(path=str(Path(source.path).absolute()))
+        if isinstance(source.published, PublishedFile):
+            path = str(Path(source.published.path).absolute())
+            return dataclasses.replace(source, published=dataclasses.replace(source.published, path=path))
+        return source
+
+    def _free_publisher(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+            self._publisher = None
 
     def commit_weights(self) -> None:
         """See Worker."""
@@ -103,6 +128,8 @@ class _Processes:
                     self.wake_up([tag])
                 raise
             self._away |= {tag}
+        if "weights" in tags:
+            self._free_publisher()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """See Worker. Where a rank fails to, it may be called again: what is there stays."""
@@ -120,6 +147,7 @@ class _Processes:
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
+        self._free_publisher()
 
     def _done(
         self, *orders: Message, channels: Channels | None = None, enough: Callable[[Message], bool] | None = None
@@ -191,22 +219,6 @@ def _refuse(replies: Mapping[int, Message]) -> NoReturn:
     if isinstance(reply, Failed):
         raise exception_of(reply) from RemoteTraceback(f"\nrank {rank}: {reply.traceback}")
     raise WorkerError(f"unexpected reply {type(reply).__name__} from the worker of rank {rank}")
-
-
-@contextmanager
-def _reachable(source: WeightSource, version: int) -> Iterator[FolderWeights | SharedWeights]:
-    """The source as other processes can read it while the context lasts. Working directories may have parted."""
-    if isinstance(source, TensorWeights):
-        with WeightPublisher("staging", buffers=1) as publisher:
-            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
-            yield SharedWeights(published=publisher.publish(arrays, version))
-    elif isinstance(source, FolderWeights):
-        yield FolderWeights(path=str(Path(source.path).absolute()))
-    elif isinstance(source.published, PublishedFile):
-        path = str(Path(source.published.path).absolute())
-        yield SharedWeights(published=dataclasses.replace(source.published, path=path))
-    else:
-        yield source
 
 
 __all__ = ["RankProcesses", "RemoteTraceback", "RemoteWorker", "WorkerDiedError"]

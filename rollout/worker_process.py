@@ -30,6 +30,9 @@ from zerokl.rollout.worker_channels import STAGING, STEPS, address
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter while another waits: a step must not wait long for one that stages."""
 
+_STAGING_NICE = 10
+"""Where processors are short, staging gets about a tenth of one that a step wants."""
+
 
 def main() -> None:
     """Entry point; arguments: the folder of the sockets, the rank, the parent's pid."""
@@ -93,6 +96,8 @@ class Rank:
 
 def serve_staging(socket: zmq.Socket[bytes], rank: Rank) -> None:
     """Answer the messages of the staging channel, in a thread of its own, for as long as the process lives."""
+    # Linux gives each thread a nice value of its own. A step that waits for the interpreter leaves its processor to us.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICE)
     while True:
         sequence, message = decode(socket.recv_multipart())
         socket.send_multipart(encode(sequence, reply_to(rank, message)))

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     )
     from zerokl.weight_sync.inproc import PublishedArrays
     from zerokl.weight_sync.layouts import TrainerLayout, from_hugging_face, paddleformers_layout, to_hugging_face
+    from zerokl.weight_sync.live_weights import LiveWeights
     from zerokl.weight_sync.manifest import Manifest, ManifestDiff, PublishedWeights, TensorSpec
     from zerokl.weight_sync.publisher import WeightPublisher
     from zerokl.weight_sync.receiver import open_published
     from zerokl.weight_sync.segments import reap_dead_segments
-    from zerokl.weight_sync.session import LiveWeights, UpdateSession
+    from zerokl.weight_sync.session import UpdateSession
     from zerokl.weight_sync.shards import PublishedShards
 
 __all__ = [
@@ -68,7 +69,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "LiveWeights": "session",
+    "LiveWeights": "live_weights",
     "PublishedArrays": "inproc",
     "PublishedFile": "disk",
     "PublishedShards": "shards",

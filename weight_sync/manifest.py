@@ -21,7 +21,7 @@ from zerokl.weight_sync.errors import ManifestError
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
 ALIGNMENT = 64
@@ -35,6 +35,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 """Element types that may be published, in the machine's byte order (publisher and receiver share the machine).
 
 bfloat16 is stored as its bit pattern."""
+
+Spans = tuple[tuple[int, int], ...]
 
 _MAX_INT = 2**63 - 1
 _MAX_NAME = 1024
@@ -59,8 +61,8 @@ class TensorSpec:
     """Bytes from the start of the segment, a multiple of 64."""
     checksum: int = 0
     """xxh3_64 of the bytes, with seed 0."""
-    span: tuple[int, int] | None = None
-    """Elements [start, stop) in C order that are there, in a delta; None: all."""
+    spans: Spans | None = None
+    """Ranges [start, stop) of elements in C order that are there, in a delta, ascending and apart; None: all."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -72,16 +74,13 @@ class TensorSpec:
             raise ManifestError(f"tensor {self.name!r}: offset {self.offset!r} is not a multiple of {ALIGNMENT} from 0")
         if not _is_int(self.checksum, 2**64 - 1):
             raise ManifestError(f"tensor {self.name!r}: checksum {self.checksum!r} is not an unsigned 64-bit integer")
-        if self.span is not None:
-            size = math.prod(self.shape)
-            ends = self.span if isinstance(self.span, tuple) and len(self.span) == 2 else (-1, -1)
-            if not all(_is_int(end, size) for end in ends) or ends[0] >= ends[1]:
-                raise ManifestError(f"tensor {self.name!r}: span {self.span!r} is not a range of its {size} elements")
+        if self.spans is not None:
+            _check_spans(self.name, self.spans, math.prod(self.shape))
 
     @property
     def num_elements(self) -> int:
         """Elements that are there."""
-        return math.prod(self.shape) if self.span is None else self.span[1] - self.span[0]
+        return math.prod(self.shape) if self.spans is None else sum(stop - start for start, stop in self.spans)
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +128,8 @@ class Manifest:
     """Version that this delta applies to; None: the set is complete."""
     result: int | None = None
     """Of a delta: `result_checksum` of the complete set that it must give."""
+    result_dtype: str = "float32"
+    """Element type in which the tensors of the result are hashed: float32 or bfloat16, that of the publications."""
     inexact: bool = False
     """Whether values were rounded on the way, so that the trainer's differ."""
 
@@ -141,6 +142,8 @@ class Manifest:
             raise ManifestError(f"parent {self.parent!r} and result {self.result!r} belong together")
         if self.parent is not None and not (_is_int(self.parent, _MAX_INT) and _is_int(self.result, 2**64 - 1)):
             raise ManifestError(f"parent {self.parent!r}, result {self.result!r} are not a version and a checksum")
+        if self.result_dtype not in ("float32", "bfloat16"):
+            raise ManifestError(f"result_dtype {self.result_dtype!r} is not float32 or bfloat16")
         if type(self.inexact) is not bool:
             raise ManifestError(f"inexact {self.inexact!r} is not a bool")
         names: set[str] = set()
@@ -150,8 +153,8 @@ class Manifest:
                 raise ManifestError(f"tensor {spec.name!r} is listed twice")
             if spec.offset < end:
                 raise ManifestError(f"tensor {spec.name!r}: offset {spec.offset}, but the one before ends at {end}")
-            if spec.span is not None and self.parent is None:
-                raise ManifestError(f"tensor {spec.name!r}: has a span, but the set is no delta")
+            if spec.spans is not None and self.parent is None:
+                raise ManifestError(f"tensor {spec.name!r}: has spans, but the set is no delta")
             names.add(spec.name)
             end = spec.offset + spec.nbytes
             if end > self.total_bytes:
@@ -178,15 +181,15 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Encode as msgpack [format version, the fields, rows of the fields of each tensor]."""
-        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.span) for spec in self.tensors]
-        fields = (self.version, self.total_bytes, self.parent, self.result, self.inexact)
+        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.spans) for spec in self.tensors]
+        fields = (self.version, self.total_bytes, self.parent, self.result, self.result_dtype, self.inexact)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, rows))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes) -> Manifest:
         """Inverse of `to_bytes`. Raises ManifestError for anything else than its output, whatever the bytes."""
-        version, total_bytes, parent, result, inexact, rows = _unpack(encoded, "manifest", 6)
+        version, total_bytes, parent, result, result_dtype, inexact, rows = _unpack(encoded, "manifest", 7)
         if not isinstance(rows, list):
             raise ManifestError("manifest: the tensor table is not a list")
         return Manifest(
@@ -194,6 +197,7 @@ class Manifest:
             total_bytes=total_bytes,
             parent=parent,
             result=result,
+            result_dtype=result_dtype,
             inexact=inexact,
             tensors=tuple(_spec_from_row(row) for row in rows),
         )
@@ -233,7 +237,7 @@ class PublishedWeights:
 
 
 def result_checksum(checksums: Mapping[str, int]) -> int:
-    """One checksum of a complete set, from those of its tensors' float32 bytes by name, in whatever order."""
+    """One checksum of a complete set, from those of its tensors' bytes by name, in whatever order."""
     whole = xxhash.xxh3_64()
     for name in sorted(checksums):
         whole.update(msgpack.packb((name, checksums[name])))
@@ -241,7 +245,7 @@ def result_checksum(checksums: Mapping[str, int]) -> int:
 
 
 def plan_layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, spans: Mapping[str, tuple[int, int]] | None = None
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, spans: Mapping[str, Spans] | None = None
 ) -> tuple[tuple[TensorSpec, ...], int]:
     """Place (name, dtype, shape) one after the other, each on a 64-byte boundary; checksums are left 0.
 
@@ -250,8 +254,8 @@ def plan_layout(
     specs = []
     offset = 0
     for name, dtype, shape in tensors:
-        span = None if spans is None else spans.get(name)
-        spec = TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, span=span)
+        some = None if spans is None else spans.get(name)
+        spec = TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, spans=some)
         specs.append(spec)
         offset += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     return tuple(specs), offset
@@ -274,9 +278,24 @@ def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
 
 def _spec_from_row(row: Any) -> TensorSpec:
     if not isinstance(row, list) or len(row) != 6 or not isinstance(row[1], str) or not isinstance(row[2], list):
-        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, span")
-    span = tuple(row[5]) if isinstance(row[5], list) else row[5]
-    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], span=span)
+        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, spans")
+    spans = row[5]
+    if isinstance(spans, list):
+        spans = tuple(tuple(span) if isinstance(span, list) else span for span in spans)
+    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], spans=spans)
+
+
+def _check_spans(name: str, spans: object, size: int) -> None:
+    if not isinstance(spans, tuple) or not spans:
+        raise ManifestError(f"tensor {name!r}: spans {spans!r:.200} are not a tuple of ranges")
+    end = 0
+    for span in spans:
+        ends = span if isinstance(span, tuple) and len(span) == 2 else (-1, -1)
+        if not all(_is_int(value, size) for value in ends) or ends[0] >= ends[1]:
+            raise ManifestError(f"tensor {name!r}: span {span!r:.200} is not a range of its {size} elements")
+        if ends[0] < end:
+            raise ManifestError(f"tensor {name!r}: span {span!r} begins before the end of the one before, {end}")
+        end = ends[1]
 
 
 def _check_name(name: object) -> None:

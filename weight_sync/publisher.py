@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -14,7 +14,10 @@ from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
-from zerokl.weight_sync.shared_memory import write_tensors
+from zerokl.weight_sync.shared_memory import Narrow, write_tensors
+from zerokl.weight_sync.views import narrow
+
+Span = tuple[int, int]
 
 
 class WeightPublisher:
@@ -31,8 +34,12 @@ class WeightPublisher:
     behind is removed by the next publisher, or by the reader that still had it open.
     """
 
-    def __init__(self, name: str = "policy", *, buffers: int = 2) -> None:
-        """`name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _."""
+    def __init__(self, name: str = "policy", *, buffers: int = 2, narrow: Narrow = narrow) -> None:
+        """`name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _.
+
+        `narrow(values, patterns)` rounds float32 [n] to bfloat16 patterns [n]; NumPy does by default, and
+        `zerokl.kernels.dispatch.narrow_bfloat16` is many times faster.
+        """
         if type(buffers) is not int or buffers < 1:
             raise ValueError(f"buffers {buffers!r} is not an integer from 1")
         reap_dead_segments()
@@ -40,7 +47,10 @@ class WeightPublisher:
         self._segments: list[OwnedSegment | None] = [None] * buffers
         self._next = 0
         self._closed = False
+        self._narrow = narrow
         self._checksums: dict[str, int] = {}
+        self._dtype = "float32"
+        self._inexact = False
         self._version: int | None = None
 
     def publish(
@@ -69,9 +79,9 @@ class WeightPublisher:
             version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact
         )  # refuses before a write
         published = self._write(planned, [array for _, array in named])
-        complete = all(spec.dtype == "float32" for spec in specs)
+        self._dtype, self._inexact, self._version = dtype or "float32", planned.inexact, version
+        complete = all(spec.dtype == self._dtype for spec in specs)
         self._checksums = {spec.name: spec.checksum for spec in published.manifest.tensors} if complete else {}
-        self._version = version
         return published
 
     def publish_delta(
@@ -79,48 +89,58 @@ class WeightPublisher:
         changed: Mapping[str, NDArray[np.float32]] | Iterable[tuple[str, NDArray[np.float32]]],
         version: int,
         *,
-        spans: Mapping[str, tuple[int, int]] | None = None,
+        spans: Mapping[str, Span | Sequence[Span]] | None = None,
     ) -> PublishedWeights:
         """Publish only the tensors that differ from this publisher's latest publication, the delta's parent.
 
-        `changed` holds whole float32 tensors; of those in `spans` only the elements [start, stop), in C order, are
-        copied, and the others must be as they were. The receiver verifies the checksum of the whole result; after one
-        that was refused or never read, the next publication must be complete. Raises as `publish` does, and
-        ManifestError for tensors that the parent has not or that are no float32, or when the parent was not all
-        float32.
+        `changed` holds whole float32 tensors, which are rounded if the parent was; of those in `spans` only the
+        elements [start, stop) of one range or several, in C order, are copied, and the others must be as they were.
+        The receiver verifies the checksum of the whole result; after one that was refused or never read, the next
+        publication must be complete. Raises as `publish` does, and ManifestError for tensors that the parent has not
+        or that are no float32, or when the parent was neither all float32 nor rounded by this publisher.
         """
         named = self._checked(changed)
-        spans = spans or {}
-        if not self._checksums:
-            raise ManifestError("a delta needs a complete float32 publication of this publisher before it")
-        for name, array in named:
-            if name not in self._checksums or array.dtype != np.float32:
-                raise ManifestError(f"tensor {name!r}: a delta holds float32 tensors of its parent, got {array.dtype}")
-        if strays := sorted(spans.keys() - {name for name, _ in named}):
-            raise ManifestError(f"spans: {strays[0]!r} is not among the changed tensors")
+        ranges = {name: _ranges(given) for name, given in (spans or {}).items()}
+        self._check_changed(named, ranges)
         arrays = [np.ascontiguousarray(array) for _, array in named]
-        whole = {name: checksum_of(array) for (name, _), array in zip(named, arrays, strict=True)}
+        specs, total_bytes = plan_layout(((name, self._dtype, array.shape) for name, array in named), spans=ranges)
+        parts = [_chosen(array, spec.spans) for spec, array in zip(specs, arrays, strict=True)]
+        whole = {spec.name: self._checksum(array) for spec, array in zip(specs, arrays, strict=True)}
         checksums = {**self._checksums, **whole}
-        specs, total_bytes = plan_layout(((name, array.dtype.name, array.shape) for name, array in named), spans=spans)
         planned = Manifest(
             version=version,
             tensors=specs,
             total_bytes=total_bytes,
             parent=self._version,
             result=result_checksum(checksums),
+            result_dtype=self._dtype,
+            inexact=self._inexact,
         )
-        parts = [
-            array if spec.span is None else array.reshape(-1)[slice(*spec.span)]
-            for spec, array in zip(specs, arrays, strict=True)
-        ]
         published = self._write(planned, parts)
         self._checksums, self._version = checksums, version
         return published
 
+    def _check_changed(self, named: list[tuple[str, NDArray[Any]]], spans: Mapping[str, object]) -> None:
+        if not self._checksums:
+            raise ManifestError("a delta needs a complete float32 or rounded publication of this publisher before it")
+        for name, array in named:
+            if name not in self._checksums or array.dtype != np.float32:
+                raise ManifestError(f"tensor {name!r}: a delta holds float32 tensors of its parent, got {array.dtype}")
+        if strays := sorted(spans.keys() - {name for name, _ in named}):
+            raise ManifestError(f"spans: {strays[0]!r} is not among the changed tensors")
+
+    def _checksum(self, array: NDArray[np.float32]) -> int:
+        """Of a whole tensor as published."""
+        if self._dtype == "float32":
+            return checksum_of(array)
+        patterns = np.empty(array.size, np.uint16)
+        self._narrow(array.reshape(-1), patterns)
+        return checksum_of(patterns)
+
     def _write(self, planned: Manifest, arrays: list[NDArray[Any]]) -> PublishedWeights:
         segment = self._next_segment(planned.total_bytes)
         with segment.writing() as memory:
-            written = write_tensors(memory, planned.tensors, arrays)
+            written = write_tensors(memory, planned.tensors, arrays, self._narrow)
         self._next = (self._next + 1) % len(self._segments)
         return PublishedWeights(segment=segment.name, manifest=replace(planned, tensors=written))
 
@@ -163,3 +183,17 @@ class WeightPublisher:
             if not array.dtype.isnative:
                 raise ManifestError(f"tensor {name!r}: dtype {array.dtype.str!r} is not in this machine's byte order")
         return named
+
+
+def _ranges(given: Span | Sequence[Span]) -> tuple[Span, ...]:
+    """One range, or several, as several."""
+    ranges: Any = tuple(given)
+    return (ranges,) if ranges and not isinstance(ranges[0], Sequence) else tuple(tuple(span) for span in ranges)
+
+
+def _chosen(array: NDArray[Any], spans: tuple[Span, ...] | None) -> NDArray[Any]:
+    """The elements of the ranges, one after the other; without ranges all, as they are."""
+    if spans is None:
+        return array
+    flat = array.reshape(-1)
+    return np.concatenate([flat[start:stop] for start, stop in spans])

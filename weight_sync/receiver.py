@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights
-from zerokl.weight_sync.segments import attach, reap_if_dead
+from zerokl.weight_sync.segments import Attachment, reap_if_dead
 from zerokl.weight_sync.shared_memory import map_tensors, verify_checksums
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Piece
 
@@ -26,16 +26,14 @@ def open_published(published: PublishedWeights) -> Iterator[dict[str, NDArray[An
     Raises SegmentMissingError, SegmentTruncatedError, SegmentBusyError or ChecksumError (all of them ValueErrors)
     before the block is entered. If the publisher died meanwhile, the segment is removed on the way out.
     """
-    memory = attach(published.segment, published.manifest.total_bytes)
     tensors: dict[str, NDArray[Any]] = {}
-    try:
-        verify_checksums(memory, published.manifest)
-        tensors.update(map_tensors(memory, published.manifest))
-        yield tensors
-    finally:
-        tensors.clear()
-        _release(memory)
-        reap_if_dead(published.segment)
+    with _attached(published) as memory:
+        try:
+            verify_checksums(memory, published.manifest)
+            tensors.update(map_tensors(memory, published.manifest))
+            yield tensors
+        finally:
+            tensors.clear()
 
 
 class SegmentLease:
@@ -56,14 +54,53 @@ class SegmentLease:
 @contextmanager
 def lease_published(published: PublishedWeights) -> Iterator[SegmentLease]:
     """Map a segment; its content is for an `UpdateSession` to verify. Otherwise as `open_published`."""
-    memory = attach(published.segment, published.manifest.total_bytes)
-    try:
+    with _attached(published) as memory:
         yield SegmentLease(memory, published.manifest)
+
+
+class SegmentMappings:
+    """Segments that stay mapped between their publications: mapping a large one anew takes longer than reading it.
+
+    One that is gone elsewhere is let go with the next lease, or by `release`. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._attachments: dict[str, Attachment] = {}
+
+    @contextmanager
+    def lease(self, published: PublishedWeights) -> Iterator[SegmentLease]:
+        """As `lease_published`; but views must not be read after the block: the publisher writes there again."""
+        name = published.segment
+        self._drop_unlinked()
+        if name not in self._attachments:
+            self._attachments[name] = Attachment(name)
+        attachment = self._attachments[name]
+        memory = attachment.lock(published.manifest.total_bytes)
+        try:
+            yield SegmentLease(memory, published.manifest)
+        finally:
+            del memory
+            attachment.unlock()
+            reap_if_dead(name)
+            self._drop_unlinked()
+
+    def release(self) -> None:
+        """Unmap all."""
+        for attachment in self._attachments.values():
+            attachment.close()
+        self._attachments.clear()
+
+    def _drop_unlinked(self) -> None:
+        for name in [name for name, attachment in self._attachments.items() if attachment.is_unlinked]:
+            self._attachments.pop(name).close()
+
+
+@contextmanager
+def _attached(published: PublishedWeights) -> Iterator[mmap.mmap]:
+    """The mapping for the time of the block; a view that is kept keeps it, and its lease."""
+    attachment = Attachment(published.segment)
+    try:
+        yield attachment.lock(published.manifest.total_bytes)
     finally:
-        _release(memory)
+        attachment.close()
         reap_if_dead(published.segment)
-
-
-def _release(memory: mmap.mmap) -> None:
-    with suppress(BufferError):  # a view was kept: the mapping, and its lease, end with the last of them
-        memory.close()

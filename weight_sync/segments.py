@@ -134,30 +134,55 @@ class OwnedSegment:
             self.memory.close()
 
 
-def attach(segment_name: str, size: int) -> mmap.mmap:
-    """Map an existing segment read-only, under a shared lease that lasts as long as the mapping.
+class Attachment:
+    """An existing segment, mapped read-only; its content may be read under a lease.
 
-    Raises SegmentMissingError (a name that this room never makes counts as missing), SegmentTruncatedError when there
-    are fewer than `size` bytes, SegmentBusyError when its owner is writing.
+    Raises SegmentMissingError; a name that this room never makes counts as missing.
     """
-    if owner_of(segment_name) is None:
-        raise SegmentMissingError(f"segment {segment_name!r:.200} is not a name that zerokl.weight_sync makes")
-    try:
-        memory = posix_ipc.SharedMemory(segment_name, read_only=True)
-    except posix_ipc.ExistentialError as error:
-        raise SegmentMissingError(f"segment {segment_name} does not exist: its publisher closed or died") from error
-    try:
-        fcntl.flock(memory.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        actual = os.fstat(memory.fd).st_size
+
+    def __init__(self, segment_name: str) -> None:
+        if owner_of(segment_name) is None:
+            raise SegmentMissingError(f"segment {segment_name!r:.200} is not a name that zerokl.weight_sync makes")
+        try:
+            shared = posix_ipc.SharedMemory(segment_name, read_only=True)
+        except posix_ipc.ExistentialError as error:
+            raise SegmentMissingError(f"segment {segment_name} does not exist: its publisher closed or died") from error
+        self.name = segment_name
+        self._fd: int = shared.fd
+        self._memory: mmap.mmap | None = None
+
+    def lock(self, size: int) -> mmap.mmap:
+        """Take the shared lease and give the mapping.
+
+        Raises SegmentTruncatedError when there are fewer than `size` bytes, SegmentBusyError when its owner is writing.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SegmentBusyError(f"segment {self.name} is being overwritten by a later publication") from error
+        actual = os.fstat(self._fd).st_size
         if actual < max(size, 1):
-            raise SegmentTruncatedError(f"segment {segment_name} has {actual} bytes, its manifest says {size}")
-        # The mapping keeps a duplicate of the descriptor, and the lock lives until the last duplicate is closed: so the
-        # lease ends when the mapping does, and a view that someone kept cannot be overwritten.
-        return mmap.mmap(memory.fd, actual, prot=mmap.PROT_READ)
-    except BlockingIOError as error:
-        raise SegmentBusyError(f"segment {segment_name} is being overwritten by a later publication") from error
-    finally:
-        memory.close_fd()
+            self.unlock()
+            raise SegmentTruncatedError(f"segment {self.name} has {actual} bytes, its manifest says {size}")
+        if self._memory is None:
+            self._memory = mmap.mmap(self._fd, actual, prot=mmap.PROT_READ)
+        return self._memory
+
+    def unlock(self) -> None:
+        """End the lease; the mapping stays."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    @property
+    def is_unlinked(self) -> bool:
+        """Whether the name is gone: what is mapped here nobody else can have any more."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    def close(self) -> None:
+        """Let go; once. A view that was kept keeps the mapping, and a lease that was not ended, until it is gone."""
+        os.close(self._fd)
+        if self._memory is not None:
+            with suppress(BufferError):
+                self._memory.close()
 
 
 def _reserve(fd: int, size: int) -> None:

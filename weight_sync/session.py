@@ -1,19 +1,21 @@
 """The receiving half of an update: begin(version, manifest) -> stage(bucket)* -> verify -> commit -> publish, or abort.
 
+A complete set may be packed while it arrives: `arriving` and `verify_read` take the places of `stage` and `verify`.
+
 A session is one update. Nothing that it does before `commit` can be seen from outside, and whatever raises before has
 aborted it: there is no state in which a part of an update serves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from zerokl.weight_sync.arrivals import ArrivingTensors
 from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import (
     ChecksumError,
@@ -23,28 +25,12 @@ from zerokl.weight_sync.errors import (
     ProtocolError,
     VersionOrderError,
 )
+from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
 from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec, result_checksum
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
-from zerokl.weight_sync.views import WideTensors
+from zerokl.weight_sync.views import WideTensors, widen
 
-State = Literal["idle", "staging", "verified", "committed", "published", "aborted"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveWeights:
-    """The version that serves, as far as a delta needs it."""
-
-    version: int
-    tensors: Mapping[str, NDArray[np.float32]]
-    """All of them; read for tensors of which a delta brings a part, or whose checksum is not known."""
-    checksums: dict[str, int] = field(default_factory=dict)
-    """xxh3_64 of the float32 bytes by name, where known; others are added as they are computed."""
-
-    def checksum(self, name: str) -> int:
-        """That of one tensor."""
-        if name not in self.checksums:
-            self.checksums[name] = checksum_of(np.ascontiguousarray(self.tensors[name]))
-        return self.checksums[name]
+State = Literal["idle", "staging", "arriving", "verified", "committed", "published", "aborted"]
 
 
 def check_version(live: int, version: int, *, allow_rewind: bool = False) -> None:
@@ -75,7 +61,9 @@ class UpdateSession:
     ) -> None:
         self.state: State = "idle"
         self.checksums: dict[str, int] = {}
-        """Of the new set's float32 bytes, once verified; where they are not known, the name is missing."""
+        """Of the new set's bytes in `dtype`, once verified; empty where they are not known."""
+        self.dtype = "float32"
+        """Element type of `checksums`: float32 or bfloat16."""
         self._expected = expected
         self._optional = optional or {}
         self._live = live
@@ -84,6 +72,7 @@ class UpdateSession:
         self._stored: dict[str, NDArray[Any]] = {}
         self._missing: dict[str, int] = {}
         self._specs: dict[str, TensorSpec] = {}
+        self._arriving: ArrivingTensors | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -127,10 +116,31 @@ class UpdateSession:
             for spec in self.manifest.tensors:
                 if self._read is None or self.manifest.parent is not None or spec.name in self._read:
                     self._check_tensor(spec)
-            tensors = WideTensors(self._arrays(), {name: spec.dtype for name, spec in self._specs.items()})
+            tensors = WideTensors(self._arrays(), {name: self._dtype_of(spec) for name, spec in self._specs.items()})
             self._check_result(tensors)
             self.state = "verified"
             return tensors
+
+    def arriving(self, buckets: Iterable[Bucket]) -> ArrivingTensors:
+        """In place of `stage`, for a complete set: the expected tensors, which are checked as they are read.
+
+        What reads them must make no use of them before `verify_read`.
+        """
+        self._enter("arriving", "staging")
+        assert self.manifest.parent is None, "a delta is staged"
+        with _aborting(self):
+            self._arriving = ArrivingTensors(self.manifest, buckets, self._expected.keys(), self._read)
+            self.state = "arriving"
+            return self._arriving
+
+    def verify_read(self) -> None:
+        """Check what was not read of the tensors of `arriving`. Raises IncompleteUpdateError, ChecksumError."""
+        self._enter("verify_read", "arriving")
+        assert self._arriving is not None, "of this state"
+        with _aborting(self):
+            self._arriving.finish()
+            self._note_checksums()
+            self.state = "verified"
 
     def commit(self, flip: Callable[[], None]) -> None:
         """Let the new version serve: `flip` does, in one step. If it raises, the update is aborted."""
@@ -164,6 +174,8 @@ class UpdateSession:
 
     def _release(self) -> None:
         self._stored = {}
+        if self._arriving is not None:
+            self._arriving.release()
 
     def _check_parent(self, manifest: Manifest) -> None:
         if manifest.parent is None:
@@ -175,6 +187,7 @@ class UpdateSession:
                 f"version {manifest.version} is a delta to version {manifest.parent}, "
                 f"but version {self._live.version} is live"
             )
+        self._live = self._live.in_dtype(manifest.result_dtype)
 
     def _take(self, piece: Piece, *, lasting: bool) -> None:
         spec = self._specs.get(piece.name)
@@ -218,26 +231,42 @@ class UpdateSession:
 
     def _array(self, spec: TensorSpec) -> NDArray[Any]:
         stored = self._stored.get(spec.name, np.empty(0, np.uint8)).view(DTYPES[spec.dtype])
-        if spec.span is None:
+        if spec.spans is None:
             return stored.reshape(spec.shape)
         assert self._live is not None, "a span outside of a delta"
-        if spec.dtype != "float32":
-            raise ManifestError(f"tensor {spec.name!r}: a span must be of float32, got {spec.dtype}")
+        if spec.dtype not in ("float32", "bfloat16"):
+            raise ManifestError(f"tensor {spec.name!r}: spans must be of float32 or bfloat16, got {spec.dtype}")
         whole = np.array(self._live.tensors[spec.name], np.float32, order="C")
-        whole.reshape(-1)[spec.span[0] : spec.span[1]] = stored
+        flat, values = whole.reshape(-1), widen(stored, spec.dtype)
+        place = 0
+        for start, stop in spec.spans:
+            flat[start:stop] = values[place : place + stop - start]
+            place += stop - start
         return whole
 
+    def _dtype_of(self, spec: TensorSpec) -> str:
+        """That of `_array`: tensors made of spans are float32."""
+        return spec.dtype if spec.spans is None else "float32"
+
+    def _note_checksums(self) -> None:
+        """Of a complete set, where all tensors are of one type that a delta may have."""
+        dtypes = {spec.dtype for spec in self._specs.values()}
+        if dtypes <= {"float32"} or dtypes <= {"bfloat16"}:
+            self.dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+            self.checksums = {name: spec.checksum for name, spec in self._specs.items()}
+
     def _check_result(self, tensors: WideTensors) -> None:
-        known = {
-            name: checksum_of(tensors[name]) if spec.span is not None else spec.checksum
-            for name, spec in self._specs.items()
-            if spec.dtype == "float32"
-        }
         if self.manifest.parent is None:
-            self.checksums = known
+            self._note_checksums()
             return
         assert self._live is not None, "checked at the start"
-        known = {name: known[name] if name in known else checksum_of(tensors[name]) for name in tensors}
+        self.dtype = self.manifest.result_dtype
+        known = {
+            name: spec.checksum
+            if spec.spans is None and spec.dtype == self.dtype
+            else checksum_as(self.dtype, name, tensors[name])
+            for name, spec in self._specs.items()
+        }
         rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
         more = {name: value for name, value in self._live.checksums.items() if name in self._optional}
         self.checksums = {**rest, **more, **known}

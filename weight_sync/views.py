@@ -27,7 +27,9 @@ def widen(stored: NDArray[Any], dtype: str) -> Floats:
     for start in range(0, target.size, _ELEMENTS):  # pieces that stay in the cache
         part = slice(start, start + _ELEMENTS)
         if dtype == "bfloat16":
-            np.left_shift(source[part], 16, out=target[part].view(np.uint32), dtype=np.uint32)
+            bits = target[part].view(np.uint32)
+            bits[:] = source[part]
+            np.left_shift(bits, 16, out=bits)
         else:
             target[part] = source[part]
     return wide

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.arena import Slabs
 from zerokl.kernels.cpu.moe import PackedExperts
+from zerokl.kernels.row_stream import ArrayRows, NonFiniteWeightsError, RowStream
 
 Floats = NDArray[np.float32]
+Operand = Floats | RowStream
 
 _COLUMNS = 32
 _LANES = 16
-_COPY_FLOATS = 1 << 18
+_PIECE_BYTES = 1 << 18
+"""Read, looked at, and packed while in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,54 +44,63 @@ class PackedGateUp:
     num_outputs: int
 
 
-class Packer:
-    """Packs on all threads of the pool or, where steps run meanwhile, panel by panel on the calling thread.
+def _never() -> bool:
+    return False
 
-    The pool serves one caller at a time, so that a step would wait for a large matrix to be packed; a single panel is
-    packed without it. The bits are the same. Not for use by several threads at once.
+
+class Packer:
+    """Packs piece by piece: on all threads of the pool or, while a step runs, on the calling thread alone.
+
+    The pool serves one caller at a time: a step that begins meanwhile waits for one piece, some microseconds. The bits
+    are the same. Tensors are arrays or `RowStream`s; those that bear a name must be finite (NonFiniteWeightsError).
+    Not for use by several threads at once.
     """
 
-    def __init__(self, slabs: Slabs | None = None, *, beside_steps: bool = False) -> None:
+    def __init__(self, slabs: Slabs | None = None, *, stepping: Callable[[], bool] = _never) -> None:
         self.slabs = Slabs() if slabs is None else slabs
-        self._stride = 1 if beside_steps else 1 << 30
+        self._stepping = stepping
 
-    def next_set(self, *, beside_steps: bool) -> Packer:
-        """A packer for another set of weights, in the same memory."""
+    def next_set(self, *, stepping: Callable[[], bool]) -> Packer:
+        """A packer for another set of weights, in the same memory. `stepping`: whether a step runs now."""
         self.slabs.finish()
-        return Packer(self.slabs, beside_steps=beside_steps)
+        return Packer(self.slabs, stepping=stepping)
 
-    def tensor(self, values: Floats) -> Floats:
+    def tensor(self, values: Operand) -> Floats:
         """A copy in the memory of packed weights."""
-        kept = self.slabs.take(*values.shape)
-        source, target = np.ascontiguousarray(values).reshape(-1), kept.reshape(-1)
-        for start in range(0, target.size, _COPY_FLOATS):
-            np.copyto(target[start : start + _COPY_FLOATS], source[start : start + _COPY_FLOATS])
+        source = _stream(values)
+        kept = self.slabs.take(*source.shape)
+        self._copy_rows(source, kept.reshape(_matrix(source)))
         return kept
 
-    def pack_linear(self, weights: Sequence[Floats], biases: Sequence[Floats | None]) -> PackedLinear:
+    def pack_linear(self, weights: Sequence[Operand], biases: Sequence[Operand | None]) -> PackedLinear:
         """See `Ops.pack_linear`. A missing bias beside a present one counts as zeros."""
-        outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+        sources = [_stream(weight) for weight in weights]
+        outputs, inputs = sum(source.shape[0] for source in sources), sources[0].shape[1]
         bias = None
         if any(part is not None for part in biases):
-            parts = [np.zeros(len(w), np.float32) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            parts = [
+                np.zeros(source.shape[0], np.float32) if part is None else self._whole(_stream(part))
+                for source, part in zip(sources, biases, strict=True)
+            ]
             bias = np.concatenate(parts)
         panels = self.slabs.take(-(-outputs // _COLUMNS), inputs, _COLUMNS)
-        if any(len(weight) % _COLUMNS for weight in weights[:-1]):
-            weights = [np.concatenate(weights)]
+        if any(source.shape[0] % _COLUMNS for source in sources[:-1]):
+            sources = [ArrayRows(np.concatenate([self._whole(source) for source in sources]))]
         first = 0
-        for weight in weights:
-            self._pack_rows(np.ascontiguousarray(weight), panels[first:])
-            first += len(weight) // _COLUMNS
+        for source in sources:
+            self._pack_rows(source, panels[first:])
+            first += source.shape[0] // _COLUMNS
         return PackedLinear(panels, bias, outputs)
 
-    def pack_gate_up(self, gate: Floats, up: Floats) -> PackedGateUp:
+    def pack_gate_up(self, gate: Operand, up: Operand) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
-        outputs, inputs = gate.shape
+        gates, ups = _stream(gate), _stream(up)
+        outputs, inputs = gates.shape
         panels = self.slabs.take(-(-2 * outputs // _COLUMNS), inputs, _COLUMNS)
-        self._pack_pairs(np.ascontiguousarray(gate), np.ascontiguousarray(up), panels)
+        self._pack_pairs(gates, ups, panels)
         return PackedGateUp(panels, outputs)
 
-    def pack_experts(self, count: int, experts: Iterable[tuple[Floats, Floats, Floats]]) -> PackedExperts:
+    def pack_experts(self, count: int, experts: Iterable[tuple[Operand, Operand, Operand]]) -> PackedExperts:
         """See `Ops.pack_experts`: triples (gate [F, E], up [F, E], down [E, F]) that are read one at a time."""
         source = iter(experts)
         first = next(source)
@@ -95,20 +108,68 @@ class Packer:
         gate_up = self.slabs.take(count, -(-inner // _LANES), hidden, _COLUMNS)
         down = self.slabs.take(count, -(-hidden // _COLUMNS), inner, _COLUMNS)
         for index, (gate, up, out) in enumerate(chain([first], source)):
-            self._pack_pairs(np.ascontiguousarray(gate), np.ascontiguousarray(up), gate_up[index])
-            self._pack_rows(np.ascontiguousarray(out), down[index])
+            self._pack_pairs(_stream(gate), _stream(up), gate_up[index])
+            self._pack_rows(_stream(out), down[index])
         return PackedExperts(gate_up, down, inner)
 
-    def _pack_pairs(self, gate: Floats, up: Floats, panels: Floats) -> None:
-        for index in range(0, len(panels), self._stride):
-            rows = slice(index * _LANES, (index + self._stride) * _LANES)
-            _cpu.pack_gate_up(gate[rows], up[rows], panels[index : index + self._stride])
+    def _pack_pairs(self, gate: RowStream, up: RowStream, panels: Floats) -> None:
+        for start, stop in _pieces(gate, _LANES):
+            gate.wait(stop)
+            up.wait(stop)
+            rows, others = gate.read(stop), up.read(stop)
+            if rows.dtype != others.dtype:
+                rows, others = _widened(rows), _widened(others)
+            part = panels[start // _LANES : -(-stop // _LANES)]
+            if not _cpu.pack_gate_up(rows, others, part, not self._stepping()):
+                _refuse(gate if not np.isfinite(_widened(rows)).all() else up)
 
-    def _pack_rows(self, weight: Floats, panels: Floats) -> None:
-        count = -(-len(weight) // _COLUMNS)
-        for index in range(0, count, self._stride):
-            end = min(index + self._stride, count)
-            _cpu.pack_linear(weight[index * _COLUMNS : end * _COLUMNS], panels[index:end])
+    def _pack_rows(self, source: RowStream, panels: Floats) -> None:
+        for start, stop in _pieces(source, _COLUMNS):
+            part = panels[start // _COLUMNS : -(-stop // _COLUMNS)]
+            if not _cpu.pack_linear(source.read(stop), part, not self._stepping()):
+                _refuse(source)
+
+    def _copy_rows(self, source: RowStream, target: Floats) -> None:
+        for start, stop in _pieces(source, 1):
+            if not _cpu.copy_weights(source.read(stop).reshape(-1), target[start:stop].reshape(-1)):
+                _refuse(source)
+
+    def _whole(self, source: RowStream) -> Floats:
+        values = np.empty(_matrix(source), np.float32)
+        self._copy_rows(source, values)
+        return values.reshape(source.shape)
+
+
+def _stream(operand: Operand) -> RowStream:
+    return ArrayRows(operand) if isinstance(operand, np.ndarray) else operand
+
+
+def _matrix(source: RowStream) -> tuple[int, int]:
+    shape = source.shape
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, int(np.prod(shape)))
+
+
+def _pieces(source: RowStream, group: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, whole groups of them but for the last, that fit the cache."""
+    rows, width = _matrix(source)
+    count = max(1, _PIECE_BYTES // (4 * group * max(1, width))) * group
+    for start in range(0, rows, count):
+        yield start, min(start + count, rows)
+
+
+def _refuse(source: RowStream) -> None:
+    if source.name is not None:
+        raise NonFiniteWeightsError(source.name)
+
+
+def _widened(rows: NDArray[Any]) -> Floats:
+    """Rows of a stream as float32."""
+    wide: Floats = rows
+    if rows.dtype == np.float32:
+        return wide
+    wide = np.empty(rows.shape, np.float32)
+    _cpu.copy_weights(rows.reshape(-1), wide.reshape(-1))
+    return wide
 
 
 def unpack_linear(packed: PackedLinear) -> Floats:

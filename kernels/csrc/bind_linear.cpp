@@ -47,21 +47,38 @@ void multiply(const Product& product) {
   ZK_PICK(zk::linear).multiply(product);
 }
 
-void pack_linear(const In<2>& w, const Out<3>& panels) {
+using Patterns = nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+bool pack(const float* w, int64_t n, int64_t k, float* panels, bool pool) {
+  return ZK_PICK(zk::linear).pack(w, n, k, panels, pool);
+}
+bool pack(const uint16_t* w, int64_t n, int64_t k, float* panels, bool pool) {
+  return ZK_PICK(zk::linear).pack_bfloat16(w, n, k, panels, pool);
+}
+bool pack(const float* gate, const float* up, int64_t f, int64_t k, float* panels, bool pool) {
+  return ZK_PICK(zk::linear).pack_gate_up(gate, up, f, k, panels, pool);
+}
+bool pack(const uint16_t* gate, const uint16_t* up, int64_t f, int64_t k, float* panels, bool pool) {
+  return ZK_PICK(zk::linear).pack_gate_up_bfloat16(gate, up, f, k, panels, pool);
+}
+
+template <class Weights>
+bool pack_linear(const Weights& w, const Out<3>& panels, bool pool) {
   expect_at_least("w.shape[0]", extent(w, 0), 1);
   expect_at_least("w.shape[1]", extent(w, 1), 1);
   expect_shape("panels", panels, {ceil_div(extent(w, 0), PANEL), extent(w, 1), PANEL});
   nb::gil_scoped_release release;
-  ZK_PICK(zk::linear).pack(w.data(), extent(w, 0), extent(w, 1), panels.data());
+  return pack(w.data(), extent(w, 0), extent(w, 1), panels.data(), pool);
 }
 
-void pack_gate_up(const In<2>& gate, const In<2>& up, const Out<3>& panels) {
+template <class Weights>
+bool pack_gate_up(const Weights& gate, const Weights& up, const Out<3>& panels, bool pool) {
   expect_at_least("gate.shape[0]", extent(gate, 0), 1);
   expect_at_least("gate.shape[1]", extent(gate, 1), 1);
   expect_shape("up", up, {extent(gate, 0), extent(gate, 1)});
   expect_shape("panels", panels, {ceil_div(extent(gate, 0), PANEL / 2), extent(gate, 1), PANEL});
   nb::gil_scoped_release release;
-  ZK_PICK(zk::linear).pack_gate_up(gate.data(), up.data(), extent(gate, 0), extent(gate, 1), panels.data());
+  return pack(gate.data(), up.data(), extent(gate, 0), extent(gate, 1), panels.data(), pool);
 }
 
 void linear(const In<2>& x, const In<3>& panels, int64_t n, const std::optional<In<1>>& bias, const Out<2>& out) {
@@ -176,10 +193,18 @@ void bind_linear(nb::module_& m) {
   m.attr("LINEAR_K_SEGMENT") = zk::LINEAR_K_SEGMENT;
   m.def("aligned_empty", &aligned_empty, "floats"_a,
         "Uninitialised float32 [floats] at a cache line and, from 2 MiB on, at a huge page: for packed weights.");
-  m.def("pack_linear", &pack_linear, array("w"), array("panels"),
-        "Pack w [N, K] into panels [ceil(N / 32), K, 32], zero-padded.");
-  m.def("pack_gate_up", &pack_gate_up, array("gate"), array("up"), array("panels"),
-        "Pack gate and up [F, K] into panels [ceil(F / 16), K, 32]: 16 gate columns, then the 16 up columns.");
+  const char* linear_text =
+      "Pack w [N, K], float32 or bfloat16 patterns (uint16), into panels [ceil(N / 32), K, 32], zero-padded; whether no "
+      "value is a NaN or an infinity. Without `pool` on the calling thread alone: a step need not wait.";
+  m.def("pack_linear", &pack_linear<In<2>>, array("w"), array("panels"), "pool"_a = true, linear_text);
+  m.def("pack_linear", &pack_linear<Patterns>, array("w"), array("panels"), "pool"_a = true, linear_text);
+  const char* gate_up_text =
+      "Pack gate and up [F, K] into panels [ceil(F / 16), K, 32]: 16 gate columns, then the 16 up columns. Otherwise as "
+      "pack_linear.";
+  m.def("pack_gate_up", &pack_gate_up<In<2>>, array("gate"), array("up"), array("panels"), "pool"_a = true,
+        gate_up_text);
+  m.def("pack_gate_up", &pack_gate_up<Patterns>, array("gate"), array("up"), array("panels"), "pool"_a = true,
+        gate_up_text);
   m.def("linear", &linear, array("x"), array("panels"), "n"_a, array("bias").none(),
         array("out"), "out [M, N] = x [M, K] times packed weights, + bias [N].");
   m.def("swiglu_linear", &swiglu_linear, array("x"), array("panels"), "f"_a, array("out"),

@@ -18,3 +18,4 @@ void bind_elementwise(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_moe(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
+void bind_weights(nanobind::module_& m);

@@ -6,6 +6,7 @@
 // segments with a fixed row distance, which spares the tiles cache conflicts at widths that are powers of two.
 #include "linear_tile.h"
 #include "thread_pool.h"
+#include "weight_bits.h"
 
 namespace {
 
@@ -209,19 +210,65 @@ void multiply_groups(const Product* products, int64_t count) {
   delete[] plans;
 }
 
-void pack(const float* weights, int64_t n, int64_t k, float* panels) {
-  zk::parallel_for(ceil_div(n, PANEL), [=](int64_t i) {
-    const int64_t first = i * PANEL;
-    pack_panel(weights + first * k, k, smaller(PANEL, n - first), k, panels + first * k, PANEL);
+void to_floats(const float* from, int64_t count, float* to) {
+  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(count));
+}
+void to_floats(const uint16_t* from, int64_t count, float* to) { widen_bits(from, count, to); }
+
+// 16 columns of a panel from up to 16 rows of weights; the joined_overflow of them. Pieces of the rows are brought into
+// the nearest cache, turned there, and leave by whole lines.
+template <class Source>
+uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* half) {
+  constexpr int64_t LENGTH = 256;
+  alignas(64) float rows[LANES * LENGTH], turned[LENGTH * LANES];
+  uint32_t joined = 0;
+  const bool streams = may_stream(half);
+  if (columns < LANES) std::memset(turned, 0, sizeof turned);
+  for (int64_t first = 0; first < k; first += LENGTH) {
+    const int64_t length = smaller(LENGTH, k - first);
+    for (int64_t r = 0; r < columns; ++r) {
+      to_floats(weights + r * k + first, length, rows + r * LENGTH);
+      joined |= joined_overflow(rows + r * LENGTH, length);
+    }
+    transpose(rows, LENGTH, columns, length, turned, LANES);
+    for (int64_t i = 0; i < length; ++i) {
+      const vf values = vload(turned + i * LANES);
+      float* to = half + (first + i) * PANEL;
+      streams ? vstream(to, values) : vstore(to, values);
+    }
+  }
+  end_stream();
+  return joined;
+}
+
+// Panels one by one on the calling thread, or on the pool.
+template <class Body>
+bool pack_panels(int64_t panels, bool pool, Body body) {
+  uint32_t joined = 0;
+  auto run = [&](int64_t i) { __atomic_fetch_or(&joined, body(i), __ATOMIC_RELAXED); };
+  if (pool)
+    zk::parallel_for(panels, run);
+  else
+    for (int64_t i = 0; i < panels; ++i) run(i);
+  return is_finite(joined);
+}
+
+template <class Source>
+bool pack(const Source* weights, int64_t n, int64_t k, float* panels, bool pool) {
+  return pack_panels(ceil_div(n, PANEL), pool, [=](int64_t i) {
+    const int64_t first = i * PANEL, columns = smaller(PANEL, n - first), low = smaller(LANES, columns);
+    float* panel = panels + first * k;
+    return pack_half(weights + first * k, low, k, panel) |
+           pack_half(weights + (first + low) * k, columns - low, k, panel + LANES);
   });
 }
 
-void pack_gate_up(const float* gate, const float* up, int64_t f, int64_t k, float* panels) {
-  zk::parallel_for(ceil_div(f, LANES), [=](int64_t i) {
+template <class Source>
+bool pack_gate_up(const Source* gate, const Source* up, int64_t f, int64_t k, float* panels, bool pool) {
+  return pack_panels(ceil_div(f, LANES), pool, [=](int64_t i) {
     const int64_t first = i * LANES, columns = smaller(LANES, f - first);
     float* panel = panels + i * k * PANEL;
-    pack_panel(gate + first * k, k, columns, k, panel, LANES);
-    pack_panel(up + first * k, k, columns, k, panel + LANES, LANES);
+    return pack_half(gate + first * k, columns, k, panel) | pack_half(up + first * k, columns, k, panel + LANES);
   });
 }
 
@@ -255,5 +302,6 @@ float read_floats(const float* data, int64_t floats) {
 }  // namespace
 
 namespace zk {
-const LinearKernels ZK_CAT(linear_, ZK_ISA) = {multiply, multiply_groups, pack, pack_gate_up, fma_burst, read_floats};
+const LinearKernels ZK_CAT(linear_, ZK_ISA) = {multiply,     multiply_groups, pack,      pack,
+                                                pack_gate_up, pack_gate_up,    fma_burst, read_floats};
 }

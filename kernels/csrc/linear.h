@@ -31,10 +31,14 @@ struct LinearKernels {
   void (*multiply)(const Product& product);
   // Several products, of at least one row each, in one run of the pool; the same bits as one by one.
   void (*multiply_groups)(const Product* products, int64_t count);
-  // panels[ceil(n / PANEL), k, PANEL], zero-padded, from weights[n, k].
-  void (*pack)(const float* weights, int64_t n, int64_t k, float* panels);
-  // panels[ceil(f / 16), k, PANEL] from gate[f, k] and up[f, k].
-  void (*pack_gate_up)(const float* gate, const float* up, int64_t f, int64_t k, float* panels);
+  // panels[ceil(n / PANEL), k, PANEL], zero-padded, from weights[n, k], float32 or bfloat16 patterns; whether no value
+  // is a NaN or an infinity. Without `pool` on the calling thread alone.
+  bool (*pack)(const float* weights, int64_t n, int64_t k, float* panels, bool pool);
+  bool (*pack_bfloat16)(const uint16_t* weights, int64_t n, int64_t k, float* panels, bool pool);
+  // The same to panels[ceil(f / 16), k, PANEL] from gate[f, k] and up[f, k].
+  bool (*pack_gate_up)(const float* gate, const float* up, int64_t f, int64_t k, float* panels, bool pool);
+  bool (*pack_gate_up_bfloat16)(const uint16_t* gate, const uint16_t* up, int64_t f, int64_t k, float* panels,
+                                bool pool);
   // `rounds` times FMA_PER_ROUND independent fused multiply-adds in registers; returns something that depends on all.
   float (*fma_burst)(int64_t rounds);
   // Read `floats` numbers once; returns something that depends on all.

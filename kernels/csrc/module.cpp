@@ -49,4 +49,5 @@ NB_MODULE(_cpu, m) {
   bind_attention(m);
   bind_moe(m);
   bind_sampling(m);
+  bind_weights(m);
 }

@@ -28,7 +28,7 @@ _MAX_NAMES = 8
 
 @runtime_checkable
 class HasShapes(Protocol):
-    """A mapping of float32 arrays that are made on access, and whose shapes are known before."""
+    """A mapping of tensors that are made or read on access, and whose shapes are known before."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape, without reading data."""

@@ -19,7 +19,7 @@ def test_packing_panel_by_panel_gives_the_same_and_can_be_undone(rows: tuple[int
     weights = [matrix(count, 24, seed) for seed, count in enumerate(rows)]
     biases = [None, *(np.full(count, 2.0, np.float32) for count in rows[1:])]
     whole = Packer().pack_linear(weights, biases)
-    beside = Packer().next_set(beside_steps=True).pack_linear(weights, biases)
+    beside = Packer().next_set(stepping=lambda: True).pack_linear(weights, biases)
     np.testing.assert_array_equal(whole.panels, beside.panels)
     np.testing.assert_array_equal(unpack_linear(beside), np.concatenate(weights))
     if len(rows) > 1:
@@ -30,7 +30,7 @@ def test_packing_panel_by_panel_gives_the_same_and_can_be_undone(rows: tuple[int
 @pytest.mark.parametrize("rows", [16, 48, 17, 5])
 def test_gate_and_up_panel_by_panel(rows: int) -> None:
     gate, up = matrix(rows, 40), matrix(rows, 40, 1)
-    whole, beside = Packer().pack_gate_up(gate, up), Packer().next_set(beside_steps=True).pack_gate_up(gate, up)
+    whole, beside = Packer().pack_gate_up(gate, up), Packer().next_set(stepping=lambda: True).pack_gate_up(gate, up)
     np.testing.assert_array_equal(whole.panels, beside.panels)
     for actual, expected in zip(unpack_gate_up(beside), (gate, up), strict=True):
         np.testing.assert_array_equal(actual, expected)
@@ -40,7 +40,7 @@ def test_memory_of_a_dropped_set_is_used_by_the_next_and_no_other() -> None:
     packer = Packer()
 
     def one_set(seed: int) -> list[NDArray[np.float32]]:
-        made = packer.next_set(beside_steps=True)
+        made = packer.next_set(stepping=lambda: True)
         return [made.tensor(matrix(300, 40, seed + part)) for part in range(5)]
 
     first, second = one_set(0), one_set(10)

@@ -150,7 +150,7 @@ def test_a_failed_step_fails_every_call_and_says_why(tiny_model: Path, error: Ex
 
 def test_weights_that_are_not_numbers_fail_the_step(engine: RolloutEngine) -> None:
     tensors = tiny_tensors(1)
-    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
     engine.update_weights(tensors)
     with pytest.raises(EngineFailedError, match="not finite") as caught:
         engine.generate("a", LONG)

@@ -135,9 +135,9 @@ def test_a_step_without_logit_rows_gives_no_rows() -> None:
 def test_broken_logits_are_an_error_that_names_step_and_rows() -> None:
     runner = make_runner()
     tensors = random_tensors(CONFIG, 1)
-    tensors["model.embed_tokens.weight"][TOKENS[18]] = np.nan
     runner.stage(tensors)
     runner.commit()
+    runner.weight_sets["policy"].params.lm_head.panels[0] = np.nan
     with pytest.raises(
         NonFiniteLogitsError, match="step 7: logits of weights 'policy' are not finite in logit rows 0, 1"
     ):

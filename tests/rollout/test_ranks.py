@@ -99,7 +99,7 @@ def test_each_rank_does_its_own_order(shared: RankProcesses, config: EngineConfi
 def test_weights_come_to_all_ranks_from_one_publication(shared: RankProcesses, config: EngineConfig) -> None:
     shared.pin_weights("old")
     shared.stage_weights(TensorWeights(tensors=random_tensors(MODEL, 1)), 1)
-    assert segments_of(os.getpid()) == []
+    assert len(segments_of(os.getpid())) == 1  # kept for the next ones
     assert sampled(shared) == local(config, 0)
     shared.commit_weights()
     assert sampled(shared) == local(config, 1)
@@ -139,7 +139,8 @@ def test_ctrl_c_while_weights_are_staged_leaves_none_staged(shared: RankProcesse
         signal.signal(signal.SIGALRM, previous)
     with pytest.raises(RuntimeError, match="commit without staged weights"):
         shared.commit_weights()
-    assert sampled(shared) == local(config, 0) and segments_of(os.getpid()) == []
+    assert sampled(shared) == local(config, 0)
+    assert len(segments_of(os.getpid())) == 1  # kept for the next call
 
 
 def test_a_refusal_by_all_has_the_class_and_text_of_one(shared: RankProcesses) -> None:
@@ -147,7 +148,7 @@ def test_a_refusal_by_all_has_the_class_and_text_of_one(shared: RankProcesses) -
     del tensors["model.norm.weight"]
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         shared.stage_weights(TensorWeights(tensors=tensors), 1)
-    assert segments_of(os.getpid()) == []
+    assert len(segments_of(os.getpid())) == 1
 
 
 def test_where_one_rank_cannot_put_weights_away_all_stay_awake(
@@ -171,6 +172,7 @@ def test_one_rank_is_the_worker_itself(config: EngineConfig) -> None:
 # -- death -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("work", ["step", "staging"])
 def test_a_rank_killed_at_work_is_named_at_once_though_another_one_is_slow(mortal: RankProcesses, work: str) -> None:
+    segments = segments_of(os.getpid())
     both = pids(mortal)
     for pid in both:
         os.kill(pid, signal.SIGSTOP)
@@ -182,7 +184,7 @@ def test_a_rank_killed_at_work_is_named_at_once_though_another_one_is_slow(morta
     os.kill(both[0], signal.SIGCONT)
     mortal.close()
     assert all(wait_for_end(pid) for pid in both) and not set(both) & set(children_of(os.getpid()))
-    assert segments_of(os.getpid()) == []
+    assert segments_of(os.getpid()) == segments
 
 
 def test_a_rank_killed_between_steps_is_named_by_the_next_one(mortal: RankProcesses) -> None:
@@ -236,4 +238,5 @@ def test_close_leaves_nothing(monkeypatch: pytest.MonkeyPatch, config: EngineCon
     assert list(tmp_path.iterdir()) == []  # connected sockets need no names
     ranks.close()
     ranks.close()
-    assert state() == before
+    left = state()
+    assert left[0] == before[0] and left[1] <= before[1] and left[2] == before[2]  # threads of earlier tests may end

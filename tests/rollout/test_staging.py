@@ -80,22 +80,36 @@ def test_steps_beside_staging_see_one_version(worker: Worker, tmp_path: Path) ->
             assert bits(worker) == expected[version % 2]
 
 
-def test_a_chain_of_deltas_equals_a_fresh_worker(worker: Worker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_chain_of_deltas_equals_a_fresh_worker(worker: Worker, tmp_path: Path, dtype: Any) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 0)
     names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     with WeightPublisher() as publisher:
-        publisher.publish(tensors, 0)
+        worker.stage_weights(SharedWeights(published=publisher.publish(tensors, 0, dtype=dtype)), 0)
+        worker.commit_weights()
         for version in range(1, 21):
             name = names[version % 3]
-            tensors[name] = tensors[name] * np.float32(1.01)
-            tensors[name].reshape(-1)[:8] += np.float32(0.125)
-            published = publisher.publish_delta({name: tensors[name]}, version)
+            tensors[name] = tensors[name].copy()
+            ranges = [(0, 8), (11, 12), (tensors[name].size - 5, tensors[name].size)]
+            for start, stop in ranges:
+                tensors[name].reshape(-1)[start:stop] += np.float32(0.125)
+            spans = {name: ranges} if version % 2 else {}
+            published = publisher.publish_delta({name: tensors[name]}, version, spans=spans)
             worker.stage_weights(SharedWeights(published=published), version)
             worker.commit_weights()
-        assert bits(worker) == fresh_bits(tmp_path, tensors)
+        expected = fresh_bits(tmp_path, tensors if dtype is None else rounded(tensors))
+        assert bits(worker) == expected
         with pytest.raises(ParentMismatchError, match="delta to version 19, but version 20 is live"):
             worker.stage_weights(SharedWeights(published=published), 21)
-        assert bits(worker) == fresh_bits(tmp_path, tensors)
+        assert bits(worker) == expected
+
+
+def rounded(tensors: dict[str, Any]) -> dict[str, Any]:
+    wide = {}
+    for name, array in tensors.items():
+        whole = array.view(np.uint32)
+        wide[name] = ((whole + 0x7FFF + (whole >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+    return wide
 
 
 def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
@@ -115,10 +129,7 @@ def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
 
 def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp_path: Path) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 7)
-    wide = {}
-    for name, array in tensors.items():
-        whole = array.view(np.uint32)
-        wide[name] = ((whole + 0x7FFF + (whole >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+    wide = rounded(tensors)
     with WeightPublisher() as publisher:
         published = publisher.publish(tensors, 1, dtype="bfloat16")
         worker.stage_weights(SharedWeights(published=published), 1)

@@ -119,7 +119,7 @@ def test_results_are_those_of_the_local_worker_from_every_source_of_weights(
     assert facts["versions"] == {"policy": 2, "reference": 0}
     remote.drop_weights("reference")
     assert remote.describe()["versions"] == {"policy": 2}
-    assert segments_of(os.getpid()) == []
+    assert len(segments_of(os.getpid())) == 1  # kept for the next arrays
 
 
 def test_results_are_the_callers_to_keep(remote: RemoteWorker) -> None:
@@ -194,6 +194,7 @@ def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RemoteWorker) -> N
 
 
 def test_a_worker_killed_between_calls_is_noticed_by_the_next_and_every_later_one(mortal: RemoteWorker) -> None:
+    segments = segments_of(os.getpid())
     pid = mortal.describe()["pid"]
     os.kill(pid, signal.SIGKILL)
     assert wait_for_end(pid)
@@ -204,7 +205,7 @@ def test_a_worker_killed_between_calls_is_noticed_by_the_next_and_every_later_on
     tensors = TensorWeights(tensors=random_tensors(MODEL, 1))
     with pytest.raises(WorkerDiedError):
         mortal.stage_weights(tensors, 1)
-    assert segments_of(os.getpid()) == []
+    assert segments_of(os.getpid()) == segments
 
 
 def test_the_last_words_of_a_crash_are_in_the_error(
@@ -258,7 +259,8 @@ def test_close_leaves_no_process_thread_descriptor_or_folder(
     assert list(tmp_path.iterdir()) == []  # a connected socket needs no name
     worker.close()
     worker.close()
-    assert state() == (children, tasks, descriptors)
+    left = state()
+    assert left[0] == children and left[1] <= tasks and left[2] == descriptors  # threads of tests before may have ended
     with pytest.raises(WorkerError, match="closed"):
         worker.describe()
 

@@ -70,7 +70,7 @@ def test_arbitrary_bytes_raise_the_typed_error(encoded: bytes) -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0, "span": None} | changes
+    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0, "spans": None} | changes
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,13 @@ def row(**changes: Any) -> dict[str, Any]:
         ([row(offset=128)], "'w': ends at byte 152, beyond total_bytes 128"),
         ([row(shape=[2**40, 2**40])], "beyond total_bytes"),
         ([row() | {"more": 1}], "is not a row"),
-        ([row(span=[0, 2])], "has a span, but the set is no delta"),
-        ([row(span=[0, 7])], "span .0, 7. is not a range of its 6 elements"),
-        ([row(span=[2, 2])], "is not a range"),
-        ([row(span=3)], "is not a range"),
+        ([row(spans=[[0, 2]])], "has spans, but the set is no delta"),
+        ([row(spans=[[0, 7]])], "span .0, 7. is not a range of its 6 elements"),
+        ([row(spans=[[0, 1], [2, 2]])], "is not a range"),
+        ([row(spans=3)], "are not a tuple of ranges"),
+        ([row(spans=[3])], "is not a range"),
+        ([row(spans=[])], "are not a tuple of ranges"),
+        ([row(spans=[[2, 4], [3, 5]])], "begins before the end of the one before, 4"),
         (["w"], "is not a row"),
         ("w", "the tensor table is not a list"),
     ],
@@ -104,24 +107,25 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_malformed_tables_name_tensor_field_and_value(rows: Any, message: str) -> None:
     table = [list(entry.values()) if isinstance(entry, dict) else entry for entry in rows] if rows != "w" else rows
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_bytes(msgpack.packb([2, 0, 128, None, None, False, table]))
+        Manifest.from_bytes(msgpack.packb([3, 0, 128, None, None, "float32", False, table]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 0, 0, []], "format version 1 is not 2"),
+        ([1, 0, 0, []], "format version 1 is not 3"),
         ([], "expected a list"),
         ({"format": 1}, "expected a list, got dict"),
-        ([2, 0, 0], "expected 7 fields, got 3"),
-        ([2, -1, 0, None, None, False, []], "version -1 is not an integer from 0"),
-        ([2, True, 0, None, None, False, []], "version True is not"),
-        ([2, 2**63, 0, None, None, False, []], "is not an integer from 0"),
-        ([2, 0, -1, None, None, False, []], "total_bytes -1 is not"),
-        ([2, 0, "0", None, None, False, []], "total_bytes '0' is not"),
-        ([2, 1, 0, 0, None, False, []], "belong together"),
-        ([2, 1, 0, -1, 7, False, []], "not a version and a checksum"),
-        ([2, 1, 0, None, None, 0, []], "inexact 0 is not a bool"),
+        ([3, 0, 0], "expected 8 fields, got 3"),
+        ([3, -1, 0, None, None, "float32", False, []], "version -1 is not an integer from 0"),
+        ([3, True, 0, None, None, "float32", False, []], "version True is not"),
+        ([3, 2**63, 0, None, None, "float32", False, []], "is not an integer from 0"),
+        ([3, 0, -1, None, None, "float32", False, []], "total_bytes -1 is not"),
+        ([3, 0, "0", None, None, "float32", False, []], "total_bytes '0' is not"),
+        ([3, 1, 0, 0, None, "float32", False, []], "belong together"),
+        ([3, 1, 0, -1, 7, "float32", False, []], "not a version and a checksum"),
+        ([3, 1, 0, None, None, "float32", 0, []], "inexact 0 is not a bool"),
+        ([3, 1, 0, 0, 7, "float16", False, []], "result_dtype 'float16' is not float32 or bfloat16"),
     ],
 )
 def test_malformed_heads_are_refused(content: Any, message: str) -> None:

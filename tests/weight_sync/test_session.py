@@ -18,8 +18,9 @@ from zerokl.weight_sync.errors import (
     ProtocolError,
     VersionOrderError,
 )
+from zerokl.weight_sync.live_weights import LiveWeights
 from zerokl.weight_sync.manifest import Manifest, plan_layout, result_checksum
-from zerokl.weight_sync.session import LiveWeights, UpdateSession, check_version
+from zerokl.weight_sync.session import UpdateSession, check_version
 from zerokl.weight_sync.transport import Bucket, Piece, bytes_of
 
 Tensors = dict[str, Any]

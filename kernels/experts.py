@@ -46,3 +46,22 @@ class MoeParams(Generic[Array]):
     """[1, X], added to the probabilities for the choice, not to the weights."""
     experts: Any
     """What `Ops.pack_experts` made."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """Where the tokens of one rank find each expert of a mixture that is spread over a group of ranks."""
+
+    rank: NDArray[np.int32]
+    """[X], rank within the group."""
+    slot: NDArray[np.int32]
+    """[X], which of that rank's experts it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadWeights:
+    """One rank's part of a mixture's experts, and where its tokens find the others."""
+
+    packed: Any
+    """What `Ops.pack_experts` made of the rank's own experts, in the order of their slots."""
+    where: ExpertMap

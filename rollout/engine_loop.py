@@ -1,14 +1,16 @@
-"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and worker.
+"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and ranks.
 
     callers --(Call | Exclusive)--> inbox --+
     callers --(small actions)----> urgent --+--> [ urgent, inbox, one step ]* --> futures
 
-The thread waits on a condition while there is nothing to do. `failed` and `closed` are never left again.
+The thread waits on a condition while there is nothing to do: until something comes, or a collection window of the
+scheduler closes. `failed` and `closed` are never left again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -18,13 +20,14 @@ from typing import Any, Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.loop_meter import LoopMeter
+from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.step_inputs import build_step_inputs
-from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.step_inputs import build_step_orders
+from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
-from zerokl.rollout.worker import Worker
 
 EngineState = Literal["running", "draining", "failed", "closed"]
 Result = TypeVar("Result")
@@ -36,15 +39,19 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        worker: Worker,
+        ranks: Ranks,
         weights: WeightSets,
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
+        balance: ExpertBalance,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run."""
+        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
         self._scheduler = scheduler
-        self._worker = worker
+        self._ranks = ranks
+        self._balance = balance
+        self._clock = clock
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
@@ -60,6 +67,8 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
+        self._hold: Hold | None = None
+        """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
         self.cause: BaseException | None = None
         """What made the engine fail."""
@@ -67,7 +76,7 @@ class EngineLoop:
 
     # -- any thread ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Start the thread; the worker is the thread's from here on, closing included."""
+        """Start the thread; the ranks are the thread's from here on, closing included."""
         self._thread.start()
 
     @property
@@ -89,6 +98,7 @@ class EngineLoop:
             self.check_alive()
             if isinstance(item, Call):
                 self._check_awake()
+                item.arrival_time = self._clock()
                 taken = next((name for name in item.groups if name in self._open), None)
                 if taken is not None:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
@@ -111,8 +121,8 @@ class EngineLoop:
         return self.at_boundary(lambda: self._abort(ids))
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
-        return {**self._meter.metrics(), "held": self.num_held}
+        """Counters since the start and sizes of now: see `LoopMeter.metrics`; moves of experts; calls and changes held."""
+        return {**self._meter.metrics(), **self._balance.metrics(), "held": self.num_held}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -144,17 +154,22 @@ class EngineLoop:
             self._end("closed", None)
         finally:
             with contextlib.suppress(WorkerError):
-                self._worker.close()
+                self._ranks.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
         with self._wake:
-            self._wake.wait_for(self._has_work)
+            while not self._has_work():
+                self._wake.wait(None if self._hold is None else self._hold.until - self._clock())
+            self._hold = None
             return not self._closing
 
     def _has_work(self) -> bool:
-        waiting = self._closing or self._urgent or self._inbox or self._draining is not None
-        return bool(waiting or self._scheduler.num_unfinished)
+        if self._closing or self._urgent or self._inbox or self._draining is not None:
+            return True
+        if self._hold is not None:
+            return self._clock() >= self._hold.until
+        return self._scheduler.num_unfinished > 0
 
     def _run_urgent(self) -> None:
         while self._urgent:
@@ -207,7 +222,7 @@ class EngineLoop:
         try:
             self._check_awake()
             for request in call.requests:
-                self._scheduler.add(request)
+                self._scheduler.add(request, call.arrival_time)
                 added.append(request)
         except (ValueError, EngineAsleepError) as error:  # weights were dropped or put away since the call was checked
             for request in added:
@@ -221,14 +236,19 @@ class EngineLoop:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        plan = self._scheduler.plan()
+        # While a change waits for those in flight nobody else is let in: nothing is worth waiting for.
+        plan = self._scheduler.plan(self._clock() if self._draining is None else math.inf)
         assert plan is not None, "unfinished requests and nothing to run"
-        inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
+        if isinstance(plan, Hold):
+            self._hold = plan
+            return
+        orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
-        result = self._worker.execute(StepOrder(inputs=inputs))
+        results = self._ranks.execute(orders)
         worker_seconds = time.perf_counter() - called
-        for request in self._scheduler.update(plan, result.sampled):
+        for request in self._scheduler.update(plan, results):
             self.deliver(request)
+        self._balance.count_step(results)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 
     def deliver(self, request: Request) -> None:

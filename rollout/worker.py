@@ -26,6 +26,7 @@ from zerokl.rollout.validation import check_int
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
     from zerokl.weight_sync.session import LiveWeights, UpdateSession
@@ -138,6 +139,14 @@ class Worker(Protocol):
         """Read the sets of level 1 back, byte for byte, and make an empty KV pool; what is there stays."""
         ...
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """Have each expert where `placement` [M, E, slots] wants it, copied from rank to rank; no output changes a bit.
+
+        Called on every rank between the same two steps, while none stages weights. Raises ValueError for a placement
+        that does not fit, with experts on one rank alone, and while the weights are asleep; nothing has moved then.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts for people and logs: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
         ...
@@ -150,14 +159,17 @@ class Worker(Protocol):
 class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Allocate the KV pool of `config`, which must be resolved. Raises ValueError for an unusable model folder."""
+    def __init__(self, config: EngineConfig, place: RankPlace | None = None) -> None:
+        """Allocate the KV pool of `config`, which must be resolved. `place` is the rank's among others; None: alone.
+
+        Raises ValueError for an unusable model folder, or one that cannot be spread over the ranks.
+        """
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
 
         self._model_config = ModelConfig.from_json(config.model)
-        self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
+        self._runner: ModelRunner | None = ModelRunner(config, self._model_config, place)
         self._session: UpdateSession | None = None
         self._checksums: dict[str, int] = {}
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -212,6 +224,10 @@ class LocalWorker:
     def wake_up(self, tags: Collection[str]) -> None:
         """As `Worker.wake_up`."""
         self._live_runner().wake_up(tags)
+
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """As `Worker.rearrange_experts`."""
+        self._live_runner().rearrange_experts(placement)
 
     def describe(self) -> dict[str, Any]:
         """As `Worker.describe`."""

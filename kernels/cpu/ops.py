@@ -7,6 +7,7 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,8 @@ class CpuOps:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
         self.packer = Packer()
+        self.experts: mixture.ExpertRunner = mixture.LocalExperts()
+        self._chosen: list[Ints] = []
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -84,6 +87,7 @@ class CpuOps:
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
         """See `Ops.begin_step`."""
         self._inputs = inputs
+        self._chosen = []
         if pool is not self._pool:
             self._pool = pool
             self._layer_caches = list(zip(pool.keys, pool.values, strict=True))
@@ -129,11 +133,17 @@ class CpuOps:
         correction = None if params.correction is None else params.correction.reshape(-1)
         logits = self.linear(x, params.router)
         _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        self._chosen.append(ids)
         return Routing(ids, weights)
 
-    def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:
+    def expert_tokens(self, num_experts: int) -> Ints:
+        """[M, X]: how often the tokens of the step so far chose each expert, by mixture in forward order."""
+        counts = [np.bincount(ids.reshape(-1), minlength=num_experts) for ids in self._chosen]
+        return np.array(counts, np.int32).reshape(len(counts), num_experts)
+
+    def moe(self, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
         """See `Ops.moe`."""
-        return mixture.moe(self._arena, x, routing, experts, shared)
+        return self.experts.run(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

@@ -15,7 +15,7 @@ SPARE_TABLE_ENTRIES = 8
 
 
 class KVCacheManager:
-    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `needs_...`) change nothing.
+    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `is_...` and so on) change nothing.
 
     The table of a request, in positions (B = block size):
 
@@ -50,40 +50,85 @@ class KVCacheManager:
         return len(self._prefixes)
 
     # -- admission ---------------------------------------------------------------------------------
-    def match(self, request: Request, weight_epoch: int) -> list[int]:
-        """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
+    def prefix_keys(self, request: Request, weight_epoch: int) -> list[bytes]:
+        """Keys of the request's full blocks of which no row of results is wanted, so that they may come from the cache.
 
-        So at least one token is left to compute. Only memoised keys of the request change.
+        Read only: where the request knows them already it is its own list. Every rank's manager makes the same keys.
         """
         if not self._shares(request):
             return []
-        self._set_root(request, weight_epoch)
+        root = self._root(request, weight_epoch)
+        known = request.block_keys if request.key_root == root else []
         limit = request.next_row // self.block_size
+        if len(known) >= limit:
+            return known
+        return self._longer_chain(request, root, known, limit)
+
+    def adopt_keys(self, request: Request, weight_epoch: int, keys: list[bytes]) -> None:
+        """Have the request remember what `prefix_keys` gave."""
+        request.key_root = self._root(request, weight_epoch)
+        request.block_keys = keys
+
+    def match(self, request: Request, keys: list[bytes]) -> list[int]:
+        """Published blocks with the request's longest cached prefix; `keys` are its `prefix_keys`.
+
+        So at least one token is left to compute.
+        """
         matched: list[int] = []
-        for index in range(limit):
-            block = self._prefixes.find(self._key(request, index), self._block_tokens(request, index))
+        for index in range(min(len(keys), request.next_row // self.block_size)):
+            block = self._prefixes.find(keys[index], self._block_tokens(request, index))
             if block is None:
                 break
             matched.append(block)
         return matched
 
+    def is_used(self, block: int) -> bool:
+        """Whether a request holds the block."""
+        return self._pool.is_used(block)
+
+    def num_released(self, request: Request, dropped: Counter[int]) -> int:
+        """Blocks that would come free with the request, were `dropped` (block -> references) given back before it.
+
+        Adds the request's own references to `dropped`.
+        """
+        num_free = 0
+        for block in request.block_table[: request.num_blocks].tolist():
+            dropped[block] += 1
+            num_free += dropped[block] == self._pool.num_references(block)
+        return num_free
+
     def can_admit(self, request: Request, matched: list[int], reserve: int) -> bool:
         """Whether all known tokens of the request fit and `reserve` blocks stay free for those that run."""
-        new_blocks = self._blocks_for(request.compute_target) - len(matched)
+        new_blocks = self.blocks_for(request.compute_target) - len(matched)
         woken = sum(not self._pool.is_used(block) for block in matched)
         return new_blocks + woken + reserve <= self._pool.num_free
 
-    def admit(self, request: Request, matched: list[int]) -> None:
-        """Build the table: matched blocks, then new ones for the rest. The matched part counts as computed."""
-        assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
-        for block in matched:  # before any allocation, which might evict them
+    def share(self, matched: Iterable[int]) -> None:
+        """Take a reference to each matched block, before any allocation that might evict it."""
+        for block in matched:
             self._pool.share(block)
-        total = self._blocks_for(request.compute_target)
+
+    def admit(self, request: Request, matched: list[int]) -> None:
+        """Build the table: matched blocks, shared before, then new ones. The matched part counts as computed."""
+        assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
+        self._make_table(request, matched)
+        request.num_computed_tokens = len(matched) * self.block_size
+
+    def take_over(self, request: Request, matched: list[int]) -> list[int]:
+        """Replace the request's table, of another pool, by one of this pool; returns the blocks it held there.
+
+        `matched` blocks are shared before; the others are new and await their content.
+        """
+        blocks: list[int] = request.block_table[: request.num_blocks].tolist()
+        self._make_table(request, matched)
+        return blocks
+
+    def _make_table(self, request: Request, matched: list[int]) -> None:
+        total = self.blocks_for(request.compute_target)
         fresh = [self._pool.allocate() for _ in range(total - len(matched))]
         request.block_table = np.array(matched + fresh + [0] * SPARE_TABLE_ENTRIES, np.int32)
         request.num_blocks = total
         request.num_published_blocks = len(matched)
-        request.num_computed_tokens = len(matched) * self.block_size
 
     # -- growth and results ------------------------------------------------------------------------
     def needs_block(self, request: Request) -> bool:
@@ -122,12 +167,15 @@ class KVCacheManager:
 
     def release(self, request: Request) -> None:
         """Take all blocks back. Published ones keep their content until they are needed."""
-        blocks = request.block_table[: request.num_blocks].tolist()
-        for block in reversed(blocks):  # the end of a chain goes idle first and is evicted first: its head serves more
-            self._pool.release(block, keep=block in self._prefixes)
+        self.release_blocks(request.block_table[: request.num_blocks].tolist())
         request.num_blocks = 0
         request.num_published_blocks = 0
         request.has_older_kv = False
+
+    def release_blocks(self, blocks: list[int]) -> None:
+        """Take back blocks that `take_over` returned, or a whole table."""
+        for block in reversed(blocks):  # the end of a chain goes idle first and is evicted first: its head serves more
+            self._pool.release(block, keep=block in self._prefixes)
 
     # -- sharing -----------------------------------------------------------------------------------
     def shareable_tokens(self, request: Request) -> int:
@@ -141,42 +189,49 @@ class KVCacheManager:
         self._prefixes.clear()
         self._pool.discard_idle()
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Assert free + idle + used = all blocks, and that the tables of `requests` explain every reference."""
+    def check_integrity(self, requests: Iterable[Request], held: Iterable[list[int]] = ()) -> None:
+        """Assert free + idle + used = all blocks, and that tables and `held` blocks explain every reference."""
         references: Counter[int] = Counter()
         for request in requests:
             blocks = request.block_table[: request.num_blocks].tolist()
             assert len(set(blocks)) == len(blocks), f"{request.request_id} holds a block twice"
-            held = request.num_blocks * self.block_size
-            assert request.num_computed_tokens <= held, f"{request.request_id} has computed tokens outside its blocks"
+            size = request.num_blocks * self.block_size
+            assert request.num_computed_tokens <= size, f"{request.request_id} has computed tokens outside its blocks"
+            references.update(blocks)
+        for blocks in held:
             references.update(blocks)
         self._pool.check_integrity(references)
         self._prefixes.check_integrity()
         idle = sum(block in self._prefixes and not self._pool.is_used(block) for block in range(self.num_blocks))
         assert idle == self._pool.num_idle, "an idle block without content, or content of a free block"
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
     def _shares(self, request: Request) -> bool:
         return self._enable_prefix_caching or request.group_id is not None
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
         begin = index * self.block_size
         return request.token_ids[begin : begin + self.block_size].tobytes()
 
-    def _set_root(self, request: Request, weight_epoch: int) -> None:
-        salt = "" if self._enable_prefix_caching else f"group {request.group_id}"
-        root = root_key(weight_epoch, salt)
-        if request.key_root != root:
-            request.key_root = root
-            request.block_keys.clear()
+    def _root(self, request: Request, weight_epoch: int) -> bytes:
+        return root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
 
     def _key(self, request: Request, index: int) -> bytes:
         """Key of the request's block `index`, whose tokens are known; keys of earlier blocks are made on the way."""
-        keys = request.block_keys
-        while len(keys) <= index:
-            parent = keys[-1] if keys else request.key_root
-            assert parent is not None, f"{request.request_id} was never matched"
-            keys.append(block_key(parent, self._block_tokens(request, len(keys))))
-        return keys[index]
+        if len(request.block_keys) <= index:
+            assert request.key_root is not None, f"{request.request_id} was never matched"
+            request.block_keys = self._longer_chain(request, request.key_root, request.block_keys, index + 1)
+        return request.block_keys[index]
+
+    def _longer_chain(self, request: Request, root: bytes, keys: list[bytes], size: int) -> list[bytes]:
+        """`keys` and those that follow, up to `size` of them."""
+        chain = list(keys)
+        for index in range(len(chain), size):
+            chain.append(self._next_key(chain[-1] if chain else root, self._block_tokens(request, index)))
+        return chain
+
+    def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
+        return block_key(parent, tokens)

@@ -100,7 +100,7 @@ def disturb(rig: Rig, action: str, choice: int) -> None:
         aborted = rig.scheduler.abort(ids[choice % len(ids)])
         assert aborted is not None
         rig.keep(aborted)
-    rig.kv_cache.check_integrity(rig.scheduler.requests.values())
+    rig.scheduler.check_integrity()
 
 
 @EXAMPLES
@@ -112,7 +112,7 @@ def test_every_request_finishes_once_with_its_own_output(rig, workload, disturba
     for wait, requests in workload:
         for request in requests:
             limits.check(request)
-            rig.scheduler.add(request)
+            rig.add(request)
             added.append(request)
         for _ in range(wait):
             while events and events[0][0] <= len(rig.plans):
@@ -145,7 +145,7 @@ def test_nobody_is_overtaken_more_often_than_the_limit(rig, seed):
         tokens = rng.integers(0, VOCAB, rng.choice([4, 60], p=[0.8, 0.2]))
         params = SamplingParams(max_tokens=int(rng.integers(1, 9)))
         everyone.append(Request.generate(str(number), tokens, params, seed=0))
-        rig.scheduler.add(everyone[-1])
+        rig.add(everyone[-1])
         num_admitted = rig.scheduler.metrics()["admissions"]
         rig.step()
         joins = sorted(
@@ -186,7 +186,7 @@ def run_standard(manager: type[KVCacheManager] = KVCacheManager, *, check: bool 
         rig.scheduler.set_weights("policy", epoch=epoch, version=epoch)
         rig.finished.clear()
         for request in standard_requests():
-            rig.scheduler.add(request)
+            rig.add(request)
         for step in itertools.count():
             if rig.step() is None:
                 break
@@ -229,8 +229,11 @@ class DropsAnExtension(KVCacheManager):
 class MatchesAnyEpoch(KVCacheManager):
     """Old weights' keys are taken for new ones."""
 
-    def match(self, request: Request, weight_epoch: int) -> list[int]:
-        return super().match(request, 0)
+    def prefix_keys(self, request: Request, weight_epoch: int) -> list[bytes]:
+        return super().prefix_keys(request, 0)
+
+    def adopt_keys(self, request: Request, weight_epoch: int, keys: list[bytes]) -> None:
+        super().adopt_keys(request, 0, keys)
 
 
 class PublishesUncomputedBlocks(KVCacheManager):
@@ -246,8 +249,8 @@ class PublishesUncomputedBlocks(KVCacheManager):
 class KeysWithoutParents(KVCacheManager):
     """A block is known by its own tokens, whatever came before them."""
 
-    def _key(self, request: Request, index: int) -> bytes:
-        return b"key" + self._block_tokens(request, index)
+    def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
+        return b"key" + tokens
 
 
 class FreesSharedBlocks(KVCacheManager):

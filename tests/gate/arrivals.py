@@ -46,6 +46,11 @@ class Run:
         )
         return numbered(rollouts, prompts)
 
+    def generate_one(self, prompt: int) -> list[Rollout]:
+        """Sample 0 of a prompt alone."""
+        params = replace(self.params([prompt])[0], n=1)
+        return numbered(self.engine.generate([self.policy.job.prompts[prompt]], params), [prompt])
+
     async def agenerate(self, prompts: Sequence[int]) -> list[Rollout]:
         """`generate` as a coroutine."""
         rollouts = await self.engine.agenerate(
@@ -102,14 +107,28 @@ def twice(run: Run) -> list[Rollout]:
 
 def trickled(run: Run, steps_between: int = 2, together: int = 1) -> list[Rollout]:
     """A thread and a call for `together` prompts, each call arriving some steps after the one before."""
-    run.watch.allow_first(steps_between)
-    calls = [run.start(run.generate, run.everything[:together])]
-    for first in run.everything[together::together]:
+    starts = run.everything[::together]
+    return _in_turn(run, [(run.generate, run.everything[first : first + together]) for first in starts], steps_between)
+
+
+def forward_signal(run: Run) -> list[Rollout]:
+    """Schedule and forward in turn, coupled by a signal: one prompt a call, taken up when the forward has ended.
+
+    A lone sample comes first, and again with its prompt: other ranks have nothing to do in that step.
+    """
+    return _in_turn(run, [(run.generate_one, 0), *((run.generate, [index]) for index in run.everything)], 1)
+
+
+def _in_turn(run: Run, calls: Sequence[tuple[Callable[..., list[Rollout]], Any]], steps: int) -> list[Rollout]:
+    (function, argument), *others = calls
+    run.watch.allow_first(steps)
+    started = [run.start(function, argument)]
+    for function, argument in others:
         run.watch.wait_stopped()
-        calls.append(run.start_held(run.generate, run.everything[first : first + together]))
-        run.watch.allow(steps_between)
+        started.append(run.start_held(function, argument))
+        run.watch.allow(steps)
     run.watch.open()
-    return [rollout for call in calls for rollout in call.result()]
+    return [rollout for call in started for rollout in call.result()]
 
 
 def paced(seconds_between: float) -> Arrival:
@@ -161,7 +180,3 @@ def updated(run: Run) -> list[Rollout]:
         )
     return rollouts
 
-
-def forward_signal(run: Run) -> list[Rollout]:
-    """Schedule and forward in turn, coupled by a signal: one prompt a call, taken up when the forward has ended."""
-    return trickled(run, steps_between=1)

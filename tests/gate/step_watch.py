@@ -49,7 +49,7 @@ class StepWatch:
     def _count(self, plan: Any) -> None:
         now = time.perf_counter()
         entries = []
-        for rank, part in enumerate(ranks_of(plan)):
+        for rank, part in enumerate(plan.ranks):
             self.rank_tokens[rank] += part.num_tokens
             self._counts["dummy_entries"] += not part.entries
             entries += part.entries
@@ -59,14 +59,13 @@ class StepWatch:
         self._counts["chunks"] += sum(entry.num_rows == 0 for entry in entries)
         self._counts["prefill_steps"] += any(entry.num_tokens > 1 for entry in entries) or bool(fresh)
         self._counts["late_joins"] += len(joined) if len(joined) < len(entries) else 0
-        self._counts["handovers"] += len(getattr(plan, "handovers", ()))
         self._counts["max_batch"] = max(self._counts["max_batch"], len(entries))
         self._first_seen.update(dict.fromkeys(joined, plan.step))
         self.first_token_at.update({entry.request_id: now for entry in fresh if entry.num_rows})
 
     # -- any other thread ---------------------------------------------------------------------------------------------
     def factors(self) -> dict[str, float]:
-        """What has happened: steps, chunks, prefill_steps, late_joins, handovers, dummy_entries, busy_ranks, max_batch.
+        """What has happened: steps, chunks, prefill_steps, late_joins, dummy_entries, busy_ranks, max_batch.
 
         A chunk is a part of a prompt with more of it to come; a late join is a request that entered a step in which
         others were at work already; a dummy entry is a rank's part of a step without tokens.
@@ -97,8 +96,3 @@ class StepWatch:
         with self._changed:
             self._permits = math.inf
             self._changed.notify_all()
-
-
-def ranks_of(plan: Any) -> Any:
-    """The ranks' parts of a plan, each with `entries` and `num_tokens`."""
-    return getattr(plan, "ranks", (plan,))

@@ -71,11 +71,11 @@ SEVERAL_RANKS = [
     _several("DP 2", 1, 2),
     _several("EP 2 x DP 2", 2, 2),
     _several("DP 2, timeout 0", 1, 2, PACE, ("late_joins",), batched_token_timeout=0.0),
-    _several("DP 2, timeout 10 ms", 1, 2, PACE, ("holds",), batched_token_timeout=MS_10),
-    _several("DP 2, timeout 0.1 s", 1, 2, PACE, ("holds",), batched_token_timeout=MS_100),
+    _several("DP 2, timeout 10 ms", 1, 2, PACE, ("refused_window",), batched_token_timeout=MS_10),
+    _several("DP 2, timeout 0.1 s", 1, 2, PACE, ("refused_window",), batched_token_timeout=MS_100),
     _several("EP 2, timeout 0", 2, 1, PACE, ("late_joins",), batched_token_timeout=0.0),
-    _several("EP 2, timeout 10 ms", 2, 1, PACE, ("holds",), batched_token_timeout=MS_10),
-    _several("EP 2, timeout 0.1 s", 2, 1, PACE, ("holds",), batched_token_timeout=MS_100),
+    _several("EP 2, timeout 10 ms", 2, 1, PACE, ("refused_window",), batched_token_timeout=MS_10),
+    _several("EP 2, timeout 0.1 s", 2, 1, PACE, ("refused_window",), batched_token_timeout=MS_100),
     _several("DP 2, token budget 16", 1, 2, occurs=("chunks", "refused_tokens"), **TIGHT_BUDGET),
     _several("EP 2, token budget 16", 2, 1, occurs=("chunks", "refused_tokens"), **TIGHT_BUDGET),
     _several("EP 2, trickled arrivals", 2, 1, trickled, ("late_joins",)),
@@ -90,4 +90,4 @@ SEVERAL_RANKS = [
     _several("EP 2, roles prefill and decode", 2, 1, occurs=("handovers",), rank_roles=("prefill", "decode")),
 ]
 
-VARIANTS = ONE_RANK
+VARIANTS = ONE_RANK + SEVERAL_RANKS

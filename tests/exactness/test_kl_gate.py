@@ -22,17 +22,27 @@ from gate.variants import VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+KINDS = ("dense", "moe")
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GatePolicy:
     made = synthetic_policy(request.param, tmp_path_factory.mktemp("gate") / request.param, Size())
     plain_runs(made)
     return made
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    ("policy", "variant"),
+    [
+        pytest.param(kind, variant, id=f"{kind}-{variant.name}", marks=[] if variant.short else [pytest.mark.slow])
+        for kind in KINDS
+        for variant in VARIANTS
+        if kind == "moe" or not variant.moe_only
+    ],
+    indirect=["policy"],
+)
 def test_a_variant_equals_the_trainer_and_did_take_place(policy: GatePolicy, variant: Variant) -> None:
-    if variant.moe_only and not policy.is_moe:
-        pytest.skip("there are no experts to spread")
     assert run_variant(policy, variant).failures == []
 
 

@@ -35,6 +35,8 @@ class Variant:
     moe_only: bool = False
     tight_pool: bool = False
     """Room for the longest request and little else."""
+    short: bool = True
+    """Whether it is among those that the suite runs."""
 
 
 @dataclass(kw_only=True)

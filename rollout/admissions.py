@@ -19,13 +19,13 @@ class Admissions:
 
     Balance: a request joins the rank where its own tokens to compute (cached ones apart) make the fewest in this step;
     then where the fewest tokens are expected altogether; then the lowest. A sample of a group prefers the rank
-    that has its prompt (`_home`).
+    that has its prompt (`_near_home`).
     """
 
     def __init__(
         self, snapshot: Snapshot, budgets: SchedulerConfig, decision: Decision, policy: str, drafts: list[RankDraft]
     ) -> None:
-        """`drafts` are changed, of `decision` only the keys."""
+        """`drafts` are changed, of `decision` only the prefix keys."""
         self.drafts = drafts
         self.outcomes: list[Join | Blocked] = []
         self.refusals: list[tuple[Refusal, str | None]] = []
@@ -73,17 +73,14 @@ class Admissions:
     # -- where to ----------------------------------------------------------------------------------
     def _place(self, request: Request, ranks: list[RankDraft]) -> tuple[RankDraft, list[int]] | None:
         """The rank to join and the blocks shared there; None if it fits nowhere."""
-        keys = self._keys(request, ranks[0])
+        prefix = self._decision.prefix_keys(ranks[0].kv_cache, request, self._epoch)
         fitting: list[tuple[RankDraft, list[int]]] = []
         for draft in ranks:
-            matched = draft.kv_cache.match(request, keys) if keys else []
+            matched = draft.kv_cache.match(request, prefix)
             if draft.has_blocks(request, matched):
                 fitting.append((draft, matched))
-        if len(fitting) < 2:
-            return fitting[0] if fitting else None
-        home = self._home(request, fitting) if request.group_id is not None else None
-        if home is not None:
-            return home
+        if request.group_id is not None and len(fitting) > 1:
+            fitting = self._near_home(fitting)
         block_size = ranks[0].kv_cache.block_size
         return min(
             fitting,
@@ -92,20 +89,17 @@ class Admissions:
                 place[0].expected_tokens,
                 place[0].rank,
             ),
+            default=None,
         )
 
-    def _home(self, request: Request, fitting: list[tuple[RankDraft, list[int]]]) -> tuple[RankDraft, list[int]] | None:
-        """The rank with most of a sample's prompt, unless it is overloaded by `max_group_imbalance`."""
-        home = max(fitting, key=lambda place: (len(place[1]), -place[0].rank))
-        if not home[1]:
-            return None
-        kv_cache = home[0].kv_cache
+    def _near_home(self, fitting: list[tuple[RankDraft, list[int]]]) -> list[tuple[RankDraft, list[int]]]:
+        """Places for a sample of a group: where most of its prompt is, within `max_group_imbalance`."""
+        kv_cache = fitting[0][0].kv_cache
         bound = self._budgets.max_group_imbalance * kv_cache.num_blocks * kv_cache.block_size
-        lowest = min(draft.expected_tokens for draft in self._takers)
-        return home if home[0].expected_tokens + request.max_num_tokens - lowest <= bound else None
-
-    def _keys(self, request: Request, draft: RankDraft) -> list[bytes]:
-        return self._decision.prefix_keys(draft.kv_cache, request, self._epoch)
+        lowest = min(draft.expected_tokens for draft, _ in fitting)
+        near = [place for place in fitting if place[0].expected_tokens - lowest <= bound]
+        home = max(near, key=lambda place: (len(place[1]), -place[0].rank))
+        return [home] if home[1] else near
 
     # -- what is decided ---------------------------------------------------------------------------
     def _join(self, request: Request, draft: RankDraft, matched: list[int]) -> None:

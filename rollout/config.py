@@ -104,7 +104,7 @@ class EngineConfig:
         if self.rank_roles is not None:
             self._set("rank_roles", check_roles("rank_roles", self.rank_roles))
             if len(self.rank_roles) != self.num_ranks:
-                raise ValueError(f"rank_roles must hold {self.num_ranks} roles, one per rank, got {self.rank_roles!r}")
+                raise ValueError(f"rank_roles must name each of the {self.num_ranks} ranks, got {self.rank_roles!r}")
 
     @property
     def num_ranks(self) -> int:
@@ -186,8 +186,8 @@ class SchedulerConfig:
     batched_token_timeout: float = 0.0
     """Seconds that new requests may be held to fill and balance a prefill over several ranks; 0: never."""
     max_group_imbalance: float = 0.25
-    """Part of a rank's KV pool by which samples that stay with the leader of their group may load its rank, in
-    expected tokens, above the least loaded one; beyond it they move and compute the prompt there."""
+    """Part of a rank's KV pool by which its expected tokens may exceed those of the least loaded rank with room, for
+    samples to stay with the leader of their group; beyond it they move and compute the prompt there."""
     roles: tuple[Role, ...] | None = None
     """One per rank: "prefill" ranks hand requests over to decode-capable ones ("decode", "mixed") once their prompt is
     computed, "decode" ranks take no new ones. None: all "mixed"."""

@@ -121,7 +121,7 @@ class EngineLoop:
         return self.at_boundary(lambda: self._abort(ids))
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start and sizes of now: see `LoopMeter.metrics`; moves of experts; calls and changes held."""
+        """Counters since the start and sizes of now: `LoopMeter.metrics`, moves of experts, calls and changes held."""
         return {**self._meter.metrics(), **self._balance.metrics(), "held": self.num_held}
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ decided here.
 from __future__ import annotations
 
 from zerokl.rollout.admissions import Admissions
-from zerokl.rollout.config import SchedulerConfig
+from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.rank_draft import RankDraft
 from zerokl.rollout.request import Request
 from zerokl.rollout.snapshot import Decision, Move, Snapshot
@@ -26,7 +26,8 @@ def plan(snapshot: Snapshot, budgets: SchedulerConfig, now: float) -> Decision:
     With several ranks, joining may be put off: while all waiting requests of the weight set are new, the first of them
     has waited for less than `batched_token_timeout`, and some rank could still take more. What runs goes on meanwhile.
     """
-    roles = budgets.roles or ("mixed",) * len(snapshot.running)
+    mixed: Role = "mixed"
+    roles = budgets.roles or (mixed,) * len(snapshot.running)
     drafts = [
         RankDraft(rank, roles[rank], running, kv_cache, budgets)
         for rank, (running, kv_cache) in enumerate(zip(snapshot.running, snapshot.kv_caches, strict=True))
@@ -94,8 +95,8 @@ def _hand_over(
             continue
         matched: list[int] = []
         if not request.has_older_kv:
-            keys = decision.prefix_keys(draft.kv_cache, request, snapshot.weights[request.policy].epoch)
-            matched = draft.kv_cache.match(request, keys)
+            prefix = decision.prefix_keys(draft.kv_cache, request, snapshot.weights[request.policy].epoch)
+            matched = draft.kv_cache.match(request, prefix)
         cost = (draft.expected_tokens - len(matched) * draft.kv_cache.block_size, draft.rank)
         if (best is None or cost < best) and draft.has_blocks(request, matched):
             best, best_matched = cost, matched

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.running_set import RunningSet
-from zerokl.rollout.snapshot import Decision, Join, Move, WeightSet
+from zerokl.rollout.snapshot import Decision, Join, Move
 from zerokl.rollout.step_plan import Handover
 
 
@@ -52,10 +52,10 @@ class Residents:
         members = [request for running in self.running for request in running.in_order()]
         return sorted(members, key=lambda request: request.admission)
 
-    def share(self, decision: Decision, weights: Mapping[str, WeightSet]) -> None:
+    def share(self, decision: Decision) -> None:
         """Take hold of all blocks that the decision has matched: nothing carried out later may evict them."""
-        for request, keys in decision.keys.values():
-            self.kv_caches[0].adopt_keys(request, weights[request.policy].epoch, keys)
+        for request, prefix in decision.prefixes.values():
+            self.kv_caches[0].adopt_keys(request, prefix)
         for outcome in decision.outcomes:
             if isinstance(outcome, Join):
                 self.kv_caches[outcome.rank].share(outcome.matched)

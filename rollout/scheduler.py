@@ -284,7 +284,7 @@ class Scheduler:
         )
 
     def _change_residents(self, decision: Decision) -> None:
-        self._residents.share(decision, self._weights)
+        self._residents.share(decision)
         for number, rank in enumerate(decision.ranks):
             for request in rank.preempted:
                 self._preempt(request)

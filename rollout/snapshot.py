@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from zerokl.rollout.kv_cache.prefix_cache import PrefixKeys
 from zerokl.rollout.request import Request
 from zerokl.rollout.step_plan import PlanEntry, Refusal
 
@@ -53,8 +54,8 @@ class KVCacheView(Protocol):
     @property
     def num_free_blocks(self) -> int: ...
     def blocks_for(self, num_tokens: int) -> int: ...
-    def prefix_keys(self, request: Request, weight_epoch: int) -> list[bytes]: ...
-    def match(self, request: Request, keys: list[bytes]) -> list[int]: ...
+    def prefix_keys(self, request: Request, weight_epoch: int) -> PrefixKeys: ...
+    def match(self, request: Request, prefix: PrefixKeys) -> list[int]: ...
     def is_used(self, block: int) -> bool: ...
     def num_released(self, request: Request, dropped: Counter[int]) -> int: ...
 
@@ -126,19 +127,16 @@ class Decision:
     moves: list[Move] = field(default_factory=list)
     refusals: list[tuple[Refusal, str | None]] = field(default_factory=list)
     """With the id of the request, where it was one."""
-    keys: dict[str, tuple[Request, list[bytes]]] = field(default_factory=dict)
-    """Prefix keys made on the way, by request id: worth remembering."""
+    prefixes: dict[str, tuple[Request, PrefixKeys]] = field(default_factory=dict)
+    """By request id the keys that were made on the way: worth remembering."""
     hold_until: float | None = None
     """When the first collection window closes."""
     left: list[str] = field(default_factory=list)
     """Weight sets of which all that could join has joined: their requests that still wait are held no more."""
 
-    def prefix_keys(self, kv_cache: KVCacheView, request: Request, epoch: int) -> list[bytes]:
-        """The request's prefix keys: its own, or made now and kept here."""
-        made = self.keys.get(request.request_id)
-        if made is not None:
-            return made[1]
-        keys = kv_cache.prefix_keys(request, epoch)
-        if keys is not request.block_keys:
-            self.keys[request.request_id] = (request, keys)
-        return keys
+    def prefix_keys(self, kv_cache: KVCacheView, request: Request, epoch: int) -> PrefixKeys:
+        """The request's prefix keys, made anew or found here."""
+        known = self.prefixes.get(request.request_id)
+        if known is None:
+            known = self.prefixes[request.request_id] = request, kv_cache.prefix_keys(request, epoch)
+        return known[1]

@@ -45,6 +45,7 @@ class _Processes:
         reap_dead_segments()
         self._size = size
         self._away: frozenset[str] = frozenset()
+        """Parts that are put away."""
         with ExitStack() as undo:
             self._link = WorkerLink(size)
             undo.callback(self._link.close)
@@ -74,6 +75,7 @@ class _Processes:
     def commit_weights(self) -> None:
         """See Worker."""
         self._done(messages.Commit())
+        self._away -= {"weights"}
 
     def discard_staged(self) -> None:
         """See Worker."""

@@ -7,6 +7,7 @@ without scheduler, pool or plan.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -345,6 +346,27 @@ def placement(plan: StepPlan | None) -> list[list[str]]:
     """Request ids by rank."""
     assert plan is not None
     return [[entry.request_id for entry in rank.entries] for rank in plan.ranks]
+
+
+def bits(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """Everything that an object holds, order included, as plain values that compare."""
+    seen = {} if seen is None else seen
+    if value is None or isinstance(value, (bool, int, float, str, bytes, enum.Enum)) or callable(value):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if id(value) in seen:
+        return "seen", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, dict):
+        return type(value).__name__, [(bits(key, seen), bits(item, seen)) for key, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [bits(item, seen) for item in value]
+    names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    names += list(getattr(value, "__dict__", ()))
+    return type(value).__name__, [(name, bits(getattr(value, name), seen)) for name in names if hasattr(value, name)]
 
 
 def refusals(rig: Rig) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from zerokl.rollout.kv_cache.block_pool import BlockPool
-from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, block_key, root_key
+from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, PrefixKeys, block_key, root_key
 from zerokl.rollout.request import Request
 
 SPARE_TABLE_ENTRIES = 8
@@ -50,33 +50,32 @@ class KVCacheManager:
         return len(self._prefixes)
 
     # -- admission ---------------------------------------------------------------------------------
-    def prefix_keys(self, request: Request, weight_epoch: int) -> list[bytes]:
-        """Keys of the request's full blocks of which no row of results is wanted, so that they may come from the cache.
+    def prefix_keys(self, request: Request, weight_epoch: int) -> PrefixKeys:
+        """Keys of the request's first blocks as far as it knows them, for `match` to go on from.
 
-        Read only: where the request knows them already it is its own list. Every rank's manager makes the same keys.
+        Every rank's manager makes the same keys.
         """
-        if not self._shares(request):
-            return []
-        root = self._root(request, weight_epoch)
-        known = request.block_keys if request.key_root == root else []
-        limit = request.next_row // self.block_size
-        if len(known) >= limit:
-            return known
-        return self._longer_chain(request, root, known, limit)
+        root = root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
+        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [])
 
-    def adopt_keys(self, request: Request, weight_epoch: int, keys: list[bytes]) -> None:
-        """Have the request remember what `prefix_keys` gave."""
-        request.key_root = self._root(request, weight_epoch)
-        request.block_keys = keys
+    def adopt_keys(self, request: Request, prefix: PrefixKeys) -> None:
+        """Have the request remember the keys that were made."""
+        request.key_root, request.block_keys = prefix
 
-    def match(self, request: Request, keys: list[bytes]) -> list[int]:
-        """Published blocks with the request's longest cached prefix; `keys` are its `prefix_keys`.
+    def match(self, request: Request, prefix: PrefixKeys) -> list[int]:
+        """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
 
-        So at least one token is left to compute.
+        So at least one token is left to compute. Of all that exists only `prefix` changes: it grows by the keys made.
         """
         matched: list[int] = []
-        for index in range(min(len(keys), request.next_row // self.block_size)):
-            block = self._prefixes.find(keys[index], self._block_tokens(request, index))
+        if not self._shares(request):
+            return matched
+        size, tokens, (root, keys) = self.block_size, request.token_ids, prefix
+        for index in range(request.next_row // size):
+            content = tokens[index * size : (index + 1) * size].tobytes()
+            if index == len(keys):
+                keys.append(self._next_key(keys[-1] if keys else root, content))
+            block = self._prefixes.find(keys[index], content)
             if block is None:
                 break
             matched.append(block)
@@ -216,22 +215,14 @@ class KVCacheManager:
         begin = index * self.block_size
         return request.token_ids[begin : begin + self.block_size].tobytes()
 
-    def _root(self, request: Request, weight_epoch: int) -> bytes:
-        return root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
-
     def _key(self, request: Request, index: int) -> bytes:
         """Key of the request's block `index`, whose tokens are known; keys of earlier blocks are made on the way."""
-        if len(request.block_keys) <= index:
-            assert request.key_root is not None, f"{request.request_id} was never matched"
-            request.block_keys = self._longer_chain(request, request.key_root, request.block_keys, index + 1)
-        return request.block_keys[index]
-
-    def _longer_chain(self, request: Request, root: bytes, keys: list[bytes], size: int) -> list[bytes]:
-        """`keys` and those that follow, up to `size` of them."""
-        chain = list(keys)
-        for index in range(len(chain), size):
-            chain.append(self._next_key(chain[-1] if chain else root, self._block_tokens(request, index)))
-        return chain
+        keys = request.block_keys
+        while len(keys) <= index:
+            parent = keys[-1] if keys else request.key_root
+            assert parent is not None, f"{request.request_id} was never matched"
+            keys.append(self._next_key(parent, self._block_tokens(request, len(keys))))
+        return keys[index]
 
     def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
         return block_key(parent, tokens)

@@ -25,7 +25,7 @@ def admit(manager: KVCacheManager, request: Request, epoch: int = 1) -> int:
     keys = manager.prefix_keys(request, epoch)
     matched = manager.match(request, keys)
     assert manager.can_admit(request, matched, reserve=0)
-    manager.adopt_keys(request, epoch, keys)
+    manager.adopt_keys(request, keys)
     manager.share(matched)
     manager.admit(request, matched)
     request.num_computed_tokens = request.compute_target
@@ -183,7 +183,7 @@ def test_blocks_are_conserved_whatever_happens(actions, caching):
             matched = match(manager, request, 1)
             assert len(matched) * 8 < request.num_tokens
             if manager.can_admit(request, matched, reserve=choice % 2):
-                manager.adopt_keys(request, 1, manager.prefix_keys(request, 1))
+                manager.adopt_keys(request, manager.prefix_keys(request, 1))
                 manager.share(matched)
                 manager.admit(request, matched)
                 request.num_computed_tokens = max(request.num_computed_tokens, request.num_tokens - choice)

@@ -16,6 +16,7 @@ from scheduling_rig import VOCAB, Rig, assert_as_expected
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.kv_cache.prefix_cache import PrefixKeys
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -229,11 +230,8 @@ class DropsAnExtension(KVCacheManager):
 class MatchesAnyEpoch(KVCacheManager):
     """Old weights' keys are taken for new ones."""
 
-    def prefix_keys(self, request: Request, weight_epoch: int) -> list[bytes]:
+    def prefix_keys(self, request: Request, weight_epoch: int) -> PrefixKeys:
         return super().prefix_keys(request, 0)
-
-    def adopt_keys(self, request: Request, weight_epoch: int, keys: list[bytes]) -> None:
-        super().adopt_keys(request, 0, keys)
 
 
 class PublishesUncomputedBlocks(KVCacheManager):

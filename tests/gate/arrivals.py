@@ -179,4 +179,3 @@ def updated(run: Run) -> list[Rollout]:
             int((rollout.policy_versions == version).sum()) for rollout in rollouts
         )
     return rollouts
-

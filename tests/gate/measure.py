@@ -99,8 +99,9 @@ def run_variant(policy: GatePolicy, variant: Variant) -> VariantReport:
     """Run the job under the variant and compare: with the trainer's forward, and with the plain run's tokens."""
     start = time.perf_counter()
     name = f"{policy.name}: {variant.name}"
+    options = engine_options(policy, variant)
     try:
-        rollouts, counters = run_arrival(engine_options(policy, variant), policy, variant.arrival)
+        rollouts, counters = run_arrival(options, policy, variant.arrival)
     except (EngineFailedError, WorkerError) as error:
         report = compare(name, policy, [])
         report.missing = [f"the engine failed: {error}"]
@@ -109,6 +110,8 @@ def run_variant(policy: GatePolicy, variant: Variant) -> VariantReport:
     report.factors = {name: counters.get(name, 0) for name in (*variant.occurs, *variant.absent)}
     report.missing = [f"{name} is 0: it did not occur" for name in variant.occurs if not report.factors[name]]
     report.missing += [f"{name} is {report.factors[name]}, not 0" for name in variant.absent if report.factors[name]]
+    if counters["busy_ranks"] < options.num_ranks:
+        report.missing.append(f"busy_ranks is {counters['busy_ranks']} of {options.num_ranks}")
     report.seconds = time.perf_counter() - start
     return report
 

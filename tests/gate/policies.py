@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exactness_harness import SETTINGS, Job, trainer_forward
+from exactness_harness import SETTINGS, Job
 from numpy.typing import NDArray
 
+from zerokl.integrations.batch import pack_rollouts
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
@@ -60,7 +61,7 @@ class GatePolicy:
 
     def trainer_logprobs(self, rollouts: Sequence[Rollout]) -> list[Floats]:
         """The trainer's forward on each rollout's tokens, by the weights that sampled them."""
-        logprobs: list[Floats] = [np.zeros(0, np.float32)] * len(rollouts)
+        logprobs = [np.zeros(0, np.float32)] * len(rollouts)
         groups: dict[tuple[int, float], list[int]] = {}
         for index, rollout in enumerate(rollouts):
             if len(rollout.token_ids):
@@ -69,10 +70,10 @@ class GatePolicy:
                 groups.setdefault((version, rollout.sampling_params.temperature or 1.0), []).append(index)
         for (version, temperature), members in groups.items():
             for start in range(0, len(members), PACK):
-                some = members[start : start + PACK]
-                forward = trainer_forward(self.trainers[version], [rollouts[index] for index in some], temperature)
-                for index, (values, _) in zip(some, forward, strict=True):
-                    logprobs[index] = values
+                batch = pack_rollouts(rollouts, members[start : start + PACK])
+                values, _ = self.trainers[version].logprobs(batch.token_ids, batch.cu_seqlens, temperature, batch.rows)
+                for index, some in zip(batch.indices, np.split(values.numpy(), batch.cu_rows[1:-1]), strict=True):
+                    logprobs[index] = some
         return logprobs
 
 

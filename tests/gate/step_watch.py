@@ -70,8 +70,7 @@ class StepWatch:
         A chunk is a part of a prompt with more of it to come; a late join is a request that entered a step in which
         others were at work already; a dummy entry is a rank's part of a step without tokens.
         """
-        busy = sum(tokens > 0 for tokens in self.rank_tokens.values())
-        return {**self._counts, "busy_ranks": busy, "several_busy_ranks": busy > 1}
+        return {**self._counts, "busy_ranks": sum(tokens > 0 for tokens in self.rank_tokens.values())}
 
     def allow_first(self, steps: int) -> None:
         """Stop after so many steps from now; the engine must be idle."""

@@ -50,12 +50,12 @@ ONE_RANK = [
 def _several(
     name: str, expert: int, data: int, arrival: Arrival = at_once, occurs: tuple[str, ...] = (), **changes: Any
 ) -> Variant:
-    """On expert * data ranks, more than one of which must have computed tokens."""
+    """On expert * data ranks, all of which must compute tokens."""
     return Variant(
         name=name,
         options={"expert_parallel_size": expert, "data_parallel_size": data, "num_threads": 1, **changes},
         arrival=arrival,
-        occurs=("several_busy_ranks", *occurs),
+        occurs=("busy_ranks", *occurs),
         moe_only=expert > 1,
         short=False,
     )

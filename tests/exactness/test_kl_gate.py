@@ -11,13 +11,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from gate.arrivals import Arrival, aborted, at_once, trickled, updated
 from gate.controls import CONTROLS, Control, run_control
 from gate.measure import Variant, compare, differing_tokens, plain_runs, run_variant
 from gate.policies import GatePolicy, Size, synthetic_policy
 from gate.story import tell
 from gate.variants import VARIANTS
+
+from zerokl.rollout.model_runner import ModelRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +66,14 @@ def test_a_variant_that_did_not_take_place_fails_by_name(policy: GatePolicy) -> 
         f"result_rows is {report.factors['result_rows']}, not 0",
     ]
     assert not report.to_dict()["passed"]
+
+
+@pytest.mark.parametrize("arrival", [at_once, trickled, aborted, updated])
+def test_an_engine_that_fails_fails_the_variant(policy: GatePolicy, arrival: Arrival) -> None:
+    with mock.patch.object(ModelRunner, "execute", side_effect=RuntimeError("a broken kernel")):
+        report = run_variant(policy, Variant(name="broken", arrival=arrival))
+    assert "a broken kernel" in report.missing[0]
+    assert report.differing_tokens > 0
 
 
 def test_lost_and_changed_tokens_are_counted(policy: GatePolicy) -> None:

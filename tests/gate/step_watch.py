@@ -9,8 +9,10 @@ from collections import Counter
 from typing import Any
 
 from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.errors import EngineFailedError
 
 PATIENCE_S = 120.0
+GLANCE_S = 0.2
 
 
 class StepWatch:
@@ -30,6 +32,7 @@ class StepWatch:
         """Request id -> `time.perf_counter()` when its first token was in."""
         self.rank_tokens: Counter[int] = Counter()
         """Rank -> tokens computed."""
+        self._engine = engine
         scheduler: Any = engine._scheduler
         self._update = scheduler.update
         scheduler.update = self._apply
@@ -78,9 +81,14 @@ class StepWatch:
             self._permits = steps
 
     def wait_stopped(self) -> None:
-        """Until the engine has used up its permits."""
+        """Until the engine has used up its permits. Raises EngineFailedError if it failed on the way."""
+        deadline = time.perf_counter() + PATIENCE_S
         with self._changed:
-            assert self._changed.wait_for(lambda: self._is_stopped, PATIENCE_S), "the engine does not step"
+            while not self._changed.wait_for(lambda: self._is_stopped, GLANCE_S):
+                health = self._engine.health()
+                if health["state"] == "failed":
+                    raise EngineFailedError(health["cause"])
+                assert time.perf_counter() < deadline, "the engine does not step"
 
     def allow(self, steps: int) -> None:
         """Let so many further steps pass, from where the engine is stopped."""

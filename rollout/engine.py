@@ -99,13 +99,14 @@ class RolloutEngine(WeightMethods):
             stop_strings,
             config.block_size,
             self._sleep.check_awake,
-            self._balance,
+            after_step=self._balance.count_step,
         )
         in_flight = InFlightRequests(
             self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
         )
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
+        ranks.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -202,8 +203,11 @@ class RolloutEngine(WeightMethods):
         self._loop.at_boundary(self._scheduler.reset_prefix_cache).result()
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and sizes of now; read without stopping the loop, so they may be a step apart."""
-        return self._loop.metrics()
+        """Counters since the start, and sizes of now, all ranks together; `health` has what each rank holds.
+
+        They are read without stopping the loop, so they may be a step apart.
+        """
+        return {**self._loop.metrics(), **self._balance.metrics()}
 
     def health(self) -> dict[str, Any]:
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.

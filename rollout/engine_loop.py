@@ -14,18 +14,18 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
-from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_orders
+from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
 
@@ -44,13 +44,15 @@ class EngineLoop:
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
-        balance: ExpertBalance,
+        after_step: Callable[[Sequence[StepResult]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run; `clock` gives seconds."""
+        """`check_awake` raises EngineAsleepError where requests cannot run. `after_step` is given each step's results;
+        `clock` gives seconds.
+        """
         self._scheduler = scheduler
         self._ranks = ranks
-        self._balance = balance
+        self._after_step = after_step
         self._clock = clock
         self._stop_strings = stop_strings
         self._block_size = block_size
@@ -116,13 +118,22 @@ class EngineLoop:
             self._wake.notify()
         return future
 
+    def fail(self, error: WorkerError) -> None:
+        """End the loop with this error, if it runs; returns at once."""
+
+        def throw() -> None:
+            raise error
+
+        with contextlib.suppress(EngineFailedError, EngineClosedError):
+            self.at_boundary(throw)
+
     def abort(self, ids: Collection[str] | None) -> Future[int]:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
         return self.at_boundary(lambda: self._abort(ids))
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start and sizes of now: `LoopMeter.metrics`, moves of experts, calls and changes held."""
-        return {**self._meter.metrics(), **self._balance.metrics(), "held": self.num_held}
+        """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
+        return {**self._meter.metrics(), "held": self.num_held}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -248,7 +259,7 @@ class EngineLoop:
         worker_seconds = time.perf_counter() - called
         for request in self._scheduler.update(plan, results):
             self.deliver(request)
-        self._balance.count_step(results)
+        self._after_step(results)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
 
     def deliver(self, request: Request) -> None:

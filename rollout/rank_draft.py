@@ -88,16 +88,24 @@ class RankDraft:
         Where one needs a block and none is free, the most recently admitted one of all is preempted.
         """
         block_size, chunks, preempted = self.kv_cache.block_size, [], self._preempted_ids
-        for request in self._running.of(policy):
+        add_entry, add_member = self.entries.append, self.members.append
+        budget, num_rows = self.budget, self.num_rows
+        for request in self._running.of(policy):  # `take` written out: a thousand single tokens a step are the rule
             if preempted and request.request_id in preempted:
                 continue
-            target = request.compute_target
-            if target - request.num_computed_tokens > 1:
+            target, start = request.compute_target, request.num_computed_tokens
+            if target - start > 1:
                 chunks.append(request)
             elif hand_over is not None and hand_over(self, request):
                 self._gone.add(request.request_id)
-            elif self.budget > 0 and (target <= request.num_blocks * block_size or self._make_room(request)):
-                self.take(request, request.num_computed_tokens)
+            elif budget > 0 and (target <= request.num_blocks * block_size or self._make_room(request)):
+                row = 1 if start >= request.num_prompt_tokens + request.num_output_tokens - 1 else 0
+                add_entry(PlanEntry(request.request_id, start, 1, num_rows, row))
+                add_member(request)
+                budget -= 1
+                num_rows += row
+        self.num_tokens += self.budget - budget
+        self.budget, self.num_rows = budget, num_rows
         for request in chunks:
             if self.budget > 0 and request.request_id not in preempted:
                 self.take(request, request.num_computed_tokens)

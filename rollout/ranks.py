@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import WeightSource, Worker, make_worker
 
@@ -69,6 +70,10 @@ class Ranks(Protocol):
         """As `Worker.rearrange_experts`."""
         ...
 
+    def watch(self, report: Callable[[WorkerError], None]) -> None:
+        """Have `report` called, in another thread, when a rank's process ends before `close`, be it idle."""
+        ...
+
     def close(self) -> None:
         """As `Worker.close`."""
         ...
@@ -95,6 +100,9 @@ class OneRank:
         """See Ranks."""
         (order,) = orders
         return [self._worker.execute(order)]
+
+    def watch(self, report: Callable[[WorkerError], None]) -> None:
+        """See Ranks. The next call of a lone worker reports its end."""
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""

@@ -256,7 +256,8 @@ class LocalWorker:
             return
         with published.open() as lease:
             delta = lease.manifest.parent is not None
-            session = UpdateSession(expected, self._live_weights(runner) if delta else None, tied)
+            live = self._live_weights(runner) if delta else None
+            session = UpdateSession(expected, live, tied, read={*runner.held_tensors(), *tied})
             try:
                 runner.stage(receive(session, version, lease), version, delta=delta)
             finally:
@@ -264,13 +265,15 @@ class LocalWorker:
         self._session = session
 
     def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
+        from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
         from zerokl.rollout.model_runner import LIVE
         from zerokl.weight_sync.session import LiveWeights
 
         live = runner.weight_sets.get(LIVE)
         if live is None:
             return None
-        return LiveWeights(version=live.version, tensors=runner.live_tensors(), checksums=self._checksums)
+        tensors = OwnTensors(runner.live_tensors(), self._model_config)
+        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums)
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import tempfile
 import threading
@@ -153,6 +154,27 @@ class WorkerLink:
         """Wait until the processes are up."""
         self.steps.greet()
         self.staging.greet()
+
+    def watch(self, report: Callable[[WorkerDiedError], None]) -> None:
+        """Have `report` called, in a thread of its own, when a process ends before `close`, idle or not; once."""
+        stop = os.eventfd(0)
+        thread = threading.Thread(target=self._watch, args=(stop, report), name="zerokl-rank-watch", daemon=True)
+        thread.start()
+        self._undo.callback(os.close, stop)
+        self._undo.callback(thread.join)
+        self._undo.callback(os.eventfd_write, stop, 1)
+
+    def _watch(self, stop: int, report: Callable[[WorkerDiedError], None]) -> None:
+        children = {child.pidfd: child for child in self._children}
+        poll = select.poll()
+        for descriptor in (stop, *children):
+            poll.register(descriptor, select.POLLIN)
+        ended = [descriptor for descriptor, _ in poll.poll()]
+        if stop not in ended:
+            try:
+                children[ended[0]].raise_death()
+            except WorkerDiedError as error:
+                report(error)
 
     def forget_folder(self) -> None:
         """Remove the folder: sockets that are connected need no names any more."""

@@ -113,6 +113,10 @@ class _Processes:
         """See Worker."""
         self._done(messages.Rearrange(placement=placement.tolist()))
 
+    def watch(self, report: Callable[[WorkerError], None]) -> None:
+        """See `zerokl.rollout.ranks.Ranks`."""
+        self._link.watch(report)
+
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()

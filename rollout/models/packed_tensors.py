@@ -12,7 +12,7 @@ from zerokl.kernels.cpu.packing import unpack_expert, unpack_gate_up, unpack_lin
 from zerokl.kernels.ops import DecoderParams, LayerParams
 
 from .config import ModelConfig
-from .decoder import ExpertShare, held_tensors
+from .decoder import AllExperts, ExpertShare, held_tensors
 from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER
 
 Floats = NDArray[np.float32]
@@ -28,14 +28,14 @@ _KEPT = {
 class PackedTensors(Mapping[str, Floats]):
     """Tensors by Hugging Face name, unpacked on access from parameters of the CPU ops. Not to be written to.
 
-    Of the experts those that `share` holds.
+    Of the experts those that `share` holds; None: all.
     """
 
-    def __init__(self, params: DecoderParams[Any], config: ModelConfig, share: ExpertShare) -> None:
+    def __init__(self, params: DecoderParams[Any], config: ModelConfig, share: ExpertShare | None = None) -> None:
         self._params = params
         self._config = config
-        self._share = share
-        self._shapes = held_tensors(config, share)
+        self._share = AllExperts() if share is None else share
+        self._shapes = held_tensors(config, self._share)
 
     def __getitem__(self, name: str) -> Floats:
         if name not in self._shapes:

@@ -246,9 +246,11 @@ def test_a_rank_killed_in_a_step_ends_the_engine_with_its_number_and_the_step_is
     assert segments_of(os.getpid()) == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_killed_between_steps_is_named(tiny_model: Path) -> None:
+def test_a_rank_killed_between_steps_ends_the_engine_though_nobody_calls_it(tiny_model: Path) -> None:
     engine = on_ranks(tiny_model, data_parallel_size=2)
     pids = kill_rank(engine, 0)
+    wait_until(lambda: engine.health()["state"] == "failed")
+    assert "rank 0" in engine.health()["cause"]
     with pytest.raises(EngineFailedError, match=f"rank 0: worker process {pids[0]} was killed by SIGKILL"):
         sampled(engine)
     engine.close()

@@ -6,6 +6,7 @@ import pytest
 from scheduling_rig import Rig, assert_as_expected, entries, generate, placement, refusals
 
 from zerokl.rollout.config import SchedulerConfig
+from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
 from zerokl.rollout.results import DECODE, PREFILL
 from zerokl.rollout.sampling_params import SamplingParams
@@ -148,7 +149,6 @@ def test_each_token_tells_step_phase_cached_length_and_rank_after_a_preemption_t
     rig.add(request := Request.generate("a", tokens, SamplingParams(max_tokens=6), seed=1))
     rig.step(), rig.step()
     rig.scheduler.preempt("a")
-    steps = {plan.step: plan for plan in rig.plans}
     rig.run()
     steps = {plan.step: plan for plan in rig.plans}
     assert request.phases.tolist() == [PREFILL, DECODE, PREFILL, DECODE, DECODE, DECODE]
@@ -158,6 +158,9 @@ def test_each_token_tells_step_phase_cached_length_and_rank_after_a_preemption_t
         assert entry.start + entry.num_tokens == 30 + position
     assert request.steps.dtype == "int64" and request.phases.dtype == "uint8"
     assert request.cached_lens.dtype == "int32" and request.ranks.dtype == "int16"
+    record = Rollout.from_request(request)
+    for name in ("steps", "phases", "cached_lens", "ranks"):
+        assert getattr(record, name).tolist() == getattr(request, name).tolist()
 
 
 def test_the_last_token_of_a_prompt_computed_alone_is_prefill():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ from zerokl.rollout.expert_parallel import rearrange as rearranging
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.model_runner import LIVE, ModelRunner
 from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config, tiny_moe_config
 from zerokl.rollout.step_order import BlockMove, StepOrder, StepResult
+from zerokl.rollout.worker import LocalWorker, SharedWeights
+from zerokl.weight_sync import WeightPublisher
+from zerokl.weight_sync.errors import ChecksumError, ParentMismatchError
 
 FAMILIES = ("Qwen3MoeForCausalLM", "Ernie4_5_MoeForCausalLM")
 BLOCK = 16
@@ -159,6 +164,50 @@ def test_a_delta_of_experts_on_every_rank() -> None:
             runner.commit()
         for got, want in zip(run(made, orders), alone(config, {**old, **delta}, orders), strict=True):
             assert_same(got.sampled, want.sampled)
+
+
+def test_published_weights_are_verified_by_the_ranks_that_read_them(tmp_path: Path) -> None:
+    """A complete set: each rank its own part. A delta: all that changed, and the checksum of the whole result."""
+    content = tiny_moe_config(FAMILIES[0])
+    config = ModelConfig.from_json(content)
+    tensors, new = random_tensors(config, 1), random_tensors(config, 2)
+    save_pretrained(tmp_path, content, tensors)
+    options = EngineConfig(model=str(tmp_path), num_blocks=8, max_model_len=64, num_threads=1)
+    theirs = "model.layers.1.mlp.experts.7.up_proj.weight"
+    with communicators(2) as ends, WeightPublisher() as publisher:
+        workers = [LocalWorker(options, RankPlace(rank, 2, 2, ends[rank])) for rank in range(2)]
+        whole = publisher.publish(tensors, 1)
+        damaged = replace(
+            whole,
+            manifest=replace(
+                whole.manifest,
+                tensors=tuple(
+                    replace(spec, checksum=spec.checksum ^ 1) if spec.name == theirs else spec
+                    for spec in whole.manifest.tensors
+                ),
+            ),
+        )
+        workers[0].stage_weights(SharedWeights(published=damaged), 1)
+        with pytest.raises(ChecksumError, match=theirs):
+            workers[1].stage_weights(SharedWeights(published=damaged), 1)
+        for worker in workers:
+            worker.stage_weights(SharedWeights(published=whole), 1)
+            worker.commit_weights()
+        delta = {name: new[name] for name in (theirs, "model.norm.weight")}
+        changed = publisher.publish_delta(delta, 2)
+        for worker in workers:
+            worker.stage_weights(SharedWeights(published=changed), 2)
+            worker.commit_weights()
+        orders = [order(0, 12), order(1, 9)]
+        got = each(2, lambda rank: workers[rank].execute(orders[rank]))
+        for one, want in zip(got, alone(config, {**tensors, **delta}, orders), strict=True):
+            assert_same(one.sampled, want.sampled)
+        part = {theirs: np.array(delta[theirs])}
+        part[theirs].reshape(-1)[:3] = 1.0
+        spanned = publisher.publish_delta(part, 3, spans={theirs: (0, 3)})
+        workers[1].stage_weights(SharedWeights(published=spanned), 3)
+        with pytest.raises(ParentMismatchError, match=f"{theirs}.*is on another rank"):
+            workers[0].stage_weights(SharedWeights(published=spanned), 3)
 
 
 def shuffled(runner: ModelRunner, seed: int) -> np.ndarray:

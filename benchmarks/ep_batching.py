@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rates", nargs="+", type=float, default=[5, 10, 20, 40, 80], metavar="PER_S")
+    parser.add_argument("--rates", nargs="+", type=float, default=[5, 10, 20, 40, 80, 120, 160], metavar="PER_S")
     parser.add_argument("--timeouts", nargs="+", type=float, default=[0.01, 0.1], metavar="S", help="besides 0")
     parser.add_argument("--seconds", type=float, default=4.0, help="over which a round's requests arrive")
     parser.add_argument("--prompt-tokens", type=int, default=48, help="from half of it to twice of it")

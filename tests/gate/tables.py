@@ -26,7 +26,7 @@ def variant_table(reports: Sequence[VariantReport]) -> Table:
     table.add_column("what occurred", ratio=1)
     table.add_column("verdict")
     for report in reports:
-        occurred = ", ".join(f"{_number(value)} {name.replace('_', ' ')}" for name, value in report.factors.items())
+        occurred = ", ".join(f"{value:g} {_words(name)}" for name, value in report.factors.items())
         table.add_row(
             report.name,
             str(report.tokens),
@@ -93,5 +93,6 @@ def _kl(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}"
 
 
-def _number(value: float) -> str:
-    return f"{value:g}" if value < 1e6 else f"{value:.0f}"
+def _words(counter: str) -> str:
+    words = counter.replace("_", " ")
+    return words.replace("refused window", "holds of the window").replace("refused", "refusals for")

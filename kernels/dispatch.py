@@ -84,13 +84,6 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
     ops.experts = SpreadExperts(group)
 
 
-def expert_tokens(ops: EngineOps[Any], num_experts: int) -> NDArray[np.int32] | None:
-    """[M, X], how often the tokens of the last step chose each expert; None where the device does not count."""
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    return ops.expert_tokens(num_experts) if isinstance(ops, CpuOps) else None
-
-
 def weight_packer(ops: EngineOps[Any], *, beside_steps: bool) -> WeightPacker[Any]:
     """What packs a new set of weights for `ops`; with `beside_steps`, while another thread may run steps."""
     from zerokl.kernels.cpu.ops import CpuOps

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from zerokl.rollout.hooks import UpdateEvent
     from zerokl.rollout.outputs import Rollout
+    from zerokl.rollout.routing import RolloutRouting, replay_arrays
     from zerokl.rollout.sampling_params import SamplingParams
     from zerokl.rollout.text import Tokenizer
 
@@ -32,11 +33,13 @@ _MODULES = {
     "HookError": "errors",
     "Rollout": "outputs",
     "RolloutEngine": "engine",
+    "RolloutRouting": "routing",
     "SamplingParams": "sampling_params",
     "StaleRequestError": "errors",
     "Tokenizer": "text",
     "UpdateEvent": "hooks",
     "WorkerError": "errors",
+    "replay_arrays": "routing",
 }
 
 __all__ = [
@@ -47,11 +50,13 @@ __all__ = [
     "HookError",
     "Rollout",
     "RolloutEngine",
+    "RolloutRouting",
     "SamplingParams",
     "StaleRequestError",
     "Tokenizer",
     "UpdateEvent",
     "WorkerError",
+    "replay_arrays",
 ]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,7 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.ranks import Ranks, make_ranks
+from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition, ScoreRequests
@@ -72,9 +74,12 @@ class RolloutEngine(WeightMethods):
     def _start(self, ranks: Ranks) -> None:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
+        routing = RankRouting.of_engine(config, self._model_config.moe, config.num_ranks)
         kv_caches = [
-            KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
-            for _ in range(config.num_ranks)
+            KVCacheManager(
+                config.num_blocks, config.block_size, config.enable_prefix_caching, partial(routing.keep, rank)
+            )
+            for rank in range(config.num_ranks)
         ]
         stop_strings = StopStrings(self._tokenizer)
         self._scheduler = Scheduler(_budgets(config), kv_caches, stop_strings)
@@ -100,6 +105,7 @@ class RolloutEngine(WeightMethods):
             config.block_size,
             self._sleep.check_awake,
             after_step=self._balance.count_step,
+            routing=routing,
         )
         in_flight = InFlightRequests(
             self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse

@@ -23,6 +23,7 @@ from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFa
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
+from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepResult
@@ -46,9 +47,10 @@ class EngineLoop:
         check_awake: Callable[[], None],
         after_step: Callable[[Sequence[StepResult]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        routing: RankRouting = NO_ROUTING,
     ) -> None:
         """`check_awake` raises EngineAsleepError where requests cannot run. `after_step` is given each step's results;
-        `clock` gives seconds.
+        `clock` gives seconds. `routing` hears of each step's handovers and outcome before the scheduler takes it.
         """
         self._scheduler = scheduler
         self._ranks = ranks
@@ -57,6 +59,7 @@ class EngineLoop:
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
+        self._routing = routing
         self._wake = threading.Condition()
         # Guarded by _wake, as are _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
@@ -253,10 +256,12 @@ class EngineLoop:
         if isinstance(plan, Hold):
             self._hold = plan
             return
+        self._routing.hand_over(plan.handovers)
         orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
         results = self._ranks.execute(orders)
         worker_seconds = time.perf_counter() - called
+        self._routing.record(orders, results)
         for request in self._scheduler.update(plan, results):
             self.deliver(request)
         self._after_step(results)

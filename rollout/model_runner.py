@@ -16,17 +16,15 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zerokl.kernels.dispatch import (
-    expert_tokens,
     forget_step,
     get_ops,
     host_storage,
     release_spare_weights,
     weight_packer,
 )
-from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult
+from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
@@ -34,6 +32,7 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward, held_tensors
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
+from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
@@ -76,9 +75,9 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, place: RankPlace | None = None) -> None:
         """Make the ops and allocate the KV pool; no weights yet.
 
-        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks` and `max_model_len`
-        count. `place` is this rank's among others; None: it is alone. Raises ValueError for a model or device that
-        cannot be spread so.
+        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks`, `max_model_len` and
+        `return_routing` count. `place` is this rank's among others; None: it is alone. Raises ValueError for a model or
+        device that cannot be spread so.
         """
         assert config.num_blocks is not None, "an unresolved EngineConfig"
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -89,6 +88,9 @@ class ModelRunner:
         self._placement = self._place.initial_placement(model_config)
         self._ops = get_ops(config.device, num_threads)
         self._place.prepare(self._ops)
+        self._return_routing = config.return_routing != "none"
+        self._capture = None if model_config.moe is None else RoutingCapture(self._ops, model_config.moe)
+        self._forward_ops = self._ops if self._capture is None else self._capture.recording_ops
         self._make_pool = partial(
             self._ops.kv_pool,
             model_config.num_hidden_layers,
@@ -130,14 +132,8 @@ class ModelRunner:
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
         self._place.begin_step(order, self._pool)
-        hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
-        expert_tokens = self._expert_tokens()
-        if not len(inputs.logit_rows):
-            return StepResult(sampled=_no_rows(inputs.sampling.want_raw), expert_tokens=expert_tokens)
-        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
-        if result.tokens.min() < 0:
-            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-        return StepResult(sampled=result, expert_tokens=expert_tokens)
+        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
+        return self._with_routing(self._sample(hidden, weights, inputs))
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
@@ -230,8 +226,20 @@ class ModelRunner:
             raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
         del self._sets[name]
 
-    def _expert_tokens(self) -> NDArray[np.int32] | None:
-        return None if self._config.moe is None else expert_tokens(self._ops, self._config.moe.num_experts)
+    def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
+        if not len(inputs.logit_rows):
+            return _no_rows(inputs.sampling.want_raw)
+        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
+        if result.tokens.min() < 0:
+            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
+        return result
+
+    def _with_routing(self, sampled: SampleResult) -> StepResult:
+        capture = self._capture
+        if capture is None:
+            return StepResult(sampled=sampled)
+        routed = capture.take() if self._return_routing else None
+        return StepResult(sampled=sampled, expert_tokens=capture.expert_tokens(), routed=routed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.request import FinishReason, Request
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 
 LogprobsDefinition = Literal["processed_logprobs"]
@@ -65,6 +66,8 @@ class Rollout:
     prompt_index: int
     """Which prompt of the call."""
     sampling_params: SamplingParams
+    routing: RolloutRouting | None = None
+    """What the routers chose, as far as `EngineConfig.return_routing` asks for it; None also if it never ran."""
     logprobs_definition: LogprobsDefinition = "processed_logprobs"
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
 
@@ -104,4 +107,5 @@ class Rollout:
             sample_index=request.sample_index,
             prompt_index=request.prompt_index,
             sampling_params=request.sampling_params,
+            routing=request.routing,
         )

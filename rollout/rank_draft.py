@@ -88,7 +88,7 @@ class RankDraft:
         Where one needs a block and none is free, the most recently admitted one of all is preempted.
         """
         block_size, chunks, preempted = self.kv_cache.block_size, [], self._preempted_ids
-        add_entry, add_member = self.entries.append, self.members.append
+        add_entry, add_member, new_entry = self.entries.append, self.members.append, tuple.__new__
         budget, num_rows = self.budget, self.num_rows
         for request in self._running.of(policy):  # `take` written out: a thousand single tokens a step are the rule
             if preempted and request.request_id in preempted:
@@ -100,7 +100,7 @@ class RankDraft:
                 self._gone.add(request.request_id)
             elif budget > 0 and (target <= request.num_blocks * block_size or self._make_room(request)):
                 row = 1 if start >= request.num_prompt_tokens + request.num_output_tokens - 1 else 0
-                add_entry(PlanEntry(request.request_id, start, 1, num_rows, row))
+                add_entry(new_entry(PlanEntry, (request.request_id, start, 1, num_rows, row)))
                 add_member(request)
                 budget -= 1
                 num_rows += row
@@ -155,8 +155,8 @@ class RankDraft:
     def has_blocks(self, request: Request, matched: list[int]) -> bool:
         """Whether all known tokens of the request fit beside what is reserved, if it shares `matched` blocks."""
         total = self.kv_cache.blocks_for(request.compute_target)
-        needed = total - len(matched) + self._num_woken(matched)
-        return needed + self.reserve + self._output_reserve(request, total) <= self.free
+        needed = total - len(matched) + self.reserve + self._output_reserve(request, total)
+        return needed <= self.free and needed + self._num_woken(matched) <= self.free
 
     def admit(self, request: Request, matched: list[int], start: int) -> None:
         """Reserve blocks and a slot for the request, and compute it from `start` on."""
@@ -170,8 +170,7 @@ class RankDraft:
 
     def _num_woken(self, matched: list[int]) -> int:
         """Matched blocks that count as free until they are shared."""
-        is_used, woken = self.kv_cache.is_used, self._woken
-        return sum(1 for block in matched if block not in woken and not is_used(block))
+        return self.kv_cache.num_unused(matched, self._woken)
 
     def _output_reserve(self, request: Request, num_blocks: int) -> int:
         """Blocks kept free for the growth of a request with a table of `num_blocks`."""

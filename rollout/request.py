@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.results import Origin, ResultArrays, enlarged
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
 
@@ -42,7 +43,8 @@ class Request:
     `num_output_tokens` counts results collected so far: for a score request they cover a prefix of the forced tokens.
     Results outlive a preemption; only keys and values are computed again, to the same bits.
 
-    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results.
+    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results, a
+    `RoutingStore` the routing of what was computed until the request last let go of its blocks.
     """
 
     __slots__ = (
@@ -78,6 +80,7 @@ class Request:
         "rank",
         "request_id",
         "results",
+        "routing",
         "sample_index",
         "sampling",
         "sampling_params",
@@ -131,6 +134,7 @@ class Request:
             capacity = len(tokens) - num_prompt_tokens
             self._tokens = tokens.copy()
         self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
+        self.routing: RolloutRouting | None = None
 
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -323,6 +327,7 @@ class Request:
         if self.kind == "generate":
             self.num_tokens = self.compute_target = self.num_prompt_tokens
         self.num_output_tokens = self.results.size = 0
+        self.routing = None
         self.sampling.restart(self.prompt_token_ids)
         self.block_keys.clear()
         self.num_restarts += 1

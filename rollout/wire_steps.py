@@ -22,7 +22,10 @@ STEP_ARRAYS: ArrayTable = {
     "block_tables": (_I32, 2),
     "logit_rows": (_I32, 1),
     "routing": (_I32, 3),
+    "routing_weights": (_F32, 3),
 }
+OPTIONAL_ARRAYS = ("routing", "routing_weights")
+"""Those of STEP_ARRAYS that a step may lack."""
 SAMPLING_ARRAYS: ArrayTable = {
     "temperature": (_F32, 1),
     "top_k": (_I32, 1),
@@ -68,7 +71,7 @@ def read_order(body: list[Any], payload: Payload) -> StepOrder:
     step, policy, want_raw, has_moves, step_shapes, sampling_shapes, *moves = body
     arrays: dict[str, Any] = payload.take(STEP_ARRAYS, step_shapes)
     options: dict[str, Any] = payload.take(SAMPLING_ARRAYS, sampling_shapes)
-    check_present({name: array for name, array in arrays.items() if name != "routing"}, options)
+    check_present({name: array for name, array in arrays.items() if name not in OPTIONAL_ARRAYS}, options)
     sampling = SamplingBatch(**options, want_raw=want_raw)
     inputs = StepInputs(**arrays, sampling=sampling, step=step, policy=policy)
     sends, receives = (tuple(_move(one, payload) for one in some) for some in moves)

@@ -41,7 +41,6 @@ class CpuOps:
         self._arena = Arena()
         self.packer = Packer()
         self.experts: mixture.ExpertRunner = mixture.LocalExperts()
-        self._chosen: list[Ints] = []
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -87,7 +86,6 @@ class CpuOps:
     def begin_step(self, inputs: StepInputs, pool: KVPool[Floats]) -> None:
         """See `Ops.begin_step`."""
         self._inputs = inputs
-        self._chosen = []
         if pool is not self._pool:
             self._pool = pool
             self._layer_caches = list(zip(pool.keys, pool.values, strict=True))
@@ -127,19 +125,15 @@ class CpuOps:
 
     def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
         """See `Ops.route`."""
-        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
-        ids = np.empty((len(x), spec.top_k), np.int32) if given is None else given
+        replay = None if self._inputs is None else self._inputs.replay(spec.index)
+        ids = np.empty((len(x), spec.top_k), np.int32) if replay is None else replay.experts.copy()
         weights = self._arena.take(len(x), spec.top_k)
         correction = None if params.correction is None else params.correction.reshape(-1)
         logits = self.linear(x, params.router)
-        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
-        self._chosen.append(ids)
+        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, replay is not None)
+        if replay is not None:
+            replay.put_weights(weights)
         return Routing(ids, weights)
-
-    def expert_tokens(self, num_experts: int) -> Ints:
-        """[M, X]: how often the tokens of the step so far chose each expert, by mixture in forward order."""
-        counts = [np.bincount(ids.reshape(-1), minlength=num_experts) for ids in self._chosen]
-        return np.array(counts, np.int32).reshape(len(counts), num_experts)
 
     def moe(self, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
         """See `Ops.moe`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, PrefixKeys, block_
 from zerokl.rollout.request import Request
 
 SPARE_TABLE_ENTRIES = 8
+
+
+def _nothing(_: Request) -> None: ...
 
 
 class KVCacheManager:
@@ -27,8 +30,18 @@ class KVCacheManager:
     All tokens known at admission get their blocks at once; afterwards only sampling makes a table grow.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        """With `enable_prefix_caching` off, blocks are shared within a group of samples only."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        on_release: Callable[[Request], None] = _nothing,
+    ) -> None:
+        """With `enable_prefix_caching` off, blocks are shared within a group of samples only.
+
+        `on_release` is told of a request that is about to lose its blocks, whose content is still there.
+        """
+        self._on_release = on_release
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
         self._prefixes = PrefixCache()
@@ -56,11 +69,11 @@ class KVCacheManager:
         Every rank's manager makes the same keys.
         """
         root = root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
-        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [])
+        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [], [])
 
     def adopt_keys(self, request: Request, prefix: PrefixKeys) -> None:
         """Have the request remember the keys that were made."""
-        request.key_root, request.block_keys = prefix
+        request.key_root, request.block_keys = prefix.root, prefix.keys
 
     def match(self, request: Request, prefix: PrefixKeys) -> list[int]:
         """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
@@ -70,20 +83,22 @@ class KVCacheManager:
         matched: list[int] = []
         if not self._shares(request):
             return matched
-        size, tokens, (root, keys) = self.block_size, request.token_ids, prefix
-        for index in range(request.next_row // size):
-            content = tokens[index * size : (index + 1) * size].tobytes()
+        find, (root, keys, contents) = self._prefixes.find, prefix
+        for index in range(request.next_row // self.block_size):
+            if index == len(contents):
+                contents.append(self._block_tokens(request, index))
             if index == len(keys):
-                keys.append(self._next_key(keys[-1] if keys else root, content))
-            block = self._prefixes.find(keys[index], content)
+                keys.append(self._next_key(keys[-1] if keys else root, contents[index]))
+            block = find(keys[index], contents[index])
             if block is None:
                 break
             matched.append(block)
         return matched
 
-    def is_used(self, block: int) -> bool:
-        """Whether a request holds the block."""
-        return self._pool.is_used(block)
+    def num_unused(self, blocks: Sequence[int], besides: Set[int]) -> int:
+        """How many of the blocks no request holds, those of `besides` left out."""
+        is_used = self._pool.is_used
+        return len([block for block in blocks if not is_used(block) and block not in besides])
 
     def num_released(self, request: Request, dropped: Counter[int]) -> int:
         """Blocks that would come free with the request, were `dropped` (block -> references) given back before it.
@@ -166,6 +181,7 @@ class KVCacheManager:
 
     def release(self, request: Request) -> None:
         """Take all blocks back. Published ones keep their content until they are needed."""
+        self._on_release(request)
         self.release_blocks(request.block_table[: request.num_blocks].tolist())
         request.num_blocks = 0
         request.num_published_blocks = 0

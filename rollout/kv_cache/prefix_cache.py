@@ -30,6 +30,8 @@ class PrefixKeys(NamedTuple):
 
     root: bytes
     keys: list[bytes]
+    contents: list[bytes]
+    """The blocks' token ids as bytes, so that asking several caches makes them once."""
 
 
 class PrefixCache:

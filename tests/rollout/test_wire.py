@@ -172,7 +172,8 @@ def test_moves_of_blocks_and_what_routers_chose_travel_too() -> None:
 
 
 def test_a_replayed_choice_of_experts_travels_too() -> None:
-    inputs = dataclasses.replace(a_step(), routing=np.arange(30, dtype=np.int32).reshape(2, 5, 3))
+    ids = np.arange(30, dtype=np.int32).reshape(2, 5, 3)
+    inputs = dataclasses.replace(a_step(), routing=ids, routing_weights=ids.astype(np.float32))
     _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
     assert isinstance(execute, Execute)
     assert_equal(execute.order.inputs, inputs)

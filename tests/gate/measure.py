@@ -124,6 +124,8 @@ def run_arrival(options: EngineConfig, policy: GatePolicy, arrival: Arrival) -> 
             rollouts = arrival(run)
         finally:
             run.close()
+        routed = [rollout.routing for rollout in rollouts if rollout.routing is not None]
+        run.factors["replayed_tokens"] = sum(len(routing.experts) for routing in routed)
         return rollouts, {**engine.metrics(), **run.watch.factors(), **run.factors}
 
 

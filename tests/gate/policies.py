@@ -60,7 +60,10 @@ class GatePolicy:
         return publisher.publish(self.trainers[version].named_arrays(), version=version)
 
     def trainer_logprobs(self, rollouts: Sequence[Rollout]) -> list[Floats]:
-        """The trainer's forward on each rollout's tokens, by the weights that sampled them."""
+        """The trainer's forward on each rollout's tokens, by the weights that sampled them.
+
+        Where the rollouts have their routing it is replayed.
+        """
         logprobs = [np.zeros(0, np.float32)] * len(rollouts)
         groups: dict[tuple[int, float], list[int]] = {}
         for index, rollout in enumerate(rollouts):
@@ -71,7 +74,9 @@ class GatePolicy:
         for (version, temperature), members in groups.items():
             for start in range(0, len(members), PACK):
                 batch = pack_rollouts(rollouts, members[start : start + PACK])
-                values, _ = self.trainers[version].logprobs(batch.token_ids, batch.cu_seqlens, temperature, batch.rows)
+                values, _ = self.trainers[version].logprobs(
+                    batch.token_ids, batch.cu_seqlens, temperature, batch.rows, routing=batch.routing
+                )
                 for index, some in zip(batch.indices, np.split(values.numpy(), batch.cu_rows[1:-1]), strict=True):
                     logprobs[index] = some
         return logprobs

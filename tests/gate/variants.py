@@ -43,6 +43,13 @@ ONE_RANK = [
         arrival=updated,
         occurs=UPDATED,
     ),
+    Variant(
+        name="routing replay",
+        options={"return_routing": "all"} | TIGHT_BUDGET,
+        tight_pool=True,
+        occurs=("replayed_tokens", "preemptions", "chunks"),
+        moe_only=True,
+    ),
     Variant(name="worker process", options={"worker": "process"}, arrival=at_once),
 ]
 
@@ -101,6 +108,7 @@ SEVERAL_RANKS = [
         expert_rebalance_interval=4,
         num_redundant_experts=2,
     ),
+    _in_short(_several("EP 2, routing replay", 2, 1, occurs=("replayed_tokens",), return_routing="all")),
     _in_short(_several("DP 2, roles prefill and decode", 1, 2, occurs=HANDED_OVER, **ROLES)),
     _several("EP 2, roles prefill and decode", 2, 1, occurs=HANDED_OVER, **ROLES),
 ]

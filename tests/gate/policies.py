@@ -64,11 +64,10 @@ class GatePolicy:
 
         Where the rollouts have their routing it is replayed.
         """
-        logprobs = [np.zeros(0, np.float32)] * len(rollouts)
+        logprobs = [np.zeros(len(rollout.token_ids), np.float32) for rollout in rollouts]
         groups: dict[tuple[int, float], list[int]] = {}
         for index, rollout in enumerate(rollouts):
-            if len(rollout.token_ids):
-                ((_, _, version),) = rollout.version_spans
+            for _, _, version in rollout.version_spans:
                 # At temperature 0 the policy's distribution is the one at 1.
                 groups.setdefault((version, rollout.sampling_params.temperature or 1.0), []).append(index)
         for (version, temperature), members in groups.items():
@@ -78,7 +77,8 @@ class GatePolicy:
                     batch.token_ids, batch.cu_seqlens, temperature, batch.rows, routing=batch.routing
                 )
                 for index, some in zip(batch.indices, np.split(values.numpy(), batch.cu_rows[1:-1]), strict=True):
-                    logprobs[index] = some
+                    own = rollouts[index].policy_versions == version
+                    logprobs[index][own] = some[own]
         return logprobs
 
 

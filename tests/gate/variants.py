@@ -38,11 +38,7 @@ ONE_RANK = [
         occurs=("preemptions", "chunks", "late_joins"),
     ),
     Variant(name="abort and resubmit", arrival=aborted, occurs=ABORTED),
-    Variant(
-        name="weight update, mode wait",
-        arrival=updated,
-        occurs=UPDATED,
-    ),
+    Variant(name="weight update, mode wait", arrival=updated, occurs=UPDATED),
     Variant(
         name="routing replay",
         options={"return_routing": "all"} | TIGHT_BUDGET,

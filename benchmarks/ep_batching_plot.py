@@ -19,7 +19,7 @@ Rows = list[dict[str, float]]
 
 
 def plot(rows: Rows, path: Path, machine: str) -> None:
-    """Three panels over the rate of arrival: tokens/s against no window, prefill steps, time to first token."""
+    """Three panels over the rate of arrival: tokens/s and prefill steps against no window, time to first token."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (speed, steps, wait) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     rates = sorted({row["arrival_per_s"] for row in rows})
@@ -27,19 +27,19 @@ def plot(rows: Rows, path: Path, machine: str) -> None:
         some = sorted((row for row in rows if row["timeout_s"] == timeout), key=lambda row: row["arrival_per_s"])
         style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 5, "linewidth": 1.6}
         label = f"window {1e3 * timeout:g} ms" if timeout else "no window"
-        _line(steps, some, "prefill_steps", style, label)
         _line(wait, some, "ttft_p50_ms", style, label)
         _line(wait, some, "ttft_p99_ms", style | {"linestyle": "--", "markerfacecolor": "white"}, None)
         if timeout:
             _line(speed, some, "tok_s_ratio", style, label)
+            _line(steps, some, "prefill_ratio", style, label)
     speed.axhspan(0.95, 1.05, color="#e5e7eb", zorder=0)
-    speed.axhline(1, color=COLOURS[0], linewidth=1)
     speed.set_ylim(min(0.9, *speed.get_ylim()), max(1.1, *speed.get_ylim()))
-    speed.set_ylabel("tokens/s, relative to no window")
-    speed.set_title("Throughput (grey band: within 5 %)")
-    steps.set_ylabel("steps with a prompt in them")
-    steps.set_ylim(bottom=0)
-    steps.set_title("Prefill steps per round")
+    speed.set_title("Tokens per second (grey: within 5 %)")
+    steps.set_ylim(0, max(1.05, *steps.get_ylim()))
+    steps.set_title("Steps with a prompt in them")
+    for axes in (speed, steps):
+        axes.axhline(1, color=COLOURS[0], linewidth=1)
+        axes.set_ylabel("relative to no window")
     wait.set_ylabel("ms")
     wait.set_yscale("log")
     wait.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -53,7 +53,7 @@ def plot(rows: Rows, path: Path, machine: str) -> None:
         axes.set_xlabel("requests arriving per second")
         axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.legend(frameon=False)
+    figure.legend(*wait.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.suptitle(f"Collection window over ranks that share experts ({machine})", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)

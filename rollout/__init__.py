@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         StaleRequestError,
         WorkerError,
     )
+    from zerokl.rollout.expert_balance import ExpertLoad
     from zerokl.rollout.hooks import UpdateEvent
     from zerokl.rollout.outputs import Rollout
     from zerokl.rollout.routing import RolloutRouting, replay_arrays
@@ -30,6 +31,7 @@ _MODULES = {
     "EngineClosedError": "errors",
     "EngineConfig": "config",
     "EngineFailedError": "errors",
+    "ExpertLoad": "expert_balance",
     "HookError": "errors",
     "Rollout": "outputs",
     "RolloutEngine": "engine",
@@ -47,6 +49,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineFailedError",
+    "ExpertLoad",
     "HookError",
     "Rollout",
     "RolloutEngine",

@@ -5,27 +5,15 @@ Nothing is disturbed on purpose: NumPy's and Paddle's products pick their order 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import paddle  # here: Paddle computes nothing in other threads if it is first imported outside the main one
 import pytest
 from exactness_harness import Job, differences, differing, run, run_variant, score_differences
-from numpy.typing import NDArray
+from ordinary_ops import Floats, OrdinaryOps, engines_use, numpy_product
 
-from zerokl.kernels.cpu.ops import CpuOps, PackedLinear
-from zerokl.rollout import model_runner
+from zerokl.kernels.cpu.ops import CpuOps
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.loader import open_tensors
-
-Floats = NDArray[np.float32]
-Product = Callable[[Floats, Floats], Floats]
-
-
-def numpy_product(x: Floats, weight: Floats) -> Floats:
-    return np.matmul(x, weight.T)
 
 
 def paddle_product(x: Floats, weight: Floats) -> Floats:
@@ -35,43 +23,16 @@ def paddle_product(x: Floats, weight: Floats) -> Floats:
 PRODUCTS = {"numpy": numpy_product, "paddle": paddle_product}
 
 
-@dataclass(frozen=True, slots=True)
-class PlainLinear(PackedLinear):
-    weight: Floats
-
-
-class OrdinaryOps(CpuOps):
-    """CpuOps with a library's matrix products."""
-
-    def __init__(self, product: Product, num_threads: int | None) -> None:
-        super().__init__(num_threads)
-        self._product = product
-
-    def pack_linear(self, weights: Any, biases: Any) -> PackedLinear:
-        packed = super().pack_linear(weights, biases)
-        return PlainLinear(packed.panels, packed.bias, packed.num_outputs, np.concatenate(weights))
-
-    def linear(self, x: Floats, weight: PackedLinear) -> Floats:
-        assert isinstance(weight, PlainLinear)
-        out = self._product(x, weight.weight)
-        return out if weight.bias is None else out + weight.bias
-
-    qkv_linear = linear
-
-
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_the_comparisons_find_ordinary_products_out(
-    tiny_job: Job, product: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        model_runner, "get_ops", lambda device, num_threads: OrdinaryOps(PRODUCTS[product], num_threads)
-    )
-    plain = run(tiny_job)
-    assert differences(plain.rollouts, run(tiny_job).rollouts)["policy_logprobs"] == 0, "the same run repeats its bits"
-    assert score_differences(plain)["policy_logprobs"] > 0
-    for variant in ("batch 1", "batch 3", "tokens 16", "preempted"):
-        changed = run_variant(tiny_job, variant)
-        assert differences(changed.rollouts, plain.rollouts)["policy_logprobs"] > 0, variant
+def test_the_comparisons_find_ordinary_products_out(tiny_job: Job, product: str) -> None:
+    with engines_use(lambda num_threads: OrdinaryOps(PRODUCTS[product], num_threads)):
+        plain = run(tiny_job)
+        again = differences(plain.rollouts, run(tiny_job).rollouts)
+        assert again["policy_logprobs"] == 0, "the same run repeats its bits"
+        assert score_differences(plain)["policy_logprobs"] > 0
+        for variant in ("batch 1", "batch 3", "tokens 16", "preempted"):
+            changed = run_variant(tiny_job, variant)
+            assert differences(changed.rollouts, plain.rollouts)["policy_logprobs"] > 0, variant
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -74,6 +74,7 @@ class _Processes:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
         except BaseException:  # Ctrl-C: who has staged discards now, the others once they are done with it
+            self._free_publisher()
             self._link.staging.send([messages.Discard()] * self._size)
             self._done(messages.Discard())
             raise

@@ -140,7 +140,7 @@ def test_ctrl_c_while_weights_are_staged_leaves_none_staged(shared: RankProcesse
     with pytest.raises(RuntimeError, match="commit without staged weights"):
         shared.commit_weights()
     assert sampled(shared) == local(config, 0)
-    assert len(segments_of(os.getpid())) == 1  # kept for the next call
+    assert segments_of(os.getpid()) == []  # a rank may still read it: the next call takes another one
 
 
 def test_a_refusal_by_all_has_the_class_and_text_of_one(shared: RankProcesses) -> None:

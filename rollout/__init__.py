@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         EngineClosedError,
         EngineFailedError,
         HookError,
+        PauseLiftedError,
         StaleRequestError,
         WorkerError,
     )
@@ -30,6 +31,7 @@ _MODULES = {
     "EngineConfig": "config",
     "EngineFailedError": "errors",
     "HookError": "errors",
+    "PauseLiftedError": "errors",
     "Rollout": "outputs",
     "RolloutEngine": "engine",
     "SamplingParams": "sampling_params",
@@ -45,6 +47,7 @@ __all__ = [
     "EngineConfig",
     "EngineFailedError",
     "HookError",
+    "PauseLiftedError",
     "Rollout",
     "RolloutEngine",
     "SamplingParams",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
-from zerokl.rollout.control import POLICY, Call, WeightSets
+from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
@@ -24,12 +25,14 @@ from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.pause import PauseMode, pause_mode
 from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.scoring import Definition, ScoreRequests
+from zerokl.rollout.scoring import Definition
 from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.stop import StopStrings
+from zerokl.rollout.submission import Result, Submission
 from zerokl.rollout.text import Tokenizer
 from zerokl.rollout.weight_updates import WeightUpdates
 from zerokl.rollout.worker import FolderWeights, Worker, make_worker
@@ -99,15 +102,18 @@ class RolloutEngine(WeightMethods):
     # -- sampling -----------------------------------------------------------------------------------------------------
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """Sample n continuations of each prompt; the rollouts of prompt 0 first, in order of sample index.
 
         `prompts`: one text or sequence of token ids, or a sequence of those. `sampling_params`: one for all prompts
-        (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt.
+        (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt. `resume_from`, in place
+        of prompts and parameters: rollouts that an abort cut off, one or several. Each is continued as if it had not
+        been: the rollout returned holds the tokens so far and those that follow, bit for bit the same.
 
         The tokens kept include those that spell a stop string; the text ends before it. The random numbers of a prompt
         without a seed come from the engine's seed, the number of this call among the engine's generate calls and the
@@ -115,23 +121,37 @@ class RolloutEngine(WeightMethods):
 
         Raises ValueError, before anything is queued, for what can never run.
         """
-        call = self._calls.generate_call(prompts, sampling_params, request_ids)
-        self._loop.submit(call)
-        self._wait(call)
-        return self._calls.rollouts(call)
+        return self._wait(self.submit(prompts, sampling_params, request_ids=request_ids, resume_from=resume_from))
 
     async def agenerate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """`generate` for coroutines: many share the batch. Cancelling the task aborts its requests."""
-        call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        submission = self.submit(prompts, sampling_params, request_ids=request_ids, resume_from=resume_from)
+        return await self._await(submission)
+
+    def submit(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
+    ) -> Submission[list[Rollout]]:
+        """`generate` without waiting: the call is queued and has its number."""
+        if resume_from is None:
+            call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        elif prompts is not None or sampling_params is not None:
+            raise ValueError("prompts and sampling_params must be None with resume_from: they are the rollouts' own")
+        else:
+            call = self._calls.resume_call(resume_from, request_ids)
         self._loop.submit(call)
-        await self._await(call)
-        return self._calls.rollouts(call)
+        return Submission(call, partial(self._calls.rollouts, call))
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(
@@ -154,10 +174,7 @@ class RolloutEngine(WeightMethods):
 
         Raises ValueError, before anything is queued, for what can never run.
         """
-        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
-        if call is not None:
-            self._wait(call)
-        return scores.logprobs()
+        return self._wait(self.submit_score(token_ids, sampling_params, definition, policy, prompt_lens))
 
     async def ascore(
         self,
@@ -168,10 +185,23 @@ class RolloutEngine(WeightMethods):
         prompt_lens: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """`score` for coroutines."""
-        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
+        return await self._await(self.submit_score(token_ids, sampling_params, definition, policy, prompt_lens))
+
+    def submit_score(
+        self,
+        token_ids: Prompt | Rollout | Sequence[Prompt | Rollout],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        definition: Definition = "policy_logprobs",
+        policy: str = POLICY,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> Submission[list[NDArray[np.float32]]]:
+        """`score` without waiting."""
+        self._sleep.check_awake()
+        self._check_policy(policy)
+        scores, call = self._calls.score_call(token_ids, sampling_params, definition, policy, prompt_lens)
         if call is not None:
-            await self._await(call)
-        return scores.logprobs()
+            self._loop.submit(call)
+        return Submission(call, scores.logprobs)
 
     # -- control ------------------------------------------------------------------------------------------------------
     def abort(self, ids: str | Collection[str]) -> int:
@@ -185,6 +215,29 @@ class RolloutEngine(WeightMethods):
         """End every request in flight, as `abort` does; returns how many samples it ended."""
         return self._loop.abort(None).result()
 
+    def pause_generation(self, mode: PauseMode = "wait") -> None:
+        """Run no requests until `resume_generation`; returns once the pause holds. Later calls are taken, and wait.
+
+        - "wait": requests in flight finish first.
+        - "abort": those that generate end with finish_reason "abort" and the tokens so far (`generate(resume_from=...)`
+          continues them); scores finish first.
+        - "keep": they stop after the current step, and go on by `resume_generation` with the same bits. Until then what
+          would wait for them (an update with mode "wait", `sleep`, `pin_weights`) is refused with ValueError.
+
+        Asked for again, it changes the mode. Raises ValueError for an unknown mode, PauseLiftedError when
+        `resume_generation` comes first.
+        """
+        holds = self._loop.pause(pause_mode(mode))
+        try:
+            holds.result()
+        except KeyboardInterrupt:
+            holds.cancel()
+            raise
+
+    def resume_generation(self) -> None:
+        """End a pause; what it held is taken up in order. Without a pause nothing happens."""
+        self._loop.resume().result()
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests in flight keep their blocks."""
         self._loop.at_boundary(self._kv_cache.reset).result()
@@ -197,7 +250,7 @@ class RolloutEngine(WeightMethods):
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, the worker's kind.
 
         `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
-        not 0 under them. States are "running", "draining", "asleep", "failed" and "closed".
+        not 0 under them. States are "running", "draining", "paused", "asleep", "failed" and "closed".
         """
         cause, state = self._loop.cause, self._loop.state
         return {
@@ -249,30 +302,22 @@ class RolloutEngine(WeightMethods):
         return self._tokenizer
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _submit_scores(
-        self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any
-    ) -> tuple[ScoreRequests, Call | None]:
-        self._sleep.check_awake()
-        self._check_policy(policy)
-        scores, call = self._calls.score_call(sequences, sampling_params, definition, policy, prompt_lens)
-        if call is not None:
-            self._loop.submit(call)
-        return scores, call
-
-    def _wait(self, call: Call) -> None:
+    def _wait(self, submission: Submission[Result]) -> Result:
         try:
-            call.future.result()
+            submission.future.result()
         except KeyboardInterrupt:
-            self._give_up(call)
+            self._give_up(submission)
             raise
+        return submission.read()
 
-    async def _await(self, call: Call) -> None:
+    async def _await(self, submission: Submission[Result]) -> Result:
         try:
-            await asyncio.wrap_future(call.future)
+            await asyncio.wrap_future(submission.future)
         except asyncio.CancelledError:
-            self._give_up(call)
+            self._give_up(submission)
             raise
+        return submission.read()
 
-    def _give_up(self, call: Call) -> None:
+    def _give_up(self, submission: Submission[Any]) -> None:
         with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
-            self._loop.abort(list(call.groups))
+            self._loop.abort(submission.request_ids)

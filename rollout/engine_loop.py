@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
+from zerokl.rollout.pause import GenerationPause, PauseMode
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_inputs
@@ -26,7 +27,7 @@ from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.worker import Worker
 
-EngineState = Literal["running", "draining", "failed", "closed"]
+EngineState = Literal["running", "draining", "paused", "failed", "closed"]
 Result = TypeVar("Result")
 
 
@@ -49,8 +50,10 @@ class EngineLoop:
         self._block_size = block_size
         self._check_awake = check_awake
         self._wake = threading.Condition()
-        # Guarded by _wake, as are _closing, _ended and _open:
+        # Guarded by _wake, as are _num_changes, _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
+        self._num_changes = 0
+        """Changes in the inbox."""
         self._urgent: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = False
         self._ended: Literal["failed", "closed"] | None = None
@@ -60,6 +63,8 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
+        self._pause = GenerationPause()
+        self._watchers: tuple[Callable[[], None], ...] = ()
         self._meter = LoopMeter(scheduler, weights)
         self.cause: BaseException | None = None
         """What made the engine fail."""
@@ -73,7 +78,11 @@ class EngineLoop:
     @property
     def state(self) -> EngineState:
         """What the loop is about."""
-        return self._ended or ("draining" if self._draining is not None else "running")
+        if self._ended is not None:
+            return self._ended
+        if self._pause.holds_calls and (self._pause.is_frozen or not self._scheduler.num_unfinished):
+            return "paused"
+        return "draining" if self._draining is not None or self._pause.holds_calls else "running"
 
     @property
     def num_held(self) -> int:
@@ -94,6 +103,7 @@ class EngineLoop:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
                 self._open.update(dict.fromkeys(item.groups, item))
             self._inbox.append(item)
+            self._num_changes += isinstance(item, Exclusive)
             self._wake.notify()
 
     def at_boundary(self, action: Callable[[], Result]) -> Future[Result]:
@@ -110,9 +120,25 @@ class EngineLoop:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
         return self.at_boundary(lambda: self._abort(ids))
 
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """Pause generation before the next step; resolves once the pause holds. See `GenerationPause`."""
+        return self.at_boundary(lambda: self._begin_pause(mode)).result()
+
+    def resume(self) -> Future[None]:
+        """End a pause, if there is one."""
+        return self.at_boundary(self._pause.lift)
+
+    def watch_steps(self, watcher: Callable[[], None]) -> Future[None]:
+        """Have `watcher` called on the loop thread after each step, for as long as the loop lives; it must not raise."""
+
+        def add() -> None:
+            self._watchers = (*self._watchers, watcher)
+
+        return self.at_boundary(add)
+
     def metrics(self) -> dict[str, float]:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
-        return {**self._meter.metrics(), "held": self.num_held}
+        return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.seconds}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -136,8 +162,9 @@ class EngineLoop:
             while self._wait_for_work():
                 self._run_urgent()
                 self._take_inbox()
-                if self._scheduler.num_unfinished:
+                if self._scheduler.num_unfinished and not self._pause.is_frozen:
                     self._step()
+                self._pause.settle(self._scheduler.num_unfinished)
         except Exception as error:  # noqa: BLE001 - whatever ends the loop, the callers that wait must hear of it
             self._end("failed", error)
         else:
@@ -153,8 +180,11 @@ class EngineLoop:
             return not self._closing
 
     def _has_work(self) -> bool:
-        waiting = self._closing or self._urgent or self._inbox or self._draining is not None
-        return bool(waiting or self._scheduler.num_unfinished)
+        if self._closing or self._urgent:
+            return True
+        if self._scheduler.num_unfinished:  # where these stand still, a change that is draining does so too
+            return not self._pause.is_frozen or (self._num_changes > 0 and self._draining is None)
+        return self._draining is not None or bool(self._num_changes if self._pause.holds_calls else self._inbox)
 
     def _run_urgent(self) -> None:
         while self._urgent:
@@ -166,18 +196,41 @@ class EngineLoop:
         while True:
             if self._draining is not None and not self._apply_change():
                 return
-            with self._wake:
-                if not self._inbox:
-                    return
-                item = self._inbox.popleft()
+            item = self._next_item()
+            if item is None:
+                return
             if isinstance(item, Call):
                 self._add(item)
             else:
                 self._begin_change(item)
 
+    def _next_item(self) -> Call | Exclusive | None:
+        """The next one of the inbox; during a pause its calls stay there."""
+        with self._wake:
+            if self._pause.holds_calls:
+                items = (item for item in self._inbox if isinstance(item, Exclusive))
+                change = next(items, None) if self._num_changes else None
+                if change is not None:
+                    self._inbox.remove(change)
+                    self._num_changes -= 1
+                return change
+            item = self._inbox.popleft() if self._inbox else None
+            self._num_changes -= isinstance(item, Exclusive)
+            return item
+
+    def _begin_pause(self, mode: PauseMode) -> Future[None]:
+        holds = self._pause.begin(mode)
+        if mode == "abort":
+            with self._wake:
+                names = [name for name, call in self._open.items() if call.requests[0].kind == "generate"]
+            self._abort(names)
+        return holds
+
     def _begin_change(self, change: Exclusive) -> None:
         self._draining = change
         try:
+            if change.waits:
+                self._pause.check_can_drain(self._scheduler.num_unfinished)
             change.prepare()
         except WorkerError:
             raise
@@ -230,6 +283,8 @@ class EngineLoop:
         for request in self._scheduler.update(plan, result.sampled):
             self.deliver(request)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
+        for watcher in self._watchers:
+            watcher()
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""
@@ -299,7 +354,9 @@ class EngineLoop:
             if self._draining is not None:
                 changes.append(self._draining)
             futures += [future for _, future in self._urgent]
+            futures += self._pause.take_waiters()
             self._inbox.clear()
+            self._num_changes = 0
             self._urgent.clear()
             self._open.clear()
         self._draining = None

@@ -111,9 +111,10 @@ class RolloutEngine(WeightMethods):
         """Sample n continuations of each prompt; the rollouts of prompt 0 first, in order of sample index.
 
         `prompts`: one text or sequence of token ids, or a sequence of those. `sampling_params`: one for all prompts
-        (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt. `resume_from`, in place
-        of prompts and parameters: rollouts that an abort cut off, one or several. Each is continued as if it had not
-        been: the rollout returned holds the tokens so far and those that follow, bit for bit the same.
+        (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt.
+
+        `resume_from`, in place of prompts and parameters: rollouts that an abort cut off, one or several. Each goes on
+        as if it had not been: the rollout returned holds the tokens so far and those that follow, with the same bits.
 
         The tokens kept include those that spell a stop string; the text ends before it. The random numbers of a prompt
         without a seed come from the engine's seed, the number of this call among the engine's generate calls and the

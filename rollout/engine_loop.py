@@ -129,7 +129,7 @@ class EngineLoop:
         return self.at_boundary(self._pause.lift)
 
     def watch_steps(self, watcher: Callable[[], None]) -> Future[None]:
-        """Have `watcher` called on the loop thread after each step, for as long as the loop lives; it must not raise."""
+        """Have `watcher` called on the loop thread after each step from now on; it must be quick and not raise."""
 
         def add() -> None:
             self._watchers = (*self._watchers, watcher)

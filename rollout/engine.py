@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -210,11 +211,15 @@ class RolloutEngine(WeightMethods):
 
         Their calls return the tokens so far with finish_reason "abort". Unknown and finished ids are passed over.
         """
-        return self._loop.abort({ids} if isinstance(ids, str) else set(ids)).result()
+        return self.submit_abort(ids).result()
 
     def abort_all(self) -> int:
         """End every request in flight, as `abort` does; returns how many samples it ended."""
-        return self._loop.abort(None).result()
+        return self.submit_abort(None).result()
+
+    def submit_abort(self, ids: str | Collection[str] | None) -> Future[int]:
+        """`abort` (None: `abort_all`) without waiting."""
+        return self._loop.abort({ids} if isinstance(ids, str) else ids if ids is None else set(ids))
 
     def pause_generation(self, mode: PauseMode = "wait") -> None:
         """Run no requests until `resume_generation`; returns once the pause holds. Later calls are taken, and wait.
@@ -228,16 +233,28 @@ class RolloutEngine(WeightMethods):
         Asked for again, it changes the mode. Raises ValueError for an unknown mode, PauseLiftedError when
         `resume_generation` comes first.
         """
-        holds = self._loop.pause(pause_mode(mode))
+        holds = self.submit_pause(mode)
         try:
             holds.result()
         except KeyboardInterrupt:
             holds.cancel()
             raise
 
+    def submit_pause(self, mode: PauseMode) -> Future[None]:
+        """`pause_generation` without waiting; cancelling the future gives up the wait, not the pause."""
+        return self._loop.pause(pause_mode(mode))
+
     def resume_generation(self) -> None:
         """End a pause; what it held is taken up in order. Without a pause nothing happens."""
-        self._loop.resume().result()
+        self.submit_resume().result()
+
+    def submit_resume(self) -> Future[None]:
+        """`resume_generation` without waiting."""
+        return self._loop.resume()
+
+    def watch_steps(self, watcher: Callable[[], None]) -> None:
+        """Have `watcher` called on the engine's thread after each step from now on; it must be quick and not raise."""
+        self._loop.watch_steps(watcher).result()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests in flight keep their blocks."""

@@ -122,7 +122,15 @@ class EngineLoop:
 
     def pause(self, mode: PauseMode) -> Future[None]:
         """Pause generation before the next step; resolves once the pause holds. See `GenerationPause`."""
-        return self.at_boundary(lambda: self._begin_pause(mode)).result()
+        holds: Future[None] = Future()
+
+        def pass_on(begun: Future[None]) -> None:
+            error = begun.exception()
+            if error is not None and holds.set_running_or_notify_cancel():
+                holds.set_exception(error)
+
+        self.at_boundary(lambda: self._begin_pause(mode, holds)).add_done_callback(pass_on)
+        return holds
 
     def resume(self) -> Future[None]:
         """End a pause, if there is one."""
@@ -218,13 +226,12 @@ class EngineLoop:
             self._num_changes -= isinstance(item, Exclusive)
             return item
 
-    def _begin_pause(self, mode: PauseMode) -> Future[None]:
-        holds = self._pause.begin(mode)
+    def _begin_pause(self, mode: PauseMode, holds: Future[None]) -> None:
+        self._pause.begin(mode, holds)
         if mode == "abort":
             with self._wake:
                 names = [name for name, call in self._open.items() if call.requests[0].kind == "generate"]
             self._abort(names)
-        return holds
 
     def _begin_change(self, change: Exclusive) -> None:
         self._draining = change

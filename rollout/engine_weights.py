@@ -69,13 +69,21 @@ class WeightMethods:
         Raises ValueError for wrong options, tensors or version, HookError; the old version then goes on serving, as it
         does when the wait is interrupted by Ctrl-C.
         """
-        return self._make_update(
+        return self.prepare_update(
             source, version, mode=mode, kv=kv, max_staleness=max_staleness, on_stale=on_stale, allow_rewind=allow_rewind
         ).run()
 
+    def prepare_update(
+        self, source: Source, version: int | None = None, *, allow_rewind: bool = False, **options: Any
+    ) -> WeightUpdate:
+        """An update that nobody knows of until it is run; arguments are those of `update_weights`."""
+        in_flight = InFlightOptions(**options)
+        weights, version = weight_source(source, version)
+        return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
+
     async def aupdate_weights(self, source: Source, version: int | None = None, **options: Any) -> int:
         """`update_weights` for coroutines, with its options. Cancelling the task gives up an update that waits."""
-        update = self._make_update(source, version, **options)
+        update = self.prepare_update(source, version, **options)
         running = asyncio.ensure_future(asyncio.to_thread(update.run))
         try:
             return await asyncio.shield(running)
@@ -162,13 +170,6 @@ class WeightMethods:
         return away
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _make_update(
-        self, source: Source, version: int | None = None, *, allow_rewind: bool = False, **options: Any
-    ) -> WeightUpdate:
-        in_flight = InFlightOptions(**options)
-        weights, version = weight_source(source, version)
-        return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
-
     def _check_policy(self, name: str) -> None:
         known = self._weights.versions
         if not isinstance(name, str) or name not in known:

@@ -39,12 +39,10 @@ class GenerationPause:
         """Whether no step may run although requests are unfinished."""
         return self.mode == "keep"
 
-    def begin(self, mode: PauseMode) -> Future[None]:
-        """Pause, or change the mode of a pause; the future resolves once it holds."""
+    def begin(self, mode: PauseMode, waiter: Future[None]) -> None:
+        """Pause, or change the mode of a pause; `waiter` resolves once it holds."""
         self.mode = mode
-        waiter: Future[None] = Future()
         self._waiters.append(waiter)
-        return waiter
 
     def settle(self, num_unfinished: int) -> None:
         """Tell those that wait, if the pause holds now."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.hooks import Hook, HookName, OnHookError
+from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import Sleep, SleepTag, sleep_level, sleep_tags
 from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
@@ -23,14 +23,7 @@ if TYPE_CHECKING:
     Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
 
 
-class HotSwap:
-    """What `RolloutEngine.hot_swap` yields: `version` is the one that its end has made live, None before."""
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-
-
-class WeightMethods:
+class WeightMethods(HotSwapping):
     """The part of `RolloutEngine` that changes weights; the engine makes the collaborators."""
 
     _loop: EngineLoop
@@ -91,21 +84,6 @@ class WeightMethods:
             update.give_up()
             running.add_done_callback(_forget)
             raise
-
-    @contextmanager
-    def hot_swap(self, source: Source | Callable[[], Source], **options: Any) -> Iterator[HotSwap]:
-        """Train inside, serve after: a body that ends well is followed by `update_weights`, with its options.
-
-            with engine.hot_swap(policy.named_arrays, mode="keep") as swap:
-                optimizer.step()
-            print(swap.version)
-
-        `source` may be a function that gives the weights at the end of the body. A body that raises updates nothing.
-        """
-        InFlightOptions(**{key: value for key, value in options.items() if key not in ("version", "allow_rewind")})
-        swap = HotSwap()
-        yield swap
-        swap.version = self.update_weights(source() if callable(source) else source, **options)
 
     def add_update_hook(self, name: HookName, hook: Hook, *, on_error: OnHookError | None = None) -> Callable[[], None]:
         """Have `hook(UpdateEvent)` called "before_update", "after_commit" or "on_failure"; returns what removes it.

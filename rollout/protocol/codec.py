@@ -121,7 +121,10 @@ def _array(name: str, dtype: Any, shape: list[Any], frame: Frame) -> NDArray[Any
     if nbytes != len(frame):
         raise ProtocolError(f"{name}: shape {shape!r:.80} of {dtype} takes {nbytes} bytes, its frame has {len(frame)}")
     array = np.frombuffer(frame, kind) if nbytes else np.empty(0, kind)
-    return array.reshape(shape)
+    try:
+        return array.reshape(shape)
+    except ValueError:  # no bytes, but lengths that no array can have
+        raise ProtocolError(f"{name}: {shape!r:.80} is not a shape") from None
 
 
 def _bytes_of(array: NDArray[Any]) -> Frame:

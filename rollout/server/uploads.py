@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DTYPES = ("float64", "float32", "float16")
+_TENSOR_BYTES = 1024
+"""What a tensor counts beside its bytes, so that many empty ones are not free."""
+_MAX_LENGTH = 1 << 40
 
 
 class _Tensor:
@@ -30,7 +33,16 @@ class Uploads:
 
     def add(self, client: bytes, number: int, pieces: list[Any], data: NDArray[np.uint8]) -> None:
         """Take pieces [tensor's name, dtype, shape, first byte, bytes], each tensor's in order. ValueError otherwise."""
+        if not pieces:
+            raise ValueError("upload: pieces must not be empty")
         tensors = self._uploads.setdefault((client, number), {})
+        try:
+            self._fill(tensors, pieces, data)
+        finally:
+            if not tensors:
+                del self._uploads[client, number]
+
+    def _fill(self, tensors: dict[str, _Tensor], pieces: list[Any], data: NDArray[np.uint8]) -> None:
         offset = 0
         for piece in pieces:
             name, dtype, shape, start, size = _checked(piece)
@@ -72,7 +84,7 @@ class Uploads:
                 self._forget(owner, number)
 
     def _new(self, tensors: dict[str, _Tensor], name: str, dtype: str, shape: list[int]) -> _Tensor:
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize + _TENSOR_BYTES
         if self.nbytes + nbytes > self._max_bytes:
             raise ValueError(f"upload: {name!r:.80} of {nbytes} bytes takes it over max_upload_bytes ({self._max_bytes})")
         tensors[name] = _Tensor(dtype, shape)
@@ -81,7 +93,7 @@ class Uploads:
 
     def _forget(self, client: bytes, number: int) -> None:
         tensors = self._uploads.pop((client, number))
-        self.nbytes -= sum(tensor.array.nbytes for tensor in tensors.values())
+        self.nbytes -= sum(tensor.array.nbytes + _TENSOR_BYTES for tensor in tensors.values())
 
 
 def _checked(piece: Any) -> tuple[str, str, list[int], int, int]:
@@ -90,6 +102,6 @@ def _checked(piece: Any) -> tuple[str, str, list[int], int, int]:
     name, dtype, shape, start, size = piece
     if dtype not in _DTYPES:
         raise ValueError(f"upload: the dtype of {name!r:.80} must be one of {_DTYPES}, got {dtype!r:.40}")
-    if len(shape) > 8 or not all(type(length) is int and length >= 0 for length in shape) or min(start, size) < 0:
-        raise ValueError(f"upload: {piece!r:.200} has a negative number, or too many dimensions")
+    if len(shape) > 8 or not all(type(n) is int and 0 <= n < _MAX_LENGTH for n in shape) or min(start, size) < 0:
+        raise ValueError(f"upload: {piece!r:.200} is no part of an array")
     return name, dtype, shape, start, size

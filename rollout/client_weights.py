@@ -110,6 +110,8 @@ class ClientWeightMethods(HotSwapping):
 
     def _upload(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Send arrays; returns the fields by which update_weights finds them."""
+        if not tensors:
+            raise ValueError("source must hold the model's tensors: all are missing")
         number = next(self._uploads)
         sent: deque[PendingCall] = deque()
         for pieces, data in _pieces((name, as_array(name, tensor)) for name, tensor in tensors.items()):

@@ -71,9 +71,13 @@ def decode(frames: Sequence[Frame], schema: Schema) -> Message:
             raise ProtocolError(f"{kind}: {name} must be an integer in [0, 2^63), got {number!r:.40}")
     expected = schema[kind]
     expected.check_call(kind, call)
-    expected.check_body(kind, body)
-    arrays = _arrays(kind, table, frames[1:])
-    expected.check_arrays(kind, arrays)
+    try:
+        expected.check_body(kind, body)
+        arrays = _arrays(kind, table, frames[1:])
+        expected.check_arrays(kind, arrays)
+    except ProtocolError as error:
+        error.call = call
+        raise
     return Message(kind=kind, call=call, seq=seq, body=body, arrays=arrays)
 
 

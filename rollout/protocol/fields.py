@@ -20,6 +20,8 @@ class ProtocolError(ValueError):
     def __init__(self, text: str, code: str = "malformed") -> None:
         super().__init__(text)
         self.code = code
+        self.call = 0
+        """Number of the call whose message it was, where that could be read."""
 
 
 class Field:

@@ -63,6 +63,10 @@ class Dispatcher:
             self._act(session, message, size_of(frames), now)
         except ProtocolError as error:
             self.num_refused += 1
+            session = self._routes.get(route)
+            if session is not None and error.call > session.highest_call:
+                self._refuse_call(session, error)
+                return
             self._tell(route, Message(kind="refused", body={"code": error.code, "text": str(error)[:500]}))
         else:
             self._pump(session)
@@ -99,6 +103,12 @@ class Dispatcher:
             heapq.heappush(self._deadlines, (now + deadline, session.token, message.call))
         _logger.debug("client %r, call %d: %s", session.name, message.call, message.kind)
         self._jobs.start(call, message)
+
+    def _refuse_call(self, session: Session, error: ProtocolError) -> None:
+        """Answer a call whose message could not be read any further than its number."""
+        session.highest_call = error.call
+        session.outbox.add(Message(kind="error", call=error.call, body=failure_of(error)))
+        self._pump(session)
 
     def _greet(self, route: bytes, user: str, message: Message, now: float) -> None:
         if PROTOCOL_VERSION not in message.body["versions"]:

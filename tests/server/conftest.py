@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from tiny_engine import GatedWorker, gated_engine, tiny_options, write_tiny_model
+from tiny_server import LIMITS
 
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.sockets import RolloutServer
-
-LIMITS = ServerLimits(heartbeat_seconds=0.2, session_seconds=5.0)
 
 
 @pytest.fixture(scope="session")

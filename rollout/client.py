@@ -256,7 +256,7 @@ class RolloutClient(ClientWeightMethods):
     ) -> GenerateCall:
         if resume_from is not None:
             if prompts is not None or sampling_params is not None:
-                raise ValueError("prompts and sampling_params must be None with resume_from: they are the rollouts' own")
+                raise ValueError("prompts and sampling_params must be None with resume_from: a rollout has its own")
             rollouts = rollout_list(resume_from)
             ids = {} if request_ids is None else {"request_ids": check_ids(request_ids, len(rollouts))}
             body, arrays = rollouts_to_wire(rollouts)
@@ -349,7 +349,8 @@ def _prompt_lens(items: list[Any], given: Any) -> NDArray[np.int32] | None:
         given = [len(item.prompt_token_ids) if isinstance(item, Rollout) else 1 for item in items]
     if not isinstance(given, (Sequence, np.ndarray)) or len(given) != len(items):
         raise ValueError(f"prompt_lens must have one integer per sequence ({len(items)}), got {given!r:.200}")
-    return np.array([check_int(f"prompt_lens[{index}]", value, 1, 2**31 - 1) for index, value in enumerate(given)], np.int32)
+    checked = [check_int(f"prompt_lens[{index}]", value, 1, 2**31 - 1) for index, value in enumerate(given)]
+    return np.array(checked, np.int32)
 
 
 def _encodable(prompts: list[Any]) -> list[Any]:

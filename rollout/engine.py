@@ -149,7 +149,7 @@ class RolloutEngine(WeightMethods):
         if resume_from is None:
             call = self._calls.generate_call(prompts, sampling_params, request_ids)
         elif prompts is not None or sampling_params is not None:
-            raise ValueError("prompts and sampling_params must be None with resume_from: they are the rollouts' own")
+            raise ValueError("prompts and sampling_params must be None with resume_from: a rollout has its own")
         else:
             call = self._calls.resume_call(resume_from, request_ids)
         self._loop.submit(call)

@@ -231,7 +231,8 @@ def _holds(field: Field) -> str:
 
 
 def _array(kind: ArrayKind) -> str:
-    return f"{kind.dtype}{', %d dimensions' % kind.ndim if kind.ndim > 1 else ''} | {'yes' if kind.optional else ''}"
+    dimensions = f", {kind.ndim} dimensions" if kind.ndim > 1 else ""
+    return f"{kind.dtype}{dimensions} | {'yes' if kind.optional else ''}"
 
 
 def reference() -> str:

@@ -31,7 +31,7 @@ def result_cost(
     prompt_lens: NDArray[np.int64], samples: NDArray[np.int64], params: Sequence[SamplingParams] | None
 ) -> int:
     """Bytes of the results of a generate call at their longest."""
-    longest = SamplingParams().max_tokens if params is None else np.array([one.max_tokens for one in params], np.float64)
+    longest = np.array([one.max_tokens for one in params or [SamplingParams()]], np.float64)
     return int((samples * (4.0 * prompt_lens + _ROW_BYTES + _TOKEN_BYTES * longest)).sum())
 
 

@@ -89,9 +89,9 @@ def _write(path: Path, header: str, keys: list[tuple[str, bytes]], mode: int) ->
 
 
 def check_endpoint(endpoint: str, *, has_keys: bool) -> None:
-    """Raise ValueError unless `endpoint` is tcp://ADDRESS:PORT or ipc://PATH, and safe to bind without keys or has them.
+    """Raise ValueError unless `endpoint` is tcp://ADDRESS:PORT or ipc://PATH, and there are keys where it needs them.
 
-    Safe are loopback addresses and ipc, whose file permissions are its protection.
+    Loopback addresses need none, nor does ipc, whose file permissions are its protection.
     """
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc" and rest:

@@ -112,7 +112,7 @@ class RolloutServer:
         self._thread.start()
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Have `serve` return: calls in flight may finish for so long and are aborted then. From any thread or signal."""
+        """Have `serve` return; calls in flight may finish for so long, and are aborted then. From any thread."""
         self._stop_seconds = drain_seconds
         self._wake()
 

@@ -32,7 +32,7 @@ class Uploads:
         """Of all tensors announced so far."""
 
     def add(self, client: bytes, number: int, pieces: list[Any], data: NDArray[np.uint8]) -> None:
-        """Take pieces [tensor's name, dtype, shape, first byte, bytes], each tensor's in order. ValueError otherwise."""
+        """Take pieces [tensor's name, dtype, shape, first byte, bytes], each tensor's in order, else ValueError."""
         if not pieces:
             raise ValueError("upload: pieces must not be empty")
         tensors = self._uploads.setdefault((client, number), {})
@@ -86,7 +86,7 @@ class Uploads:
     def _new(self, tensors: dict[str, _Tensor], name: str, dtype: str, shape: list[int]) -> _Tensor:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize + _TENSOR_BYTES
         if self.nbytes + nbytes > self._max_bytes:
-            raise ValueError(f"upload: {name!r:.80} of {nbytes} bytes takes it over max_upload_bytes ({self._max_bytes})")
+            raise ValueError(f"upload: {name!r:.80} of {nbytes} bytes is over max_upload_bytes ({self._max_bytes})")
         tensors[name] = _Tensor(dtype, shape)
         self.nbytes += nbytes
         return tensors[name]

@@ -93,7 +93,7 @@ def test_rollouts_come_back_as_they_were() -> None:
 
 def test_every_field_of_a_rollout_travels() -> None:
     names = {field.name for field in dataclasses.fields(Rollout)}
-    body, arrays = rollouts_to_wire([rollout()])
+    _, arrays = rollouts_to_wire([rollout()])
     assert names == (set(ROLLOUT_FIELDS) | set(arrays)) - {
         "num_prompt_tokens",
         "num_tokens",

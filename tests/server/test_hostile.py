@@ -232,31 +232,31 @@ def test_too_many_clients_and_calls_are_refused(engine: RolloutEngine) -> None:
 
 
 def test_bytes_that_are_no_messages_leave_the_server_serving(tiny_model: Path) -> None:
-    with RolloutEngine(tiny_options(tiny_model)) as engine:
-        with RolloutServer("tcp://127.0.0.1:0", limits=LIMITS) as server:
-            server.start(engine)
-            address = ("127.0.0.1", int(server.endpoint.rpartition(":")[2]))
-            held = []
-            for data in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, b"\xff\0\0\0\0\0\0\0\1\x7f\3", bytes(9)):
-                held.append(socket.create_connection(address))
-                held[-1].sendall(data)
-            context = zmq.Context()
-            half = context.socket(zmq.DEALER)
-            half.setsockopt(zmq.LINGER, 0)
-            half.connect(server.endpoint)
-            half.send(HELLO[0], zmq.SNDMORE)  # and never the rest
-            large = context.socket(zmq.DEALER)
-            large.setsockopt(zmq.LINGER, 0)
-            large.connect(server.endpoint)
-            large.send(bytes(LIMITS.max_message_bytes + 1))
-            with RolloutClient(server.endpoint) as client:
-                half.close()
-                for connection in held:
-                    connection.close()
-                assert len(client.generate("a", SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
-                assert client.metrics()["server_clients"] == 1
-            large.close()
-            context.term()
+    server = RolloutServer("tcp://127.0.0.1:0", limits=LIMITS)
+    with RolloutEngine(tiny_options(tiny_model)) as engine, server:
+        server.start(engine)
+        address = ("127.0.0.1", int(server.endpoint.rpartition(":")[2]))
+        held = []
+        for data in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, b"\xff\0\0\0\0\0\0\0\1\x7f\3", bytes(9)):
+            held.append(socket.create_connection(address))
+            held[-1].sendall(data)
+        context = zmq.Context()
+        half = context.socket(zmq.DEALER)
+        half.setsockopt(zmq.LINGER, 0)
+        half.connect(server.endpoint)
+        half.send(HELLO[0], zmq.SNDMORE)  # and never the rest
+        large = context.socket(zmq.DEALER)
+        large.setsockopt(zmq.LINGER, 0)
+        large.connect(server.endpoint)
+        large.send(bytes(LIMITS.max_message_bytes + 1))
+        with RolloutClient(server.endpoint) as client:
+            half.close()
+            for connection in held:
+                connection.close()
+            assert len(client.generate("a", SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
+            assert client.metrics()["server_clients"] == 1
+        large.close()
+        context.term()
     assert not any(thread.name.startswith("zerokl-server") for thread in threading.enumerate())
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.routing import replay_arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class PackedBatch:
     """[R], `policy_logprobs` of the rollouts."""
     indices: NDArray[np.int64]
     """[S], the sequence's place in the list that was packed."""
+    routing: NDArray[np.int32] | None = None
+    """[M, T, k], the experts that the rollouts' tokens went through, as `replay_arrays` gives them; None unless every
+    rollout has its routing."""
 
     @property
     def sequence_of_row(self) -> NDArray[np.int64]:
@@ -63,7 +67,15 @@ def pack_rollouts(rollouts: Sequence[Rollout], indices: Sequence[int] | None = N
         cu_rows=np.concatenate([[0], np.cumsum(outputs)]).astype(np.int32),
         rollout_logprobs=np.concatenate([rollouts[i].policy_logprobs for i in chosen]),
         indices=np.array(chosen, np.int64),
+        routing=_routing([rollouts[i] for i in chosen]),
     )
+
+
+def _routing(rollouts: Sequence[Rollout]) -> NDArray[np.int32] | None:
+    if any(rollout.routing is None for rollout in rollouts):
+        return None
+    experts, _ = replay_arrays(rollouts)
+    return experts
 
 
 def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> Iterator[PackedBatch]:

@@ -65,7 +65,9 @@ class GRPOTrainer(PolicyTrainer):
         """The trainer's forward is the engine's, so the first epoch's ratios are exactly 1."""
         paddle = import_paddle()
         temperature = self.config.sampling_params.temperature or 1.0
-        logprobs, entropy = self.policy.logprobs(batch.token_ids, batch.cu_seqlens, temperature, rows=batch.rows)
+        logprobs, entropy = self.policy.logprobs(
+            batch.token_ids, batch.cu_seqlens, temperature, rows=batch.rows, routing=self.routing_of(batch)
+        )
         total = grpo_loss(
             logprobs,
             paddle.to_tensor(batch.rollout_logprobs),

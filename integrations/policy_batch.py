@@ -61,20 +61,37 @@ def checked_targets(targets: ArrayLike, num_rows: int, vocab_size: int) -> Ints:
 
 
 def checked_routing(routing: ArrayLike, num_tokens: int, config: ModelConfig) -> Ints:
-    """`routing` as int32 expert ids [mixtures, T, experts per token], distinct per token."""
+    """`routing` as int32 expert ids [mixtures, T, experts per token]: distinct per token, or -1 throughout a row."""
     ids = np.asarray(routing)
     if config.moe is None:
         raise ValueError(f"routing must be None: {config.architecture} has no mixture of experts")
     expected = (len(config.moe.layers), num_tokens, config.moe.top_k)
     if ids.shape != expected or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"routing must hold integers in shape {expected}, got {ids.dtype} in shape {ids.shape}")
-    _refuse_outside("routing", ids.ravel(), config.moe.num_experts)
+    free = (ids == -1).all(axis=-1, keepdims=True)
+    _refuse_outside("routing", np.where(free, 0, ids).ravel(), config.moe.num_experts)
     ordered = np.sort(ids, axis=-1)
-    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1) & ~free[..., 0]
     if twice.any():
         mixture, token = np.argwhere(twice)[0]
         raise ValueError(f"routing[{mixture}, {token}] must hold distinct experts, got {ids[mixture, token].tolist()}")
     return np.ascontiguousarray(ids, np.int32)
+
+
+def checked_routing_weights(weights: ArrayLike, routing: Ints | None) -> NDArray[np.float32]:
+    """`weights` as float32 gate weights in the shape of `routing`, finite wherever experts are given."""
+    if routing is None:
+        raise ValueError("routing_weights must be None where routing is: they belong to its experts")
+    values = np.asarray(weights)
+    if values.shape != routing.shape or values.dtype != np.float32:
+        raise ValueError(
+            f"routing_weights must be float32 in shape {routing.shape}, got {values.dtype} in shape {values.shape}"
+        )
+    wrong = ~np.isfinite(values) & (routing >= 0)
+    if wrong.any():
+        at = [int(index) for index in np.argwhere(wrong)[0]]
+        raise ValueError(f"routing_weights{at} must be finite, got {values[tuple(at)]}")
+    return np.ascontiguousarray(values)
 
 
 def _ids(name: str, values: ArrayLike, vocab_size: int) -> Ints:

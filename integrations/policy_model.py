@@ -17,6 +17,7 @@ from zerokl.integrations.paddle_backend import check_installation
 from zerokl.integrations.policy_batch import (
     checked_batch,
     checked_routing,
+    checked_routing_weights,
     checked_rows,
     checked_targets,
     default_rows,
@@ -108,17 +109,20 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         rows: ArrayLike | None = None,
         *,
         routing: ArrayLike | None = None,
+        routing_weights: ArrayLike | None = None,
     ) -> Tensor:
         """Final-normed hidden states [R, E] of the tokens at indices `rows` [R] (default: all T), differentiable.
 
         `routing` [mixtures, T, experts per token] are expert ids in slot order to use in place of the routers' choice
-        (routing replay, arXiv:2510.11370); the experts' weights still come from the routers.
+        (routing replay, arXiv:2510.11370); where a row is -1 the router chooses. The experts' weights still come from
+        the routers, unless `routing_weights` (float32, same shape) gives them: these are constants for the rows with
+        given experts, so that no gradient reaches the routers from there. `replay_arrays` makes both from rollouts.
 
         Raises ValueError naming the field, the value and its bound.
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = np.arange(len(ids), dtype=np.int32) if rows is None else checked_rows(rows, len(ids))
-        return self._hidden(ids, starts, wanted, routing)
+        return self._hidden(ids, starts, wanted, routing, routing_weights)
 
     forward = hidden_states
 
@@ -130,18 +134,20 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         rows: ArrayLike | None = None,
         *,
         routing: ArrayLike | None = None,
+        routing_weights: ArrayLike | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs [R] of next tokens and entropies [R] (nats) of their distributions, differentiable.
 
         `rows` [R] are indices of tokens whose *next* token is scored; default: all but each sequence's last. The values
         are bit-identical to a rollout's `policy_logprobs` and `entropy` at this temperature and these weights. For
-        rollouts at temperature 0, whose `policy_logprobs` are those at temperature 1, pass 1.0. `routing`: as of
-        `hidden_states`.
+        rollouts at temperature 0, whose `policy_logprobs` are those at temperature 1, pass 1.0. `routing`,
+        `routing_weights`: as of `hidden_states`.
         Raises ValueError naming the field, the value and its bound.
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = default_rows(starts) if rows is None else checked_rows(rows, len(ids), starts)
-        return self.head_logprobs(self._hidden(ids, starts, wanted, routing), ids[wanted + 1], temperature)
+        hidden = self._hidden(ids, starts, wanted, routing, routing_weights)
+        return self.head_logprobs(hidden, ids[wanted + 1], temperature)
 
     def head_logprobs(self, hidden: Tensor, targets: ArrayLike, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The LM head on `hidden_states` [R, E]: logprobs [R] of `targets` [R] and entropies [R], differentiable."""
@@ -149,10 +155,16 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         return self._ops.logprobs(hidden, self._params.lm_head, ids, temperature, self.chunk_rows)
 
     def _hidden(
-        self, ids: NDArray[np.int32], starts: NDArray[np.int32], rows: NDArray[np.int32], routing: ArrayLike | None
+        self,
+        ids: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        rows: NDArray[np.int32],
+        routing: ArrayLike | None,
+        routing_weights: ArrayLike | None,
     ) -> Tensor:
-        replay = None if routing is None else checked_routing(routing, len(ids), self.config)
-        step = packed_step(ids, starts, rows, replay)
+        experts = None if routing is None else checked_routing(routing, len(ids), self.config)
+        weights = None if routing_weights is None else checked_routing_weights(routing_weights, experts)
+        step = packed_step(ids, starts, rows, experts, weights)
         return forward(self._ops, self._params, self._spec, step, scratch_pool(step, self._spec.attention))
 
     def _adopt(self, name: str, values: NDArray[Any]) -> Tensor:

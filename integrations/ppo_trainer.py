@@ -85,7 +85,7 @@ class PPOTrainer(PolicyTrainer):
     def losses(self, batch: PackedBatch, signals: _Signals) -> Losses:
         """One forward serves the policy's logprobs and the value head."""
         paddle = import_paddle()
-        hidden = self.policy.hidden_states(batch.token_ids, batch.cu_seqlens, rows=batch.rows)
+        hidden = self._hidden_states(batch)
         temperature = self.config.sampling_params.temperature or 1.0
         logprobs, entropy = self.policy.head_logprobs(hidden, batch.targets, temperature)
         total = ppo_loss(
@@ -103,12 +103,17 @@ class PPOTrainer(PolicyTrainer):
         )
         return Losses(total, logprobs, entropy)
 
+    def _hidden_states(self, batch: PackedBatch) -> Tensor:
+        return self.policy.hidden_states(
+            batch.token_ids, batch.cu_seqlens, rows=batch.rows, routing=self.routing_of(batch)
+        )
+
     def _values(self, rollouts: list[Rollout]) -> NDArray[np.float32]:
         """[R] values of the current head, without a graph."""
         paddle = import_paddle()
         parts = []
         with paddle.no_grad():
             for batch in micro_batches(rollouts, self.config.micro_batch_tokens):
-                hidden = self.policy.hidden_states(batch.token_ids, batch.cu_seqlens, rows=batch.rows)
+                hidden = self._hidden_states(batch)
                 parts.append(self.value_head(hidden).squeeze(-1).numpy())
         return np.concatenate(parts)

@@ -47,6 +47,9 @@ class TrainerConfig:
     """Tokens of one forward and backward; bounds the trainer's memory."""
     epochs: int = 1
     """Optimizer steps per batch of rollouts, each over the whole batch."""
+    replay_routing: bool | None = None
+    """Send each token through the experts that it went through in the rollout, whatever the routers choose after an
+    update (routing replay, arXiv:2510.11370). None: where the engine returns routing."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "max_grad_norm"):
@@ -55,6 +58,8 @@ class TrainerConfig:
         for name in ("micro_batch_tokens", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.replay_routing not in (None, True, False):
+            raise ValueError(f"replay_routing must be True, False or None, got {self.replay_routing!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class PolicyTrainer(ABC):
         config: TrainerConfig,
         extra_parameters: Sequence[Tensor] = (),
     ) -> None:
+        if config.replay_routing and engine.config.return_routing == "none":
+            raise ValueError("replay_routing must not be True where the engine's return_routing is 'none'")
         paddle = import_paddle()
         self.policy, self.engine, self.publisher = policy, engine, publisher
         self.reward, self.config = reward, config
@@ -144,6 +151,10 @@ class PolicyTrainer(ABC):
         if self.step_number == 0:
             self.engine.pin_weights("reference")
         return version, seconds
+
+    def routing_of(self, batch: PackedBatch) -> NDArray[np.int32] | None:
+        """What `PolicyModel` is to replay for a batch: `batch.routing`, or None where it is not to."""
+        return None if self.config.replay_routing is False else batch.routing
 
     def _epoch(self, rollouts: list[Rollout], signals: Any) -> _Epoch:
         """Accumulate gradients over all micro-batches, then one optimizer step."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.kernels.communicator import Communicator
 from zerokl.kernels.ops import AttentionSpec, KVPool, Ops
 
 Array = TypeVar("Array")
@@ -68,6 +69,19 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
 
         return ReferenceOps()
     raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+
+
+def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
+    """Have `ops` run mixtures over the ranks of a group: their `moe` takes `SpreadWeights` from then on.
+
+    Raises ValueError for ops of a device that cannot.
+    """
+    from zerokl.kernels.cpu.ops import CpuOps
+    from zerokl.kernels.cpu.spread_experts import SpreadExperts
+
+    if not isinstance(ops, CpuOps):
+        raise ValueError(f"device must be 'cpu' where experts are on {group.size} ranks, got {type(ops).__name__}")
+    ops.experts = SpreadExperts(group)
 
 
 def weight_packer(ops: EngineOps[Any], *, beside_steps: bool) -> WeightPacker[Any]:

@@ -37,6 +37,26 @@ class Routing(Generic[Array]):
 
 
 @dataclass(frozen=True, slots=True)
+class Replay:
+    """What a step is told of one mixture's routing, in place of its router's choice."""
+
+    experts: NDArray[np.int32]
+    """[T, k], distinct ids in slot order; a row of -1 is not given: the router chooses."""
+    weights: NDArray[np.float32] | None
+    """[T, k], constants in place of the router's weights where experts are given; None: the router's everywhere."""
+
+    @property
+    def given(self) -> NDArray[np.bool_]:
+        """[T, 1], whether a token's experts are given."""
+        return self.experts[:, :1] >= 0
+
+    def put_weights(self, weights: NDArray[Any]) -> None:
+        """Overwrite the router's `weights` [T, k] where others are given."""
+        if self.weights is not None:
+            np.copyto(weights, self.weights, where=self.given)
+
+
+@dataclass(frozen=True, slots=True)
 class MoeParams(Generic[Array]):
     """Weights of a mixture of experts, beside shared experts, which are a dense block of their own."""
 
@@ -46,3 +66,22 @@ class MoeParams(Generic[Array]):
     """[1, X], added to the probabilities for the choice, not to the weights."""
     experts: Any
     """What `Ops.pack_experts` made."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """Where the tokens of one rank find each expert of a mixture that is spread over a group of ranks."""
+
+    rank: NDArray[np.int32]
+    """[X], rank within the group."""
+    slot: NDArray[np.int32]
+    """[X], which of that rank's experts it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadWeights:
+    """One rank's part of a mixture's experts, and where its tokens find the others."""
+
+    packed: Any
+    """What `Ops.pack_experts` made of the rank's own experts, in the order of their slots."""
+    where: ExpertMap

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
+from zerokl.kernels.experts import MoeParams, Replay, RouterSpec, Routing
 
 Array = TypeVar("Array")
 RotaryLayout = Literal["half", "interleaved"]
@@ -140,7 +140,18 @@ class StepInputs:
     policy: str = "policy"
     """Name of the weight set to run: "policy" or a pinned one such as "reference"."""
     routing: NDArray[np.int32] | None = None
-    """[M, T, k], experts of each mixture in slot order in place of the routers' choice (routing replay)."""
+    """[M, T, k], experts of each mixture in slot order in place of the routers' choice (routing replay).
+
+    A row of -1 is not given: the router chooses.
+    """
+    routing_weights: NDArray[np.float32] | None = None
+    """[M, T, k], gate weights for the rows of `routing` that are given; None: they are computed by the routers."""
+
+    def replay(self, mixture: int) -> Replay | None:
+        """What `routing` and `routing_weights` say of mixture number `mixture`; None if nothing."""
+        if self.routing is None:
+            return None
+        return Replay(self.routing[mixture], None if self.routing_weights is None else self.routing_weights[mixture])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +240,7 @@ class Ops(Protocol[Array]):
     def route(self, x: Array, params: MoeParams[Array], spec: RouterSpec) -> Routing[Array]:
         """The experts of each row of [T, E]: top k of softmax(x Wr^T) + correction, lower ids first among equals.
 
-        Weights are the softmax without the correction. With `StepInputs.routing` the ids are taken from there.
+        Weights are the softmax without the correction. `StepInputs.replay` takes precedence for the rows it gives.
         """
         ...
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from zerokl.rollout.hooks import UpdateEvent
     from zerokl.rollout.outputs import Rollout
+    from zerokl.rollout.routing import RolloutRouting, replay_arrays
     from zerokl.rollout.sampling_params import SamplingParams
     from zerokl.rollout.text import Tokenizer
 
@@ -34,11 +35,13 @@ _MODULES = {
     "PauseLiftedError": "errors",
     "Rollout": "outputs",
     "RolloutEngine": "engine",
+    "RolloutRouting": "routing",
     "SamplingParams": "sampling_params",
     "StaleRequestError": "errors",
     "Tokenizer": "text",
     "UpdateEvent": "hooks",
     "WorkerError": "errors",
+    "replay_arrays": "routing",
 }
 
 __all__ = [
@@ -50,11 +53,13 @@ __all__ = [
     "PauseLiftedError",
     "Rollout",
     "RolloutEngine",
+    "RolloutRouting",
     "SamplingParams",
     "StaleRequestError",
     "Tokenizer",
     "UpdateEvent",
     "WorkerError",
+    "replay_arrays",
 ]
 
 

@@ -17,7 +17,7 @@ from zerokl.rollout.control import Call
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import check_ids, params_list, prompt_list, token_ids_of
 from zerokl.rollout.request import Request, derive_seed
-from zerokl.rollout.resumption import resumed_request, rollout_list
+from zerokl.rollout.resumption import RoutingForm, resumed_request, rollout_list
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
 from zerokl.rollout.stop import whole_text
@@ -30,12 +30,19 @@ class CallMaker:
     """Knows what the model takes, numbers the calls and derives their seeds. Safe to use from several threads."""
 
     def __init__(
-        self, limits: AdmissionLimits, tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...], engine_seed: int
+        self,
+        limits: AdmissionLimits,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        engine_seed: int,
+        routing: RoutingForm | None = None,
     ) -> None:
+        """`routing`: what the engine returns with rollouts, if anything."""
         self._limits = limits
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._engine_seed = engine_seed
+        self._routing = routing
         self._generate_numbers = itertools.count()
         self._resume_numbers = itertools.count()
         self._score_numbers = itertools.count()
@@ -70,7 +77,14 @@ class CallMaker:
         return Call(
             {
                 name: [
-                    resumed_request(f"{name}/0", f"resume_from[{index}]", rollout, self._limits, self._eos_token_ids)
+                    resumed_request(
+                        f"{name}/0",
+                        f"resume_from[{index}]",
+                        rollout,
+                        self._limits,
+                        self._eos_token_ids,
+                        self._routing,
+                    )
                 ]
                 for index, (rollout, name) in enumerate(zip(rollouts, names, strict=True))
             }

@@ -71,7 +71,7 @@ class RolloutClient(ClientWeightMethods):
         self._timeout = _timeout(timeout)
         self._hooks = UpdateHooks()
         self._uploads = itertools.count(1)
-        keys = None, b"", b""
+        keys: tuple[bytes | None, bytes, bytes] = None, b"", b""
         if server_key is not None and client_key is not None:
             from zerokl.rollout.server.keys import load_certificate
 
@@ -204,7 +204,11 @@ class RolloutClient(ClientWeightMethods):
 
     def describe_worker(self) -> dict[str, Any]:
         """See `RolloutEngine.describe_worker`."""
-        facts: dict[str, Any] = self._call("describe_worker")
+        return self.describe_ranks()[0]
+
+    def describe_ranks(self) -> list[dict[str, Any]]:
+        """See `RolloutEngine.describe_ranks`."""
+        facts: list[dict[str, Any]] = self._call("describe_ranks")
         return facts
 
     def close(self) -> None:

@@ -128,7 +128,7 @@ class ClientLink:
         poller = zmq.Poller()
         for source in (self._socket, self._monitor, self._wake_fd):
             poller.register(source, zmq.POLLIN)
-        ready = dict(poller.poll(1000 * (self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS)))
+        ready = dict(poller.poll(int(1000 * (self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS)) + 1))
         if self._wake_fd in ready:
             os.eventfd_read(self._wake_fd)
         while self._orders:
@@ -347,4 +347,3 @@ class ClientLink:
         self._fail_all(ConnectionError("the client was closed while the call was in flight"))
         self._context.term()
         os.close(self._wake_fd)
-

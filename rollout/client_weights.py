@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from zerokl.rollout.client_calls import PendingCall
 from zerokl.rollout.control import POLICY
+from zerokl.rollout.expert_balance import ExpertLoad
 from zerokl.rollout.hooks import Hook, HookName, OnHookError, UpdateEvent, UpdateHooks
 from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import SleepTag, sleep_level, sleep_tags
+from zerokl.rollout.validation import check_bool
 from zerokl.rollout.worker import FolderWeights, SharedWeights, TensorWeights, as_array, weight_source
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class ClientWeightMethods(HotSwapping):
         """Send a call."""
         raise NotImplementedError
 
-    def update_weights(  # type: ignore[override]
+    def update_weights(
         self,
         source: Source,
         version: int | None = None,
@@ -91,6 +93,17 @@ class ClientWeightMethods(HotSwapping):
         """See `RolloutEngine.get_weight_version`."""
         version: int = self._call("get_weight_version", name=_text("policy", name))
         return version
+
+    def expert_load(self, *, reset: bool = False) -> ExpertLoad:
+        """See `RolloutEngine.expert_load`."""
+        value = self._call("expert_load", reset=check_bool("reset", reset))
+        last_step, total = (np.array(value[name], np.int64).reshape(value["shape"]) for name in ("last_step", "total"))
+        return ExpertLoad(last_step=last_step, total=total)
+
+    def rebalance_experts(self) -> int:
+        """See `RolloutEngine.rebalance_experts`."""
+        num_moves: int = self._call("rebalance_experts")
+        return num_moves
 
     def sleep(
         self,

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_int
+from zerokl.rollout.validation import UINT64_LIMIT, build_options, check_bool, check_float, check_int
 
 WorkerKind = Literal["inprocess", "process"]
+Role = Literal["mixed", "prefill", "decode"]
+ReturnRouting = Literal["none", "output", "all"]
+
+TIMEOUT_VARIABLE = "ZEROKL_EP_BATCHED_TOKEN_TIMEOUT"
+"""Environment variable with `EngineConfig.batched_token_timeout` where that is None."""
+DEFAULT_BATCHED_TOKEN_TIMEOUT = 0.1
+"""Seconds."""
 
 GIB = 1 << 30
 
@@ -40,19 +47,41 @@ class EngineConfig:
     seed: int = 0
     """In [0, 2^64): seeds of requests without their own are derived from it."""
     num_threads: int | None = None
-    """Threads of the CPU kernels. None: the cores this process may use."""
-    worker: WorkerKind = "inprocess"
-    """"inprocess" runs the model in the caller's process, "process" in a child process."""
+    """Threads of the CPU kernels, per rank. None: the cores this process may use, divided by the ranks."""
+    worker: WorkerKind | None = None
+    """"inprocess" runs the model in the caller's process, "process" in a child process for each rank. None: in-process
+    for one rank, processes for several, which must be."""
     device: str = "cpu"
     """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
+    expert_parallel_size: int = 1
+    """Ranks that the experts of one model are spread over. It divides the experts, redundant ones included."""
+    data_parallel_size: int = 1
+    """Whole models, each on `expert_parallel_size` ranks. Requests are spread over all ranks, whose KV pools and
+    budgets (num_blocks, max_num_seqs, max_num_batched_tokens) are each their own. Changes no output bit, as the other
+    options of ranks."""
+    batched_token_timeout: float | None = None
+    """Seconds >= 0 for which, with several ranks, the first prompt may wait for others to fill the step. None: what the
+    environment variable ZEROKL_EP_BATCHED_TOKEN_TIMEOUT says, else 0.1."""
+    rank_roles: Sequence[Role] | None = None
+    """One per rank: "prefill" ranks compute prompts and hand their KV blocks over to "decode" ranks, "mixed" ones do
+    both. None: all mixed. Otherwise some rank must prefill and some rank decode."""
+    num_redundant_experts: int = 0
+    """Second copies of busy experts in each mixture, over all ranks of a model: at most one copy per rank."""
+    expert_rebalance_interval: int | None = None
+    """Steps after which experts move between ranks by their load. None: when `rebalance_experts` is called."""
+    return_routing: ReturnRouting = "none"
+    """Whether a rollout holds the routers' choices: for no token, those of the "output", or "all", the prompt's too.
+
+    A mixture-of-experts model only. Costs 6 bytes per KV slot, mixture and expert of a token in the controller.
+    """
 
     def __post_init__(self) -> None:
         self._set("model", _path("model", self.model))
         if self.tokenizer is not None:
             self._set("tokenizer", _path("tokenizer", self.tokenizer))
-        for name in ("kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+        for name in _COUNTS:
             self._set(name, check_int(name, getattr(self, name), 1))
-        for name in ("max_model_len", "num_blocks", "num_threads"):
+        for name in ("max_model_len", "num_blocks", "num_threads", "expert_rebalance_interval"):
             value = getattr(self, name)
             if value is not None:
                 self._set(name, check_int(name, value, 2 if name == "max_model_len" else 1))
@@ -61,10 +90,29 @@ class EngineConfig:
         if self.block_size % 8:
             raise ValueError(f"block_size must be a multiple of 8 in [8, 128], got {self.block_size}")
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
-        if self.worker not in get_args(WorkerKind):
+        if self.worker is not None and self.worker not in get_args(WorkerKind):
             raise ValueError(f"worker must be one of {get_args(WorkerKind)}, got {self.worker!r}")
+        if self.return_routing not in get_args(ReturnRouting):
+            raise ValueError(f"return_routing must be one of {get_args(ReturnRouting)}, got {self.return_routing!r}")
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))
+        if self.batched_token_timeout is not None:
+            self._set("batched_token_timeout", _timeout("batched_token_timeout", self.batched_token_timeout))
+        if self.num_ranks > 1 and self.worker == "inprocess":
+            raise ValueError(f"worker must be 'process' or None with {self.num_ranks} ranks, got 'inprocess'")
+        if self.rank_roles is not None:
+            self._set("rank_roles", check_roles("rank_roles", self.rank_roles))
+            if len(self.rank_roles) != self.num_ranks:
+                raise ValueError(f"rank_roles must name each of the {self.num_ranks} ranks, got {self.rank_roles!r}")
+
+    @property
+    def num_ranks(self) -> int:
+        """expert_parallel_size * data_parallel_size."""
+        return self.expert_parallel_size * self.data_parallel_size
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -74,11 +122,14 @@ class EngineConfig:
         """From a mapping of options; an unknown or missing one raises ValueError naming it and the known ones."""
         return build_options(cls, [field.name for field in dataclasses.fields(cls)], options)
 
-    def resolve(self, *, max_position_embeddings: int, kv_bytes_per_token: int) -> EngineConfig:
-        """A config with `max_model_len` and `num_blocks` filled in from the model.
+    def resolve(
+        self, *, max_position_embeddings: int, kv_bytes_per_token: int, num_experts: int | None = None
+    ) -> EngineConfig:
+        """A config with everything filled in that follows from the model, the ranks and the environment.
 
-        `kv_bytes_per_token` counts keys and values of all layers. Raises ValueError where max_model_len is over the
-        model's positions or the pool would not hold one block.
+        `kv_bytes_per_token` counts keys and values of all layers, `num_experts` the experts of a mixture (None: the
+        model has none). Raises ValueError where max_model_len is over the model's positions, the pool would not hold
+        one block, the experts cannot be spread over the ranks, or the environment holds a bad value.
         """
         max_model_len = max_position_embeddings if self.max_model_len is None else self.max_model_len
         if max_model_len > max_position_embeddings:
@@ -92,27 +143,103 @@ class EngineConfig:
             raise ValueError(
                 f"kv_cache_bytes must hold at least one KV block ({block_bytes} bytes), got {self.kv_cache_bytes}"
             )
-        return dataclasses.replace(self, max_model_len=max_model_len, num_blocks=num_blocks)
+        self._check_experts(num_experts)
+        return dataclasses.replace(self, max_model_len=max_model_len, num_blocks=num_blocks, **self._of_ranks())
+
+    def _check_experts(self, num_experts: int | None) -> None:
+        size, redundant = self.expert_parallel_size, self.num_redundant_experts
+        if num_experts is None and size > 1:
+            raise ValueError(f"expert_parallel_size must be 1 for a model without mixtures of experts, got {size}")
+        most = (num_experts or 0) * (size - 1)
+        if redundant > most:
+            raise ValueError(f"num_redundant_experts must be <= {most}, a copy per other rank, got {redundant}")
+        if num_experts is not None and (num_experts + redundant) % size:
+            of = f"{num_experts} experts" + (f" and {redundant} redundant ones" if redundant else "")
+            raise ValueError(f"expert_parallel_size must divide the model's {of}, got {size}")
+
+    def _of_ranks(self) -> dict[str, Any]:
+        several = self.num_ranks > 1
+        num_threads = self.num_threads
+        if num_threads is None and several:
+            num_threads = max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+        timeout = self.batched_token_timeout
+        return {
+            "num_threads": num_threads,
+            "worker": self.worker or ("process" if several else "inprocess"),
+            "batched_token_timeout": _timeout_of_environment() if timeout is None else timeout,
+            "rank_roles": self.rank_roles or ("mixed",) * self.num_ranks,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Budgets and fairness constants of one rank."""
+    """Budgets of each rank and constants of fairness. A bad value raises ValueError naming field, value and bound."""
 
     max_num_seqs: int
-    """Requests that run at the same time at most."""
+    """Requests that run on a rank at the same time at most."""
     max_num_batched_tokens: int
-    """Tokens per step at most, a hard cap."""
+    """Tokens per step and rank at most, a hard cap."""
     look_ahead: int = 8
     """Waiting requests that lack blocks and may be passed over in one step, to try those behind them."""
     max_overtakes: int = 32
-    """Younger requests that may join before one that lacks blocks; after that it comes next."""
+    """Younger requests that may join before one that lacks blocks, over all ranks; after that it comes next."""
+    reserved_output_blocks: int = 0
+    """KV blocks kept free for the output of each request on a rank when another one joins, as far as it can still
+    grow; one for each that runs at least."""
+    batched_token_timeout: float = 0.0
+    """Seconds that new requests may be held to fill and balance a prefill over several ranks; 0: never."""
+    max_group_imbalance: float = 0.25
+    """Part of a rank's KV pool by which its expected tokens may exceed those of the least loaded rank with room, for
+    samples to stay with the leader of their group; beyond it they move and compute the prompt there."""
+    roles: tuple[Role, ...] | None = None
+    """One per rank: "prefill" ranks hand requests over to decode-capable ones ("decode", "mixed") once their prompt is
+    computed, "decode" ranks take no new ones. None: all "mixed"."""
 
     def __post_init__(self) -> None:
         check_int("max_num_seqs", self.max_num_seqs, 1)
         check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         check_int("look_ahead", self.look_ahead, 0)
         check_int("max_overtakes", self.max_overtakes, 1)
+        check_int("reserved_output_blocks", self.reserved_output_blocks, 0)
+        check_float("batched_token_timeout", self.batched_token_timeout, "seconds >= 0", 0.0)
+        check_float("max_group_imbalance", self.max_group_imbalance, "a part >= 0", 0.0)
+        if self.roles is not None:
+            object.__setattr__(self, "roles", check_roles("roles", self.roles))
+
+
+def check_roles(name: str, roles: Sequence[Role]) -> tuple[Role, ...]:
+    """`roles` as a tuple. Raises ValueError unless some rank can prefill and some rank can decode."""
+    known = get_args(Role)
+    if isinstance(roles, str) or not roles or any(role not in known for role in roles):
+        raise ValueError(f"{name} must be a sequence of {known}, one per rank, got {roles!r}")
+    for missing in ("prefill", "decode"):
+        if not set(roles) & {"mixed", missing}:
+            raise ValueError(f"{name} must have a rank that can {missing} ('mixed' or {missing!r}), got {roles!r}")
+    return tuple(roles)
+
+
+_COUNTS = (
+    "kv_cache_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "expert_parallel_size",
+    "data_parallel_size",
+)
+
+
+def _timeout(name: str, value: Any) -> float:
+    return check_float(name, value, "a number of seconds >= 0", 0.0)
+
+
+def _timeout_of_environment() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE)
+    if text is None:
+        return DEFAULT_BATCHED_TOKEN_TIMEOUT
+    try:
+        value: Any = float(text)
+    except ValueError:
+        value = text  # refused, as it was written
+    return _timeout(TIMEOUT_VARIABLE, value)
 
 
 def _path(name: str, value: Any) -> str:

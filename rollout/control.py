@@ -13,9 +13,10 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.worker import SharedWeights, WeightSource, Worker
+from zerokl.rollout.worker import SharedWeights, WeightSource
 
 POLICY = "policy"
 """Name of the live weight set."""
@@ -27,12 +28,14 @@ class Call:
     `groups` holds the requests of each id that `abort` knows: the n samples of a prompt, or the one scored sequence.
     """
 
-    __slots__ = ("aborted", "error", "future", "groups", "num_left", "texts")
+    __slots__ = ("aborted", "arrival_time", "error", "future", "groups", "num_left", "texts")
 
     def __init__(self, groups: dict[str, list[Request]]) -> None:
         assert groups and all(groups.values()), "a call without requests has nothing to wait for"
         self.groups = groups
         self.num_left = sum(len(group) for group in groups.values())
+        self.arrival_time = 0.0
+        """When it was submitted, in seconds of the loop's clock."""
         self.aborted: set[str] = set()
         """Ids aborted before the call was taken up."""
         self.texts: dict[str, str] = {}
@@ -99,14 +102,14 @@ def ending_error(state: Literal["failed", "closed"], error: BaseException | None
 
 
 class WeightSets:
-    """Names, versions and epochs of the weight sets that worker and scheduler hold. Runs on the loop thread.
+    """Names, versions and epochs of the weight sets that workers and scheduler hold. Runs on the loop thread.
 
     A version is the user's number; an epoch is ours, never repeats, and stands for the weights in every KV cache key.
     A pin shares the epoch of the weights that it keeps, and with it their cached prefixes.
     """
 
-    def __init__(self, worker: Worker, scheduler: Scheduler) -> None:
-        self._worker = worker
+    def __init__(self, ranks: Ranks, scheduler: Scheduler) -> None:
+        self._ranks = ranks
         self._scheduler = scheduler
         self._epoch = 0
         self._staged: int | None = None
@@ -120,7 +123,7 @@ class WeightSets:
 
     def load_first(self, source: WeightSource) -> None:
         """Version 0, before the first step."""
-        self._worker.stage_weights(source, 0)
+        self._ranks.stage_weights(source, 0)
         self._staged = 0
         self.commit()
         self.num_updates = 0
@@ -132,7 +135,7 @@ class WeightSets:
         return self._staged
 
     def stage(self, source: WeightSource, version: int | None, *, allow_rewind: bool = False) -> None:
-        """Have the worker prepare the next version.
+        """Have the workers prepare the next version.
 
         Raises ValueError unless `version` follows the live one; with `allow_rewind` any will do.
         """
@@ -145,7 +148,7 @@ class WeightSets:
                 f"got {version} ({kind})"
             )
         start = time.perf_counter()
-        self._worker.stage_weights(source, version)
+        self._ranks.stage_weights(source, version)
         self._staged = version
         self._staged_inexact = _says_inexact(source)
         self.stage_seconds += time.perf_counter() - start
@@ -154,7 +157,7 @@ class WeightSets:
         """Make the staged version live; returns it. `keep_running`: as `Scheduler.set_weights` takes it."""
         assert self._staged is not None, "commit without a staged version"
         start = time.perf_counter()
-        self._worker.commit_weights()
+        self._ranks.commit_weights()
         version, self._staged = self._staged, None
         self._epoch += 1
         self._scheduler.set_weights(POLICY, epoch=self._epoch, version=version, keep_running=keep_running)
@@ -166,12 +169,12 @@ class WeightSets:
 
     def discard(self) -> None:
         """Forget the staged version."""
-        self._worker.discard_staged()
+        self._ranks.discard_staged()
         self._staged = None
 
     def pin(self, name: str) -> int:
         """Keep the live weights as `name`; returns their version."""
-        self._worker.pin_weights(name)
+        self._ranks.pin_weights(name)
         version = self.versions[POLICY]
         self._scheduler.set_weights(name, epoch=self._epoch, version=version)
         self.versions = {**self.versions, name: version}
@@ -179,7 +182,7 @@ class WeightSets:
         return version
 
     def drop_pins(self) -> None:
-        """The worker has lost all pinned sets."""
+        """The workers have lost all pinned sets."""
         for name in set(self.versions) - {POLICY}:
             self._scheduler.drop_weights(name)
         self.versions = {POLICY: self.versions[POLICY]}
@@ -190,7 +193,7 @@ class WeightSets:
         if not isinstance(name, str) or name == POLICY or name not in self.versions:
             pinned = sorted(set(self.versions) - {POLICY})
             raise ValueError(f"drop_weights: name must be a pinned set, one of {pinned}, got {name!r}")
-        self._worker.drop_weights(name)
+        self._ranks.drop_weights(name)
         self._scheduler.drop_weights(name)
         self.versions = {key: version for key, version in self.versions.items() if key != name}
         self.inexact -= {name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.in_flight import InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
@@ -28,6 +30,9 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.pause import PauseMode, pause_mode
 from zerokl.rollout.prompts import Prompt
+from zerokl.rollout.ranks import Ranks, make_ranks
+from zerokl.rollout.resumption import RoutingForm
+from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition
@@ -54,7 +59,8 @@ class RolloutEngine(WeightMethods):
     def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> None:
         """Load model and tokenizer (version 0 of the weights) and start the engine's thread.
 
-        `make_worker` gets the completed config; by default it makes the kind that `config.worker` names.
+        `make_worker` gets the completed config and makes the worker of an engine of one rank; by default it makes the
+        kind that `config.worker` names. Several ranks are processes, started together.
         Raises ValueError for a folder that is not a usable model, or options that do not suit it.
         """
         if not isinstance(config, EngineConfig):
@@ -62,42 +68,57 @@ class RolloutEngine(WeightMethods):
         self._model_config = ModelConfig.from_json(config.model)
         self._config = resolve_config(config, self._model_config)
         self._tokenizer = find_tokenizer(self._config)
-        worker = make_worker(self._config)
+        ranks = make_ranks(self._config, make_worker)
         try:
-            self._start(worker)
+            self._start(ranks)
         except BaseException:
-            worker.close()
+            ranks.close()
             raise
 
-    def _start(self, worker: Worker) -> None:
+    def _start(self, ranks: Ranks) -> None:
         config = self._config
         assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
-        self._kv_cache = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
-        budgets = SchedulerConfig(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        )
+        routing = RankRouting.of_engine(config, self._model_config.moe, config.num_ranks)
+        kv_caches = [
+            KVCacheManager(
+                config.num_blocks, config.block_size, config.enable_prefix_caching, partial(routing.keep, rank)
+            )
+            for rank in range(config.num_ranks)
+        ]
         stop_strings = StopStrings(self._tokenizer)
-        self._scheduler = Scheduler(budgets, self._kv_cache, stop_strings)
-        self._weights = WeightSets(worker, self._scheduler)
-        self._sleep = Sleep(worker, self._weights, self._kv_cache)
+        self._scheduler = Scheduler(_budgets(config), kv_caches, stop_strings)
+        self._weights = WeightSets(ranks, self._scheduler)
+        self._sleep = Sleep(ranks, self._weights, self._scheduler)
         self._weights.load_first(FolderWeights(path=config.model))
-        self._worker = {key: value for key, value in worker.describe().items() if key in ("kind", "pid", "num_threads")}
-        self._describe_worker = worker.describe
+        self._ranks = ranks
+        self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
         limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             vocab_size=self._model_config.vocab_size,
         )
-        self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
+        self._calls = CallMaker(
+            limits, self._tokenizer, self._model_config.eos_token_ids, config.seed, self._routing_form()
+        )
+        staging = threading.Lock()
+        self._balance = ExpertBalance(config, self._model_config, ranks, staging)
         self._loop = EngineLoop(
-            self._scheduler, worker, self._weights, stop_strings, config.block_size, self._sleep.check_awake
+            self._scheduler,
+            ranks,
+            self._weights,
+            stop_strings,
+            config.block_size,
+            self._sleep.check_awake,
+            after_step=self._balance.count_step,
+            routing=routing,
         )
         in_flight = InFlightRequests(
-            self._scheduler, self._kv_cache, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
+            self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse
         )
-        self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep)
+        self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
+        ranks.watch(self._loop.fail)
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -257,15 +278,20 @@ class RolloutEngine(WeightMethods):
         self._loop.watch_steps(watcher).result()
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests in flight keep their blocks."""
-        self._loop.at_boundary(self._kv_cache.reset).result()
+        """Forget all cached prefixes, on all ranks. Requests in flight keep their blocks."""
+        self._loop.at_boundary(self._scheduler.reset_prefix_cache).result()
 
     def metrics(self) -> dict[str, float]:
-        """Counters since the start, and sizes of now; read without stopping the loop, so they may be a step apart."""
-        return self._loop.metrics()
+        """Counters since the start, and sizes of now, all ranks together; `health` has what each rank holds.
+
+        They are read without stopping the loop, so they may be a step apart.
+        """
+        return {**self._loop.metrics(), **self._balance.metrics()}
 
     def health(self) -> dict[str, Any]:
-        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, the worker's kind.
+        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.
+
+        `ranks` holds of each rank the worker's kind, pid and num_threads, the requests running there and its KV blocks.
 
         `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
         not 0 under them. States are "running", "draining", "paused", "asleep", "failed" and "closed".
@@ -281,12 +307,21 @@ class RolloutEngine(WeightMethods):
             "inexact_weights": sorted(self._weights.inexact),
             "hook_errors": self._updates.hooks.num_errors,
             "asleep": dict(self._sleep.parts),
-            "worker": dict(self._worker),
+            "worker": dict(self._facts[0]),
+            "ranks": [
+                {"rank": rank, **facts, **load}
+                for rank, (facts, load) in enumerate(zip(self._facts, self._scheduler.rank_metrics(), strict=True))
+            ],
         }
 
     def describe_worker(self) -> dict[str, Any]:
-        """Facts of the worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
-        return self._loop.at_boundary(self._describe_worker).result()
+        """Facts of the first rank's worker now: see `describe_ranks`."""
+        return self.describe_ranks()[0]
+
+    def describe_ranks(self) -> list[dict[str, Any]]:
+        """Facts of each rank's worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by
+        name."""
+        return self._loop.at_boundary(self._ranks.describe).result()
 
     def close(self) -> None:
         """Stop after the current step and free thread, worker and memory; idempotent.
@@ -320,6 +355,12 @@ class RolloutEngine(WeightMethods):
         return self._tokenizer
 
     # -- inside -------------------------------------------------------------------------------------------------------
+    def _routing_form(self) -> RoutingForm | None:
+        returned, moe = self._config.return_routing, self._model_config.moe
+        if returned == "none" or moe is None:
+            return None
+        return RoutingForm(returned=returned, num_mixtures=len(moe.layers), top_k=moe.top_k)
+
     def _wait(self, submission: Submission[Result]) -> Result:
         try:
             submission.future.result()
@@ -339,3 +380,13 @@ class RolloutEngine(WeightMethods):
     def _give_up(self, submission: Submission[Any]) -> None:
         with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
             self._loop.abort(submission.request_ids)
+
+
+def _budgets(config: EngineConfig) -> SchedulerConfig:
+    assert config.batched_token_timeout is not None and config.rank_roles is not None, "an unresolved config"
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        batched_token_timeout=config.batched_token_timeout,
+        roles=tuple(config.rank_roles),
+    )

@@ -1,18 +1,20 @@
-"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and worker.
+"""The one thread that plans and runs steps. It alone touches scheduler, KV cache bookkeeping and ranks.
 
     callers --(Call | Exclusive)--> inbox --+
     callers --(small actions)----> urgent --+--> [ urgent, inbox, one step ]* --> futures
 
-The thread waits on a condition while there is nothing to do. `failed` and `closed` are never left again.
+The thread waits on a condition while there is nothing to do: until something comes, or a collection window of the
+scheduler closes. `failed` and `closed` are never left again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
@@ -20,12 +22,14 @@ from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, ga
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.pause import GenerationPause, PauseMode
+from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
+from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.step_inputs import build_step_inputs
-from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.step_inputs import build_step_orders
+from zerokl.rollout.step_order import StepResult
+from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
-from zerokl.rollout.worker import Worker
 
 EngineState = Literal["running", "draining", "paused", "failed", "closed"]
 Result = TypeVar("Result")
@@ -37,18 +41,26 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        worker: Worker,
+        ranks: Ranks,
         weights: WeightSets,
         stop_strings: StopStrings,
         block_size: int,
         check_awake: Callable[[], None],
+        after_step: Callable[[Sequence[StepResult]], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+        routing: RankRouting = NO_ROUTING,
     ) -> None:
-        """`check_awake` raises EngineAsleepError where requests cannot run."""
+        """`check_awake` raises EngineAsleepError where requests cannot run. `after_step` is given each step's results;
+        `clock` gives seconds. `routing` hears of each step's handovers and outcome before the scheduler takes it.
+        """
         self._scheduler = scheduler
-        self._worker = worker
+        self._ranks = ranks
+        self._after_step = after_step
+        self._clock = clock
         self._stop_strings = stop_strings
         self._block_size = block_size
         self._check_awake = check_awake
+        self._routing = routing
         self._wake = threading.Condition()
         # Guarded by _wake, as are _num_changes, _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
@@ -65,6 +77,8 @@ class EngineLoop:
         self._draining: Exclusive | None = None
         self._pause = GenerationPause()
         self._watchers: tuple[Callable[[], None], ...] = ()
+        self._hold: Hold | None = None
+        """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
         self.cause: BaseException | None = None
         """What made the engine fail."""
@@ -72,7 +86,7 @@ class EngineLoop:
 
     # -- any thread ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Start the thread; the worker is the thread's from here on, closing included."""
+        """Start the thread; the ranks are the thread's from here on, closing included."""
         self._thread.start()
 
     @property
@@ -98,6 +112,7 @@ class EngineLoop:
             self.check_alive()
             if isinstance(item, Call):
                 self._check_awake()
+                item.arrival_time = self._clock()
                 taken = next((name for name in item.groups if name in self._open), None)
                 if taken is not None:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
@@ -115,6 +130,15 @@ class EngineLoop:
             self._urgent.append((action, future))
             self._wake.notify()
         return future
+
+    def fail(self, error: WorkerError) -> None:
+        """End the loop with this error, if it runs; returns at once."""
+
+        def throw() -> None:
+            raise error
+
+        with contextlib.suppress(EngineFailedError, EngineClosedError):
+            self.at_boundary(throw)
 
     def abort(self, ids: Collection[str] | None) -> Future[int]:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
@@ -179,20 +203,27 @@ class EngineLoop:
             self._end("closed", None)
         finally:
             with contextlib.suppress(WorkerError):
-                self._worker.close()
+                self._ranks.close()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
         with self._wake:
-            self._wake.wait_for(self._has_work)
+            while not self._has_work():
+                self._wake.wait(None if self._hold is None else self._hold.until - self._clock())
+            self._hold = None
             return not self._closing
 
     def _has_work(self) -> bool:
         if self._closing or self._urgent:
             return True
-        if self._scheduler.num_unfinished:  # where these stand still, a change that is draining does so too
-            return not self._pause.is_frozen or (self._num_changes > 0 and self._draining is None)
-        return self._draining is not None or bool(self._num_changes if self._pause.holds_calls else self._inbox)
+        unfinished = self._scheduler.num_unfinished > 0
+        if unfinished and self._pause.is_frozen:  # a change that is draining stands still too
+            return self._num_changes > 0 and self._draining is None
+        if self._draining is not None or (self._num_changes if self._pause.holds_calls else self._inbox):
+            return True
+        if self._hold is not None:
+            return self._clock() >= self._hold.until
+        return unfinished
 
     def _run_urgent(self) -> None:
         while self._urgent:
@@ -267,7 +298,7 @@ class EngineLoop:
         try:
             self._check_awake()
             for request in call.requests:
-                self._scheduler.add(request)
+                self._scheduler.add(request, call.arrival_time)
                 added.append(request)
         except (ValueError, EngineAsleepError) as error:  # weights were dropped or put away since the call was checked
             for request in added:
@@ -281,14 +312,22 @@ class EngineLoop:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        plan = self._scheduler.plan()
+        # While a change or a pause waits for those in flight nobody else is let in: nothing is worth waiting for.
+        is_open = self._draining is None and not self._pause.holds_calls
+        plan = self._scheduler.plan(self._clock() if is_open else math.inf)
         assert plan is not None, "unfinished requests and nothing to run"
-        inputs = build_step_inputs(plan, self._scheduler.requests, self._block_size)
+        if isinstance(plan, Hold):
+            self._hold = plan
+            return
+        self._routing.hand_over(plan.handovers)
+        orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
         called = time.perf_counter()
-        result = self._worker.execute(StepOrder(inputs=inputs))
+        results = self._ranks.execute(orders)
         worker_seconds = time.perf_counter() - called
-        for request in self._scheduler.update(plan, result.sampled):
+        self._routing.record(orders, results)
+        for request in self._scheduler.update(plan, results):
             self.deliver(request)
+        self._after_step(results)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
         for watcher in self._watchers:
             watcher()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.expert_balance import ExpertBalance, ExpertLoad
 from zerokl.rollout.hooks import Hook, HookName, OnHookError
 from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
@@ -30,6 +32,7 @@ class WeightMethods(HotSwapping):
     _weights: WeightSets
     _updates: WeightUpdates
     _sleep: Sleep
+    _balance: ExpertBalance
 
     def update_weights(
         self,
@@ -113,6 +116,23 @@ class WeightMethods(HotSwapping):
         """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
         self._check_policy(name)
         return self._weights.versions[name]
+
+    # -- experts ------------------------------------------------------------------------------------------------------
+    def expert_load(self, *, reset: bool = False) -> ExpertLoad:
+        """How often tokens chose each expert, in the last step and since the start or the last `reset`, all ranks
+        together. Without mixtures of experts the arrays are [0, 0].
+        """
+        return self._loop.at_boundary(partial(self._balance.load, reset=reset)).result()
+
+    def rebalance_experts(self) -> int:
+        """Move experts between ranks by their load since the last move; returns how many came to another rank.
+
+        Live weights are copied between two steps, of all sets, and no output changes a bit. Waits for weights that are
+        being staged. Nothing moves where a rank has all experts, or none has been used since.
+        """
+        with self._updates.lock:
+            self._sleep.check_weights()
+            return self._loop.at_boundary(self._balance.rebalance).result()
 
     # -- memory -------------------------------------------------------------------------------------------------------
     def sleep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,7 @@ class HotSwap:
 class HotSwapping:
     """Adds `hot_swap` to what has `update_weights`."""
 
-    def update_weights(self, source: Any, version: int | None = None, **options: Any) -> int:
-        """Replace the policy's weights; returns their version."""
-        raise NotImplementedError
+    update_weights: Callable[..., int]
 
     @contextmanager
     def hot_swap(self, source: Any, **options: Any) -> Iterator[HotSwap]:

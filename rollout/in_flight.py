@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -71,7 +71,7 @@ class InFlightRequests:
     def __init__(
         self,
         scheduler: Scheduler,
-        kv_cache: KVCacheManager,
+        kv_caches: Sequence[KVCacheManager],
         stop_strings: StopStrings,
         *,
         deliver: Callable[[Request], None],
@@ -79,7 +79,7 @@ class InFlightRequests:
     ) -> None:
         """`deliver` takes a request that has ended; `refuse` ends the whole call of one."""
         self._scheduler = scheduler
-        self._kv_cache = kv_cache
+        self._kv_caches = kv_caches
         self._stop_strings = stop_strings
         self._deliver = deliver
         self._refuse = refuse
@@ -103,7 +103,7 @@ class InFlightRequests:
                 self._stop_strings.forget(request)
         for request in self._members(policy):
             if request.status is RequestStatus.RUNNING:
-                self._kv_cache.keep_older(request)
+                self._kv_caches[request.rank].keep_older(request)
 
     def _members(self, policy: str, kind: str | None = None) -> list[Request]:
         return [

@@ -31,7 +31,7 @@ class LoopMeter:
             self._num_updates = self._weights.num_updates
             self._pause_seconds += start - self._last_end if self._last_end is not None else 0.0
         self._last_end = end if self._scheduler.num_unfinished else None
-        self._decode_tokens += sum(entry.num_tokens == 1 for entry in plan.entries)
+        self._decode_tokens += sum(entry.num_tokens == 1 for rank in plan.ranks for entry in rank.entries)
         self._step_seconds += end - start
         self._worker_seconds += worker_seconds
 

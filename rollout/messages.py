@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zerokl.kernels.communicator import CommunicatorError, PeerLostError
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import FolderWeights, SharedWeights
@@ -38,6 +39,15 @@ class Configure:
 
     options: dict[str, Any]
     """Fields of `zerokl.rollout.config.EngineConfig`."""
+    rank: int
+    """The worker's place among the config's ranks."""
+    folder: str
+    """Where ranks reach each other by sockets, until they are connected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connect:
+    """Reach the other ranks, all of which are configured; answered by Done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +109,14 @@ class BringBack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rearrange:
+    """Worker.rearrange_experts; answered by Done."""
+
+    placement: list[list[list[int]]]
+    """[M, E, slots], as `ExpertPlacement.experts`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Describe:
     """Worker.describe; answered by Facts."""
 
@@ -141,6 +159,7 @@ class Failed:
 Message = (
     Hello
     | Configure
+    | Connect
     | Execute
     | Stage
     | Commit
@@ -149,6 +168,7 @@ Message = (
     | Drop
     | PutAway
     | BringBack
+    | Rearrange
     | Describe
     | Close
     | Done
@@ -159,6 +179,7 @@ Message = (
 
 _ERROR_CLASSES: tuple[type[Exception], ...] = (
     ChecksumError,
+    CommunicatorError,
     FileNotFoundError,
     FloatingPointError,
     IncompleteUpdateError,
@@ -168,6 +189,7 @@ _ERROR_CLASSES: tuple[type[Exception], ...] = (
     NotImplementedError,
     OSError,
     ParentMismatchError,
+    PeerLostError,
     PermissionError,
     RuntimeError,
     SegmentBusyError,
@@ -196,4 +218,11 @@ def failure_of(error: Exception) -> Failed:
 
 def exception_of(failed: Failed) -> Exception:
     """The message as an exception to raise; a class that is not in the allow-list becomes RuntimeError."""
-    return _ERRORS.get(failed.error, RuntimeError)(failed.text)
+    kind = _ERRORS.get(failed.error, RuntimeError)
+    # The rank that is lost stands in the text.
+    return (CommunicatorError if kind is PeerLostError else kind)(failed.text)
+
+
+def is_consequence(failed: Failed) -> bool:
+    """Whether it only says that another rank is gone: what became of that one is the cause."""
+    return failed.error == PeerLostError.__name__

@@ -13,9 +13,16 @@ FLOAT32_BYTES = 4
 
 def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """`config` with the fields filled in that follow from the model. Raises ValueError where the two do not fit."""
+    if config.return_routing != "none" and model.moe is None:
+        raise ValueError(
+            f"return_routing must be 'none' for {model.architecture}, which has no mixture of experts, "
+            f"got {config.return_routing!r}"
+        )
     keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return config.resolve(
-        max_position_embeddings=model.max_position_embeddings, kv_bytes_per_token=keys_and_values * FLOAT32_BYTES
+        max_position_embeddings=model.max_position_embeddings,
+        kv_bytes_per_token=keys_and_values * FLOAT32_BYTES,
+        num_experts=None if model.moe is None else model.moe.num_experts,
     )
 
 

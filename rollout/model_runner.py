@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zerokl.kernels.dispatch import forget_step, get_ops, host_storage, release_spare_weights, weight_packer
-from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult
+from zerokl.kernels.dispatch import (
+    forget_step,
+    get_ops,
+    host_storage,
+    release_spare_weights,
+    weight_packer,
+)
+from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
+from zerokl.rollout.expert_parallel.placement import ExpertPlacement
+from zerokl.rollout.expert_parallel.rank_place import RankPlace
+from zerokl.rollout.expert_parallel.rearrange import rearrange
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward, held_tensors
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
+from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
@@ -32,6 +42,9 @@ if TYPE_CHECKING:
 
 LIVE = "policy"
 """Name of the set that `commit` replaces."""
+
+_STAGED = ""
+"""No set has this name."""
 
 
 class NonFiniteLogitsError(FloatingPointError):
@@ -59,18 +72,25 @@ class WeightSet:
 class ModelRunner:
     """One model, one KV pool, several sets of weights. One thread calls; `stage` may run beside it."""
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, place: RankPlace | None = None) -> None:
         """Make the ops and allocate the KV pool; no weights yet.
 
-        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks` and `max_model_len`
-        count.
+        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks`, `max_model_len` and
+        `return_routing` count. `place` is this rank's among others; None: it is alone. Raises ValueError for a model or
+        device that cannot be spread so.
         """
         assert config.num_blocks is not None, "an unresolved EngineConfig"
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         self._config = model_config
         self._spec = DecoderSpec.from_config(model_config)
         self._device = config.device
+        self._place = RankPlace() if place is None else place
+        self._placement = self._place.initial_placement(model_config)
         self._ops = get_ops(config.device, num_threads)
+        self._place.prepare(self._ops)
+        self._return_routing = config.return_routing != "none"
+        self._capture = None if model_config.moe is None else RoutingCapture(self._ops, model_config.moe)
+        self._forward_ops = self._ops if self._capture is None else self._capture.recording_ops
         self._make_pool = partial(
             self._ops.kv_pool,
             model_config.num_hidden_layers,
@@ -91,8 +111,16 @@ class ModelRunner:
         """The committed sets by name: "policy" once there was a commit, and the pinned ones."""
         return dict(self._sets)
 
+    @property
+    def placement(self) -> ExpertPlacement | None:
+        """Where experts are; None where each rank has all."""
+        return self._placement
+
     def execute(self, order: StepOrder) -> StepResult:
         """Run one step with the set `inputs.policy`; the result has a row per logit row and is the caller's to keep.
+
+        Every rank of the place executes an order of the same step, one without tokens if need be: the others need its
+        experts. An error other than those below may leave them waiting until the communicator is closed.
 
         Raises ValueError when there is no such set, NonFiniteLogitsError naming step and rows when a distribution is
         broken (keys and values of the step are written then).
@@ -103,13 +131,9 @@ class ModelRunner:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        hidden = forward(self._ops, weights.params, self._spec, inputs, self._pool)
-        if not len(inputs.logit_rows):
-            return StepResult(sampled=_no_rows(inputs.sampling.want_raw))
-        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
-        if result.tokens.min() < 0:
-            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-        return StepResult(sampled=result)
+        self._place.begin_step(order, self._pool)
+        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
+        return self._with_routing(self._sample(hidden, weights, inputs))
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
@@ -117,8 +141,9 @@ class ModelRunner:
         May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
         ones will do, and a mapping that reads on access, such as `models.loader.open_tensors` gives, keeps the peak of
         memory low). Everything kept is a copy: the sources may be overwritten afterwards. With `delta` they are those
-        that differ from the live set's, and what was packed of the others is shared with it. Raises ValueError naming
-        missing, extra or misshapen tensors; nothing is staged then.
+        that differ from the live set's, and what was packed of the others is shared with it. All names and shapes are
+        checked, but experts of other ranks are not read. Raises ValueError naming missing, extra or misshapen tensors;
+        nothing is staged then.
         """
         self._staged = None
         live = self._sets.get(LIVE)
@@ -130,16 +155,50 @@ class ModelRunner:
         else:
             check_tensors(tensors, self._config)
         packer = weight_packer(self._ops, beside_steps=live is not None)
-        params = build_params(packer, self._config, tensors, self._rope, keep=packer.tensor, previous=previous)
+        params = build_params(
+            packer,
+            self._config,
+            tensors,
+            self._rope,
+            keep=packer.tensor,
+            previous=previous,
+            share=self._place.share(self._placement),
+        )
         self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
 
     def live_tensors(self) -> Mapping[str, Any]:
-        """What the live set was packed of, unpacked on access. Raises ValueError where the device cannot."""
+        """What the live set was packed of, unpacked on access; of the experts, those that this rank holds.
+
+        Raises ValueError where the device cannot.
+        """
         if self._device != "cpu":
             raise ValueError(f"device {self._device!r} cannot read packed weights back: publish all tensors")
         from zerokl.rollout.models.packed_tensors import PackedTensors
 
-        return PackedTensors(self._sets[LIVE].params, self._config)
+        return PackedTensors(self._sets[LIVE].params, self._config, self._place.share(self._placement))
+
+    def held_tensors(self) -> Collection[str]:
+        """Names of the tensors that this rank packs: all but the experts of other ranks."""
+        return held_tensors(self._config, self._place.share(self._placement))
+
+    def rearrange_experts(self, placement: Any) -> None:
+        """Have each expert where `placement`, int32 [M, E, S], wants it, in every set; no output changes a bit.
+
+        Copied from the ranks that hold them now. Every rank of the group calls it between the same two steps, and none
+        while it stages. Raises ValueError for a placement that does not fit, where each rank has all experts, and while
+        the weights are asleep; nothing is sent then.
+        """
+        old, moe = self._placement, self._config.moe
+        if old is None or moe is None:
+            raise ValueError("rearrange_experts needs expert_parallel_size above 1, got 1")
+        if self._spilled is not None:
+            raise ValueError("rearrange_experts needs the weights, which are asleep")
+        new, take = old.like(placement), host_storage(self._ops)
+        assert take is not None, "experts are spread on the CPU alone"
+        if self._staged is not None:
+            self._sets[_STAGED] = self._staged
+        rearrange(self._place.group, self._sets, moe.layers, old, new, take)
+        self._staged, self._placement = self._sets.pop(_STAGED, None), new
 
     def commit(self) -> None:
         """Make the staged set the live one, from the next step on."""
@@ -166,6 +225,21 @@ class ModelRunner:
         if name == LIVE or name not in self._sets:
             raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
         del self._sets[name]
+
+    def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
+        if not len(inputs.logit_rows):
+            return _no_rows(inputs.sampling.want_raw)
+        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
+        if result.tokens.min() < 0:
+            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
+        return result
+
+    def _with_routing(self, sampled: SampleResult) -> StepResult:
+        capture = self._capture
+        if capture is None:
+            return StepResult(sampled=sampled)
+        routed = capture.take() if self._return_routing else None
+        return StepResult(sampled=sampled, expert_tokens=capture.expert_tokens(), routed=routed)
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:

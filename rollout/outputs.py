@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.request import FinishReason, Request
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 
 LogprobsDefinition = Literal["processed_logprobs"]
@@ -34,6 +35,15 @@ class Rollout:
     """[N], under softmax(logits); None unless `SamplingParams.raw_logprobs` is set."""
     policy_versions: NDArray[np.int64]
     """[N], version of the weights that sampled each token."""
+    steps: NDArray[np.int64]
+    """[N], number of the engine's step whose forward gave each token."""
+    phases: NDArray[np.uint8]
+    """[N], 1 (decode): that forward computed one token of the sequence, which it had sampled itself. 0 (prefill): it
+    computed tokens of the prompt, or several tokens at once, as after a preemption."""
+    cached_lens: NDArray[np.int32]
+    """[N], tokens at the sequence's start whose keys and values came from the prefix cache in that forward."""
+    ranks: NDArray[np.int16]
+    """[N], rank that computed each token."""
     finish_reason: FinishReason
     """"stop": a stop token or string; "length": max_tokens; "abort": ended by the caller."""
     stop_reason: int | str | None
@@ -56,6 +66,8 @@ class Rollout:
     prompt_index: int
     """Which prompt of the call."""
     sampling_params: SamplingParams
+    routing: RolloutRouting | None = None
+    """What the routers chose, as far as `EngineConfig.return_routing` asks for it; None also if it never ran."""
     logprobs_definition: LogprobsDefinition = "processed_logprobs"
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
 
@@ -81,6 +93,10 @@ class Rollout:
             entropy=request.entropy.copy(),
             raw_logprobs=None if raw is None else raw.copy(),
             policy_versions=request.policy_versions.copy(),
+            steps=request.steps.copy(),
+            phases=request.phases.copy(),
+            cached_lens=request.cached_lens.copy(),
+            ranks=request.ranks.copy(),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             num_cached_tokens=request.num_cached_tokens,
@@ -91,4 +107,5 @@ class Rollout:
             sample_index=request.sample_index,
             prompt_index=request.prompt_index,
             sampling_params=request.sampling_params,
+            routing=request.routing,
         )

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zerokl.kernels.ops import SampleResult
-from zerokl.rollout.results import ResultArrays, enlarged
+from zerokl.rollout.results import Origin, ResultArrays, enlarged
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
 
@@ -42,26 +43,31 @@ class Request:
     `num_output_tokens` counts results collected so far: for a score request they cover a prefix of the forced tokens.
     Results outlive a preemption; only keys and values are computed again, to the same bits.
 
-    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results.
+    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results, a
+    `RoutingStore` the routing of what was computed until the request last let go of its blocks.
     """
 
     __slots__ = (
         "_tokens",
         "admission",
         "arrival",
+        "arrival_time",
         "block_keys",
         "block_table",
         "compute_target",
         "finish_reason",
+        "gathers",
         "group_id",
         "has_older_kv",
         "in_flight_step",
         "key_root",
         "kind",
+        "max_num_tokens",
         "num_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_kept_updates",
+        "num_matched_tokens",
         "num_output_tokens",
         "num_overtaken",
         "num_preemptions",
@@ -71,8 +77,10 @@ class Request:
         "num_tokens",
         "policy",
         "prompt_index",
+        "rank",
         "request_id",
         "results",
+        "routing",
         "sample_index",
         "sampling",
         "sampling_params",
@@ -116,6 +124,8 @@ class Request:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = len(tokens)
         self.num_output_tokens = 0
+        self.max_num_tokens = len(tokens) + (sampling_params.max_tokens if kind == "generate" else 0)
+        """Prompt and output tokens at its longest."""
         self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
         if kind == "generate":
             capacity = min(sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
@@ -124,17 +134,26 @@ class Request:
             capacity = len(tokens) - num_prompt_tokens
             self._tokens = tokens.copy()
         self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
+        self.routing: RolloutRouting | None = None
 
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_matched_tokens = 0
+        """Tokens whose keys and values came from the prefix cache of the rank it runs on; `num_cached_tokens` is the
+        first admission's."""
         self.num_preemptions = 0
         self.num_restarts = 0
         self.num_kept_updates = 0
         self.has_older_kv = False
         self.arrival = -1
+        self.arrival_time = 0.0
+        self.gathers = True
+        """Whether a collection window may hold it: it is new, not preempted or freed by the leader of its group."""
+        self.rank = -1
+        """Rank it runs on; -1 while it waits."""
         self.admission = -1
         self.num_overtaken = 0
         self.in_flight_step = -1
@@ -257,6 +276,26 @@ class Request:
         return self.results.versions[: self.num_output_tokens]
 
     @property
+    def steps(self) -> NDArray[np.int64]:
+        """[num_output_tokens] view: number of the step that gave each result."""
+        return self.results.steps[: self.num_output_tokens]
+
+    @property
+    def phases(self) -> NDArray[np.uint8]:
+        """[num_output_tokens] view: DECODE where the forward computed one token, itself sampled; else PREFILL."""
+        return self.results.phases[: self.num_output_tokens]
+
+    @property
+    def cached_lens(self) -> NDArray[np.int32]:
+        """[num_output_tokens] view: tokens of which that forward found keys and values in the prefix cache."""
+        return self.results.cached_lens[: self.num_output_tokens]
+
+    @property
+    def ranks(self) -> NDArray[np.int16]:
+        """[num_output_tokens] view: rank that computed each result."""
+        return self.results.ranks[: self.num_output_tokens]
+
+    @property
     def next_row(self) -> int:
         """Position of the first token whose row of results is still wanted; keys before it may come from the cache."""
         return self.num_prompt_tokens + self.num_output_tokens - 1
@@ -266,9 +305,9 @@ class Request:
         """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
 
-    def record(self, result: SampleResult, first_row: int, num_rows: int, policy_version: int) -> None:
+    def record(self, result: SampleResult, first_row: int, num_rows: int, origin: Origin) -> None:
         """Take rows first_row .. first_row + num_rows of a step's result; a generate request grows by its token."""
-        self.results.extend(result, first_row, num_rows, policy_version)
+        self.results.extend(result, first_row, num_rows, origin)
         if self.kind == "generate":
             assert num_rows == 1, f"{self.request_id} draws one token a step, got {num_rows} rows"
             if self.num_tokens == len(self._tokens):
@@ -299,6 +338,7 @@ class Request:
         if self.kind == "generate":
             self.num_tokens = self.compute_target = self.num_prompt_tokens
         self.num_output_tokens = self.results.size = 0
+        self.routing = None
         self.sampling.restart(self.prompt_token_ids)
         self.block_keys.clear()
         self.num_restarts += 1

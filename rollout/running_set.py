@@ -1,26 +1,29 @@
-"""Requests that hold KV blocks, by weight set and in order of admission."""
+"""The requests that run on a rank, by weight set and in order of admission."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from zerokl.rollout.request import Request
 
 
 class RunningSet:
-    """Adding and removing are O(1); the most recently admitted request is found in O(weight sets)."""
+    """Adding and removing are O(1)."""
 
-    __slots__ = ("_by_policy", "_num_admissions", "size")
+    __slots__ = ("_by_policy", "expected_tokens", "size")
 
     def __init__(self) -> None:
         self.size = 0
-        self._num_admissions = 0
+        self.expected_tokens = 0
+        """Tokens of all members at their longest: known ones and those they may still sample."""
         self._by_policy: dict[str, dict[str, Request]] = {}
 
-    def add(self, request: Request) -> None:
-        """Append as the most recently admitted."""
-        request.admission = self._num_admissions
-        self._num_admissions += 1
+    def add(self, request: Request, admission: int) -> None:
+        """Append as the most recently admitted; `admission` counts admissions over all ranks."""
+        request.admission = admission
         self._by_policy.setdefault(request.policy, {})[request.request_id] = request
         self.size += 1
+        self.expected_tokens += request.max_num_tokens
 
     def remove(self, request: Request) -> None:
         """Take out a member."""
@@ -29,10 +32,16 @@ class RunningSet:
         if not requests:
             del self._by_policy[request.policy]
         self.size -= 1
+        self.expected_tokens -= request.max_num_tokens
 
-    def of(self, policy: str) -> list[Request]:
-        """The requests of a weight set, oldest admission first; a copy, safe against changes while it is walked."""
-        return list(self._by_policy.get(policy, {}).values())
+    def of(self, policy: str) -> Iterable[Request]:
+        """The requests of a weight set, oldest admission first; not to be changed meanwhile."""
+        return self._by_policy.get(policy, {}).values()
+
+    def in_order(self) -> list[Request]:
+        """All members, oldest admission first."""
+        members = [request for requests in self._by_policy.values() for request in requests.values()]
+        return sorted(members, key=lambda request: request.admission)
 
     def count(self, policy: str) -> int:
         """Members of one weight set."""
@@ -41,8 +50,3 @@ class RunningSet:
     def policies(self) -> list[str]:
         """Weight sets with a running request."""
         return list(self._by_policy)
-
-    def latest(self) -> Request:
-        """The most recently admitted request of all."""
-        last_ones = [next(reversed(requests.values())) for requests in self._by_policy.values()]
-        return max(last_ones, key=lambda request: request.admission)

@@ -1,51 +1,55 @@
-"""Decides what each step computes. Pure bookkeeping: no clock, no lock, no device; one thread owns it.
+"""Carries out what each step is to compute, and takes its results. One thread owns it; it has no lock and no device.
 
-There is no prefill phase and no decode phase. Every request has `num_computed_tokens`, which catches up with its tokens
-under one token budget per step; chunked prefill, cached prefixes, scoring and re-computation after a preemption are all
-the same movement. What a step computes never changes what it gives: only speed and fairness are decided here.
+What a step computes is decided in `zerokl.rollout.planning`; here are the requests, from `add` to their end.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
 from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.kv_cache.manager import KVCacheManager
+from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.request import Request, RequestStatus
-from zerokl.rollout.running_set import RunningSet
-from zerokl.rollout.step_plan import Refusal, StepDraft, StepPlan
+from zerokl.rollout.residents import Residents
+from zerokl.rollout.results import DECODE, PREFILL, Origin
+from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
+from zerokl.rollout.step_order import StepResult
+from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, Refusal, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
 
-
-class WeightSet(NamedTuple):
-    """What the scheduler knows of a weight set: `epoch` keys KV blocks and never repeats, `version` is reported."""
-
-    epoch: int
-    version: int
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
     """Requests from `add` to the list returned by `update`.
 
-    A request is waiting (holds no block), running (holds blocks for all its known tokens) or finished (gone from here).
-    In a step those that run are served first, in order of admission, single tokens before chunks; then waiting ones
-    join. Where one that runs needs a block and none is free, the most recently admitted one is preempted: the
-    oldest always gets through, so all do. Steps alternate between the weight sets that have work.
+    A request is waiting (holds no block), running on one rank (holds blocks there for all its known tokens) or finished
+    (gone from here). In a step those that run are served first, in order of admission, single tokens before chunks;
+    then waiting ones join. Where one that runs needs a block and its rank has none free, the most recently admitted one
+    there is preempted: the oldest always gets through, so all do. Steps alternate between the weight sets that have
+    work; all ranks run the same one.
     """
 
     def __init__(
-        self, config: SchedulerConfig, kv_cache: KVCacheManager, stop_checker: StopChecker | None = None
+        self,
+        config: SchedulerConfig,
+        kv_caches: Sequence[KVCacheManager],
+        stop_checker: StopChecker | None = None,
     ) -> None:
+        """`kv_caches`: one per rank, alike. Raises ValueError where `config.roles` names another number of ranks."""
+        if not kv_caches or (config.roles is not None and len(config.roles) != len(kv_caches)):
+            raise ValueError(f"roles must name each of the {len(kv_caches)} ranks once, got {config.roles!r}")
         self.requests: dict[str, Request] = {}
         """All unfinished requests by id; read only for others."""
         self._config = config
-        self._kv_cache = kv_cache
         self._stop_checker = stop_checker
         self._queue = WaitingQueue(config.max_overtakes)
-        self._running = RunningSet()
+        self._residents = Residents(kv_caches)
         self._weights: dict[str, WeightSet] = {}
         self._last_turn: dict[str, int] = {}
         self._step = 0
@@ -59,9 +63,10 @@ class Scheduler:
         Raises ValueError while requests of that name run on the old one, unless `keep_running` says that they go on
         with the blocks they hold.
         """
-        if self._running.count(name) and not keep_running:
+        num_running = self._residents.count(name)
+        if num_running and not keep_running:
             raise ValueError(
-                f"weight set {name!r} must not be replaced under {self._running.count(name)} running requests: "
+                f"weight set {name!r} must not be replaced under {num_running} running requests: "
                 "drain, abort or preempt them first"
             )
         self._weights[name] = WeightSet(epoch, version)
@@ -79,7 +84,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that hold KV blocks."""
-        return self._running.size
+        return self._residents.size
 
     @property
     def num_waiting(self) -> int:
@@ -93,30 +98,34 @@ class Scheduler:
 
     def has_unfinished(self, policy: str) -> bool:
         """Whether requests of a weight set wait or run."""
-        return self._running.count(policy) > 0 or policy in self._queue.policies()
+        return self._residents.count(policy) > 0 or policy in self._queue.policies()
 
-    def add(self, request: Request) -> None:
-        """Queue a request that has passed `AdmissionLimits.check`. ValueError for an id in use or unknown weights."""
+    def add(self, request: Request, now: float = 0.0) -> None:
+        """Queue a request that has passed `AdmissionLimits.check` and arrived at `now`, in seconds of `plan`'s clock.
+
+        Raises ValueError for an id in use or unknown weights.
+        """
         if request.request_id in self.requests:
             raise ValueError(f"request_id must be new, got {request.request_id!r}, which is unfinished")
         if request.policy not in self._weights:
             raise ValueError(f"policy must be one of {sorted(self._weights)}, got {request.policy!r}")
         assert request.status is RequestStatus.WAITING and request.arrival < 0, f"{request.request_id} was added before"
         request.arrival = self._num_arrivals
+        request.arrival_time = now
         self._num_arrivals += 1
         self.requests[request.request_id] = request
-        self._queue.add(request, shareable_tokens=self._kv_cache.shareable_tokens(request))
+        self._queue.add(request, shareable_tokens=self._shareable_tokens(request))
 
     def abort(self, request_id: str) -> Request | None:
         """End a request with what it has so far and return it; None if it is unknown or finished.
 
-        Not between `plan` and `build_step_inputs`; in any other moment, a running step's result for it is ignored.
+        Not between `plan` and `build_step_orders`; in any other moment, a running step's result for it is ignored.
         """
         request = self.requests.get(request_id)
         if request is None:
             return None
         if request.status is RequestStatus.RUNNING:
-            self._stop_running(request)
+            self._residents.stop(request)
         else:
             self._queue.remove(request)
         if self._queue.leads(request):
@@ -138,182 +147,179 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Preempt every running request; their order is kept."""
-        while self._running.size:
-            self._preempt(self._running.latest())
+        for request in reversed(self._residents.in_order()):
+            self._preempt(request)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes on all ranks. Running requests keep their blocks."""
+        for kv_cache in self._residents.kv_caches:
+            kv_cache.reset()
 
     # -- a step ------------------------------------------------------------------------------------
-    def plan(self) -> StepPlan | None:
+    def plan(self, now: float) -> StepPlan | Hold | None:
         """The next step; None if there is no unfinished request.
 
+        Hold: new requests are kept back until then and nothing else is to be computed; ask again when it is time, or
+        when anything has arrived, ended or changed. A `now` of infinity holds nobody back.
+
         Allocates blocks and may preempt, but moves no request forward: that is `update`'s. After a step that failed,
-        plan again: it lists the same tokens.
+        plan again: it lists the same tokens and the same handovers.
         """
         if not self.requests:
             return None
-        self._step += 1
-        preempted: list[str] = []
-        for policy in self._turns():
-            draft = StepDraft(self._step, self._config.max_num_batched_tokens)
-            self._serve_running(draft, policy, preempted)
-            self._admit(draft, policy, may_join=not preempted)
-            if draft.entries:
-                return self._commit(draft, policy, preempted)
-        raise AssertionError("unfinished requests, but none can run")
+        turns = dict.fromkeys([*self._residents.policies(), *self._queue.policies()])
+        snapshot = Snapshot(
+            running=self._residents.running,
+            kv_caches=self._residents.kv_caches,
+            queue=self._queue,
+            weights=self._weights,
+            turns=sorted(turns, key=lambda name: self._last_turn.get(name, 0)),
+        )
+        return self._commit(plan_step(snapshot, self._config, now))
 
-    def update(self, plan: StepPlan, result: SampleResult) -> list[Request]:
-        """Apply a step's result and return the requests that it finished.
+    def update(self, plan: StepPlan, results: Sequence[StepResult]) -> list[Request]:
+        """Apply a step's results, one per rank, and return the requests that it finished.
 
         Requests that were aborted or preempted since the plan was made are left alone.
         """
-        assert len(result.tokens) == plan.num_rows, f"{len(result.tokens)} rows for a plan of {plan.num_rows}"
-        tokens = result.tokens.tolist()
+        self._residents.release_copied(plan.step)
         finished: list[Request] = []
         leaders: list[Request] = []
-        for entry in plan.entries:
-            request = self.requests.get(entry.request_id)
-            if request is None or request.in_flight_step != plan.step:
-                continue
-            request.in_flight_step = -1
-            request.num_computed_tokens = entry.start + entry.num_tokens
-            self._kv_cache.publish(request)
-            if request.group_id is not None and self._has_computed_shared(request):
-                leaders.append(request)
-            if entry.num_rows:
-                request.record(result, entry.first_row, entry.num_rows, plan.policy_version)
-                end = find_end(request, tokens[entry.first_row], self._stop_checker)
-                if end is not None:
-                    self._stop_running(request)
-                    self._finish(request, end)
+        for rank_plan, result in zip(plan.ranks, results, strict=True):
+            sampled = result.sampled
+            num_rows = len(sampled.tokens)
+            assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
+            kv_cache = self._residents.kv_caches[rank_plan.rank]
+            tokens = sampled.tokens.tolist()
+            for entry in rank_plan.entries:
+                request = self.requests.get(entry.request_id)
+                if request is None or request.in_flight_step != plan.step:
+                    continue
+                request.in_flight_step = -1
+                request.num_computed_tokens = entry.start + entry.num_tokens
+                kv_cache.publish(request)
+                if request.group_id is not None and self._has_computed_shared(request):
+                    leaders.append(request)
+                if entry.num_rows and self._record(request, plan, entry, sampled, tokens[entry.first_row]):
                     finished.append(request)
+            self._counts["computed_tokens"] += rank_plan.num_tokens
+            self._counts["result_rows"] += rank_plan.num_rows
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
-        self._counts["computed_tokens"] += plan.num_tokens
-        self._counts["result_rows"] += plan.num_rows
         return finished
+
+    def _record(self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, token: int) -> bool:
+        """Take an entry's rows, of which `token` is the first one's; whether they end the request."""
+        decodes = entry.num_tokens == 1 and request.kind == "generate" and entry.start >= request.num_prompt_tokens
+        origin = Origin(
+            plan.policy_version,
+            plan.step,
+            DECODE if decodes else PREFILL,
+            request.num_matched_tokens,
+            request.rank,
+        )
+        request.record(sampled, entry.first_row, entry.num_rows, origin)
+        end = find_end(request, token, self._stop_checker)
+        if end is None:
+            return False
+        self._residents.stop(request)
+        self._finish(request, end)
+        return True
 
     def metrics(self) -> dict[str, int]:
         """Gauges and counters since the start; refusals are counted per step and cause."""
-        gauges = {
-            "steps": self._step,
-            "running": self.num_running,
-            "waiting": self.num_waiting,
-            "free_blocks": self._kv_cache.num_free_blocks,
-            "cached_blocks": self._kv_cache.num_cached_blocks,
-            "total_blocks": self._kv_cache.num_blocks,
-        }
-        names = ["computed_tokens", "cached_tokens", "result_rows", "admissions", "preemptions"]
+        gauges: Counter[str] = Counter(steps=self._step, waiting=self.num_waiting)
+        for rank in self.rank_metrics():
+            gauges.update(rank)
+        names = ["computed_tokens", "cached_tokens", "result_rows", "admissions", "preemptions", "handovers"]
         names += [f"refused_{refusal.value}" for refusal in Refusal]
         names += ["finished_stop", "finished_length", "finished_abort"]
-        return gauges | {name: self._counts[name] for name in names}
+        return dict(gauges) | {name: self._counts[name] for name in names}
 
-    # -- planning ----------------------------------------------------------------------------------
-    def _turns(self) -> list[str]:
-        """Weight sets with work, the one that has waited longest for a step first."""
-        names = list(dict.fromkeys([*self._running.policies(), *self._queue.policies()]))
-        return sorted(names, key=lambda name: self._last_turn.get(name, 0))
+    def rank_metrics(self) -> list[dict[str, int]]:
+        """Gauges of each rank: the requests that run there and its KV blocks."""
+        return [
+            {
+                "running": running.size,
+                "free_blocks": kv_cache.num_free_blocks,
+                "cached_blocks": kv_cache.num_cached_blocks,
+                "total_blocks": kv_cache.num_blocks,
+            }
+            for running, kv_cache in zip(self._residents.running, self._residents.kv_caches, strict=True)
+        ]
 
-    def _serve_running(self, draft: StepDraft, policy: str, preempted: list[str]) -> None:
-        chunks: list[Request] = []
-        for request in self._running.of(policy):
-            if request.status is not RequestStatus.RUNNING:  # preempted for one before it
-                continue
-            if request.compute_target - request.num_computed_tokens > 1:
-                chunks.append(request)
-            elif draft.budget > 0 and self._make_room(request, preempted):
-                draft.take(request)
-        for request in chunks:
-            if draft.budget > 0 and request.status is RequestStatus.RUNNING:
-                draft.take(request)
+    def check_integrity(self) -> None:
+        """Assert on each rank that no KV block is lost, held twice or held by nobody."""
+        self._residents.check_integrity()
 
-    def _make_room(self, request: Request, preempted: list[str]) -> bool:
-        """Give the request a block if it needs one; False if it was itself the one to be preempted for it."""
-        if not self._kv_cache.needs_block(request):
-            return True
-        while not self._kv_cache.can_grow():
-            assert self._running.size > 1, f"{request.request_id} alone does not fit the pool: admission must refuse it"
-            victim = self._running.latest()
-            self._preempt(victim)
-            preempted.append(victim.request_id)
-            if victim is request:
-                return False
-        self._kv_cache.grow(request)
-        return True
-
-    def _admit(self, draft: StepDraft, policy: str, *, may_join: bool) -> None:
-        """Let waiting requests join. Test, then commit: one that is refused only ages."""
-        slots = self._config.max_num_seqs - self.num_running
-        num_blocked = 0
-        if self._queue.aged is not None and len(self._queue) > 1:
-            self._refuse(Refusal.TURN)
-        for request in self._queue.candidates(policy, slots + self._config.look_ahead + 1):
-            if draft.budget == 0:
-                return self._refuse(Refusal.TOKENS)
-            if slots == 0:
-                return self._refuse(Refusal.SLOTS)
-            if not may_join:
-                return self._refuse(Refusal.BLOCKS)
-            if self._queue.aged not in (None, request):  # it came of age by one that joined just now
-                return self._refuse(Refusal.TURN)
-            matched = self._kv_cache.match(request, self._weights[policy].epoch)
-            if self._kv_cache.can_admit(request, matched, reserve=self.num_running):
-                self._start_running(request, matched)
-                draft.take(request)
-                slots -= 1
-                continue
-            self._refuse(Refusal.BLOCKS)
-            self._queue.note_blocked(request)
-            num_blocked += 1
-            if num_blocked > self._config.look_ahead:
-                return None
-        return None
-
-    def _commit(self, draft: StepDraft, policy: str, preempted: list[str]) -> StepPlan:
-        self._last_turn[policy] = self._step
-        for other in self._queue.policies():
-            if other != policy:
-                self._refuse(Refusal.POLICY)
-        weights = self._weights[policy]
+    # -- carrying out a decision -------------------------------------------------------------------
+    def _commit(self, decision: Decision) -> StepPlan | Hold:
+        for refusal, request_id in decision.refusals:
+            self._counts[f"refused_{refusal.value}"] += 1
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("step %d: refused for %s: %s", self._step + 1, refusal.name, request_id or "all that wait")
+        if decision.policy is None:
+            assert decision.hold_until is not None, "unfinished requests, but none can run"
+            return Hold(decision.hold_until)
+        self._step += 1
+        self._last_turn[decision.policy] = self._step
+        self._change_residents(decision)
+        for policy in decision.left:
+            self._queue.note_tried(policy)
+        for rank in decision.ranks:
+            for request in rank.members:
+                request.in_flight_step = self._step
+        weights = self._weights[decision.policy]
         return StepPlan(
             step=self._step,
-            policy=policy,
+            policy=decision.policy,
             policy_version=weights.version,
             weight_epoch=weights.epoch,
-            entries=tuple(draft.entries),
-            preempted=tuple(preempted),
-            num_tokens=draft.num_tokens,
-            num_rows=draft.num_rows,
+            ranks=tuple(
+                RankPlan(number, tuple(rank.entries), rank.num_tokens, rank.num_rows)
+                for number, rank in enumerate(decision.ranks)
+            ),
+            handovers=self._residents.handovers(self._step),
+            preempted=tuple(request.request_id for rank in decision.ranks for request in rank.preempted),
         )
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self._counts[f"refused_{refusal.value}"] += 1
+    def _change_residents(self, decision: Decision) -> None:
+        self._residents.share(decision)
+        for number, rank in enumerate(decision.ranks):
+            for request in rank.preempted:
+                self._preempt(request)
+            self._residents.grow(number, rank.grown)
+        for move in decision.moves:
+            self._residents.move(move)
+            self._counts["handovers"] += 1
+        for outcome in decision.outcomes:
+            if isinstance(outcome, Join):
+                self._start_running(outcome)
+            else:
+                self._queue.note_blocked(outcome.request)
 
-    # -- changes of state --------------------------------------------------------------------------
-    def _start_running(self, request: Request, matched: list[int]) -> None:
-        self._kv_cache.admit(request, matched)
+    def _start_running(self, join: Join) -> None:
+        request = join.request
+        self._residents.start(join)
         self._queue.remove(request)
         self._queue.note_joined(request)
-        request.status = RequestStatus.RUNNING
-        self._running.add(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
         self._counts["admissions"] += 1
         self._counts["cached_tokens"] += request.num_computed_tokens
 
-    def _stop_running(self, request: Request) -> None:
-        self._running.remove(request)
-        self._kv_cache.release(request)
-        request.num_computed_tokens = 0
-        request.in_flight_step = -1
-
     def _preempt(self, request: Request) -> None:
-        self._stop_running(request)
+        self._residents.stop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._queue.add_front(request)
         self._counts["preemptions"] += 1
 
+    def _shareable_tokens(self, request: Request) -> int:
+        return self._residents.kv_caches[0].shareable_tokens(request)
+
     def _has_computed_shared(self, request: Request) -> bool:
-        return self._queue.leads(request) and request.num_computed_tokens >= self._kv_cache.shareable_tokens(request)
+        return self._queue.leads(request) and request.num_computed_tokens >= self._shareable_tokens(request)
 
     def _finish(self, request: Request, end: End) -> None:
         request.finish(end.finish_reason, end.reason)

@@ -1,4 +1,4 @@
-"""Which parts of the worker's memory are put away, and what may not be asked of it meanwhile."""
+"""Which parts of the workers' memory are put away, and what may not be asked of it meanwhile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from zerokl.rollout.control import WeightSets
 from zerokl.rollout.errors import EngineAsleepError
-from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.ranks import Ranks
+from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.validation import check_int
-from zerokl.rollout.worker import Worker
 
 SleepTag = Literal["weights", "kv_cache"]
 TAGS: tuple[str, ...] = get_args(SleepTag)
@@ -18,10 +18,10 @@ TAGS: tuple[str, ...] = get_args(SleepTag)
 class Sleep:
     """Puts parts away and brings them back, on the loop thread; any thread may ask what is missing."""
 
-    def __init__(self, worker: Worker, weights: WeightSets, kv_cache: KVCacheManager) -> None:
-        self._worker = worker
+    def __init__(self, ranks: Ranks, weights: WeightSets, scheduler: Scheduler) -> None:
+        self._ranks = ranks
         self._weights = weights
-        self._kv_cache = kv_cache
+        self._scheduler = scheduler
         self.parts: dict[str, int] = {}
         """Tag -> level of the parts that are away. Replaced as a whole, never changed."""
 
@@ -29,9 +29,9 @@ class Sleep:
         """Free the parts. No request is in flight. Raises ValueError, and frees nothing, where that cannot be done."""
         kept = {tag: self.parts[tag] for tag in tags if tag in self.parts}
         levels = {tag: max(level, kept.get(tag, 0)) for tag in tags}
-        self._worker.sleep(tags, levels.get("weights", level), spill_dir)
+        self._ranks.sleep(tags, levels.get("weights", level), spill_dir)
         if "kv_cache" in tags:
-            self._kv_cache.reset()
+            self._scheduler.reset_prefix_cache()
         if levels.get("weights") == 2:
             self._weights.drop_pins()
         self.parts = {**self.parts, **levels}
@@ -40,7 +40,7 @@ class Sleep:
         """Undo `put_away`, weights first. Discarded weights stay away."""
         for tag in TAGS:
             if tag in tags and tag in self.parts and not self._are_discarded(tag):
-                self._worker.wake_up([tag])
+                self._ranks.wake_up([tag])
                 self.parts = {key: level for key, level in self.parts.items() if key != tag}
 
     def weights_came(self) -> None:

@@ -1,4 +1,4 @@
-"""From a `StepPlan` to the arrays that a worker needs: vectorised, a few array operations per step."""
+"""From a `StepPlan` to the arrays that each rank's worker needs: vectorised, a few array operations per step."""
 
 from __future__ import annotations
 
@@ -11,35 +11,60 @@ from numpy.typing import NDArray
 from zerokl.kernels.ops import SamplingBatch, StepInputs
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_state import TokenHistory
-from zerokl.rollout.step_plan import PlanEntry, StepPlan
+from zerokl.rollout.step_order import BlockMove, StepOrder
+from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
 
 
-def build_step_inputs(plan: StepPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
-    """The step's arrays for its T tokens, S sequences (one per entry, in order) and R rows; see `StepInputs`.
+def build_step_orders(plan: StepPlan, requests: Mapping[str, Request], block_size: int) -> list[StepOrder]:
+    """What each rank is told, in order of ranks; see `StepOrder`.
 
     `requests` holds at least the requests of the plan, unchanged since it was made. Changes nothing.
     """
-    entries = plan.entries
+    sends = [(move.source, move.target, move.source_blocks) for move in plan.handovers]
+    receives = [(move.target, move.source, move.target_blocks) for move in plan.handovers]
+    return [
+        StepOrder(
+            inputs=_step_inputs(plan, rank_plan, requests, block_size),
+            sends=_moves(sends, rank_plan.rank),
+            receives=_moves(receives, rank_plan.rank),
+            has_moves=any(move.source_blocks for move in plan.handovers),
+        )
+        for rank_plan in plan.ranks
+    ]
+
+
+def _moves(ends: Sequence[tuple[int, int, tuple[int, ...]]], rank: int) -> tuple[BlockMove, ...]:
+    """Of (rank, peer, blocks) of all handovers those of one rank, by peer; both ends list them in one order."""
+    blocks: dict[int, list[int]] = {}
+    for own, peer, moved in ends:
+        if own == rank and moved:
+            blocks.setdefault(peer, []).extend(moved)
+    return tuple(BlockMove(peer=peer, blocks=np.array(blocks[peer], np.int32)) for peer in sorted(blocks))
+
+
+def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
+    """A rank's arrays for its T tokens, S sequences (one per entry, in order) and R rows; all empty for a dummy."""
+    entries = rank_plan.entries
     members = [requests[entry.request_id] for entry in entries]
-    columns = np.array([entry[1:] for entry in entries], np.int32)
+    columns = np.array([entry[1:] for entry in entries], np.int32).reshape(-1, 4)
     starts, lengths, row_counts = columns[:, 0], columns[:, 1], columns[:, 3]
     seq_starts = _offsets(lengths)
     # Tokens of one sequence count up from its start: repeat (start - offset) and add the running index.
-    positions = np.repeat(starts - seq_starts[:-1], lengths) + np.arange(plan.num_tokens, dtype=np.int32)
+    positions = np.repeat(starts - seq_starts[:-1], lengths) + np.arange(rank_plan.num_tokens, dtype=np.int32)
     block_tables = _block_tables(members)
     sequence = np.repeat(np.arange(len(entries)), lengths)
     slots = block_tables[sequence, positions // block_size] * block_size + positions % block_size
     # The rows of an entry are its last ones: count up to the end of its tokens.
     row_starts = _offsets(row_counts)
-    logit_rows = np.repeat(seq_starts[1:] - row_starts[1:], row_counts) + np.arange(plan.num_rows, dtype=np.int32)
+    logit_rows = np.repeat(seq_starts[1:] - row_starts[1:], row_counts) + np.arange(rank_plan.num_rows, dtype=np.int32)
     spans = [
         request.token_ids[entry.start : entry.start + entry.num_tokens]
         for entry, request in zip(entries, members, strict=True)
     ]
     return StepInputs(
-        token_ids=np.concatenate(spans),
+        token_ids=_joined(spans, np.int32),
         positions=positions,
         slot_mapping=slots,
         seq_starts=seq_starts,
@@ -53,7 +78,7 @@ def build_step_inputs(plan: StepPlan, requests: Mapping[str, Request], block_siz
 
 
 def _block_tables(members: Sequence[Request]) -> Ints:
-    tables = np.full((len(members), max(request.num_blocks for request in members)), -1, np.int32)
+    tables = np.full((len(members), max((request.num_blocks for request in members), default=1)), -1, np.int32)
     for table, request in zip(tables, members, strict=True):
         table[: request.num_blocks] = request.block_table[: request.num_blocks]
     return tables

@@ -6,11 +6,9 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zerokl.rollout.request import Request
-
 
 class Refusal(enum.Enum):
-    """Why a waiting request did not join a step. A refused request changes no state but its metric and its age."""
+    """Why a request did not join a step, or a rank. One that is refused changes no state but its metric and its age."""
 
     TOKENS = "tokens"
     """The step's token budget is spent."""
@@ -22,6 +20,10 @@ class Refusal(enum.Enum):
     """The step runs another weight set."""
     TURN = "turn"
     """An older request that was overtaken often enough comes first."""
+    WINDOW = "window"
+    """Held until the collection window closes, as ranks have room for more requests that may yet arrive."""
+    HANDOVER = "handover"
+    """No decode rank has room for a request whose prompt is computed: it goes on where it is."""
 
 
 class PlanEntry(NamedTuple):
@@ -37,9 +39,36 @@ class PlanEntry(NamedTuple):
     num_rows: int
 
 
+class RankPlan(NamedTuple):
+    """One rank's part of a step."""
+
+    rank: int
+    entries: tuple[PlanEntry, ...]
+    """Decoding requests first, then prefill chunks; each request at most once."""
+    num_tokens: int
+    num_rows: int
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether the rank has nothing to compute: it takes part only as the others need its experts."""
+        return not self.entries
+
+
+class Handover(NamedTuple):
+    """KV blocks of a request, copied from the pool of one rank to that of another before the step's forward."""
+
+    request_id: str
+    source: int
+    target: int
+    source_blocks: tuple[int, ...]
+    """In the source's pool; released once the step's results are in."""
+    target_blocks: tuple[int, ...]
+    """In the target's pool, as many: the i-th takes the content of the i-th source block."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One forward step of one rank with one weight set."""
+    """One forward step of all ranks with one weight set; every rank applies its part, or none does."""
 
     step: int
     """Counts plans from 1; never repeats in an engine."""
@@ -49,34 +78,24 @@ class StepPlan:
     """Version of these weights, recorded with every result of the step."""
     weight_epoch: int
     """Epoch of these weights: part of the key of every KV block written in the step."""
-    entries: tuple[PlanEntry, ...]
-    """Decoding requests first, then prefill chunks; each request at most once."""
-    preempted: tuple[str, ...]
+    ranks: tuple[RankPlan, ...]
+    """One per rank, in order."""
+    handovers: tuple[Handover, ...] = ()
+    preempted: tuple[str, ...] = ()
     """Requests that lost their blocks while this step was planned."""
-    num_tokens: int
-    num_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all ranks compute."""
+        return sum(rank.num_tokens for rank in self.ranks)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that all ranks give."""
+        return sum(rank.num_rows for rank in self.ranks)
 
 
-class StepDraft:
-    """A step in the making: what is left of its token budget, and the entries so far."""
+class Hold(NamedTuple):
+    """Nothing is to be computed before `until`, on the clock that `plan` was given, unless anything arrives or ends."""
 
-    __slots__ = ("budget", "entries", "num_rows", "num_tokens", "step")
-
-    def __init__(self, step: int, budget: int) -> None:
-        self.step = step
-        self.budget = budget
-        self.entries: list[PlanEntry] = []
-        self.num_tokens = 0
-        self.num_rows = 0
-
-    def take(self, request: Request) -> None:
-        """Compute what the request lacks in this step, as far as the budget goes."""
-        start = request.num_computed_tokens
-        num_tokens = min(request.compute_target - start, self.budget)
-        first_wanted = request.num_prompt_tokens + request.num_output_tokens - 1
-        num_rows = max(0, start + num_tokens - max(start, first_wanted))
-        self.entries.append(PlanEntry(request.request_id, start, num_tokens, self.num_rows, num_rows))
-        self.budget -= num_tokens
-        self.num_tokens += num_tokens
-        self.num_rows += num_rows
-        request.in_flight_step = self.step
+    until: float

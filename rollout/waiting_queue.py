@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import islice
 
 from zerokl.rollout.request import Request
@@ -29,6 +30,7 @@ class WaitingQueue:
         self._leaders: dict[str, str] = {}
         self._blocked: dict[str, Request] = {}
         self._aged: Request | None = None
+        self._tried: dict[str, int] = {}
         self._size = 0
 
     def __len__(self) -> int:
@@ -49,8 +51,9 @@ class WaitingQueue:
         self._queue(request.policy)[request.request_id] = request
 
     def add_front(self, request: Request) -> None:
-        """Before all others: a preempted request, or a sibling whose group was released."""
+        """Before all others: a preempted request, or a sibling whose group was released. It never waits for others."""
         self._size += 1
+        request.gathers = False
         queue = self._queue(request.policy)
         queue[request.request_id] = request
         queue.move_to_end(request.request_id, last=False)
@@ -107,6 +110,29 @@ class WaitingQueue:
             return [self._aged] if self._aged.policy == policy else []
         queue = self._queues.get(policy)
         return list(islice(queue.values(), limit)) if queue else []
+
+    def gathers_since(self, policy: str) -> float | None:
+        """When the first request of a weight set arrived, if all that could join are new; None if one is not.
+
+        New: it has not been tried in a step that left without waiting (`note_tried`), nor run before.
+        """
+        queue = self._queues.get(policy)
+        if not queue or self._aged is not None:
+            return None
+        first = next(iter(queue.values()))  # older ones and those put at the front stand before new ones
+        is_new = first.gathers and first.arrival > self._tried.get(policy, -1)
+        return first.arrival_time if is_new else None
+
+    def note_tried(self, policy: str) -> None:
+        """A step has taken from a weight set's queue what it could: those that still wait are not new any more."""
+        queue = self._queues.get(policy)
+        if queue:
+            self._tried[policy] = max(self._tried.get(policy, -1), next(reversed(queue.values())).arrival)
+
+    @property
+    def blocked(self) -> Mapping[str, Request]:
+        """Requests that were refused for want of blocks; their `num_overtaken` counts."""
+        return self._blocked
 
     @property
     def aged(self) -> Request | None:

@@ -26,9 +26,16 @@ class WeightUpdates:
     The loop thread must not touch weights while another one stages: whoever has it do so holds `lock`.
     """
 
-    def __init__(self, loop: EngineLoop, weights: WeightSets, in_flight: InFlightRequests, sleep: Sleep) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        weights: WeightSets,
+        in_flight: InFlightRequests,
+        sleep: Sleep,
+        lock: threading.Lock,
+    ) -> None:
         self.hooks = UpdateHooks()
-        self.lock = threading.Lock()
+        self.lock = lock
         self._discarded: Future[None] | None = None
         self._loop = loop
         self._weights = weights

@@ -26,6 +26,7 @@ from zerokl.rollout.validation import check_int
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
     from zerokl.weight_sync.session import LiveWeights, UpdateSession
@@ -138,6 +139,14 @@ class Worker(Protocol):
         """Read the sets of level 1 back, byte for byte, and make an empty KV pool; what is there stays."""
         ...
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """Have each expert where `placement` [M, E, slots] wants it, copied from rank to rank; no output changes a bit.
+
+        Called on every rank between the same two steps, while none stages weights. Raises ValueError for a placement
+        that does not fit, with experts on one rank alone, and while the weights are asleep; nothing has moved then.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts for people and logs: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by name."""
         ...
@@ -150,14 +159,17 @@ class Worker(Protocol):
 class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Allocate the KV pool of `config`, which must be resolved. Raises ValueError for an unusable model folder."""
+    def __init__(self, config: EngineConfig, place: RankPlace | None = None) -> None:
+        """Allocate the KV pool of `config`, which must be resolved. `place` is the rank's among others; None: alone.
+
+        Raises ValueError for an unusable model folder, or one that cannot be spread over the ranks.
+        """
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
 
         self._model_config = ModelConfig.from_json(config.model)
-        self._runner: ModelRunner | None = ModelRunner(config, self._model_config)
+        self._runner: ModelRunner | None = ModelRunner(config, self._model_config, place)
         self._session: UpdateSession | None = None
         self._checksums: dict[str, int] = {}
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -213,6 +225,10 @@ class LocalWorker:
         """As `Worker.wake_up`."""
         self._live_runner().wake_up(tags)
 
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
+        """As `Worker.rearrange_experts`."""
+        self._live_runner().rearrange_experts(placement)
+
     def describe(self) -> dict[str, Any]:
         """As `Worker.describe`."""
         return {
@@ -240,7 +256,8 @@ class LocalWorker:
             return
         with published.open() as lease:
             delta = lease.manifest.parent is not None
-            session = UpdateSession(expected, self._live_weights(runner) if delta else None, tied)
+            live = self._live_weights(runner) if delta else None
+            session = UpdateSession(expected, live, tied, read={*runner.held_tensors(), *tied})
             try:
                 runner.stage(receive(session, version, lease), version, delta=delta)
             finally:
@@ -248,13 +265,15 @@ class LocalWorker:
         self._session = session
 
     def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
+        from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
         from zerokl.rollout.model_runner import LIVE
         from zerokl.weight_sync.session import LiveWeights
 
         live = runner.weight_sets.get(LIVE)
         if live is None:
             return None
-        return LiveWeights(version=live.version, tensors=runner.live_tensors(), checksums=self._checksums)
+        tensors = OwnTensors(runner.live_tensors(), self._model_config)
+        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums)
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:

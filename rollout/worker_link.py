@@ -1,6 +1,6 @@
-"""A worker in a child process, seen from the engine: starts it, passes orders, notices at once when it dies.
+"""Workers in child processes, seen from the engine: starts them, passes orders, notices at once when one dies.
 
-The child is a fresh interpreter: it inherits the environment and nothing else, so it works from any script, notebook or
+A child is a fresh interpreter: it inherits the environment and nothing else, so it works from any script, notebook or
 thread. Nothing of it stays behind: not after `close`, exit, an exception or Ctrl-C, nor when either side is killed.
 """
 
@@ -8,135 +8,201 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.rollout import messages
 from zerokl.rollout.errors import WorkerError
-from zerokl.rollout.messages import (
-    BringBack,
-    Commit,
-    Configure,
-    Describe,
-    Discard,
-    Done,
-    Drop,
-    Execute,
-    Facts,
-    Failed,
-    Message,
-    Pin,
-    PutAway,
-    Sampled,
-    Stage,
-    exception_of,
-)
+from zerokl.rollout.messages import Failed, Message, exception_of, is_consequence
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
-from zerokl.rollout.worker_channels import WorkerDiedError, WorkerLink
+from zerokl.rollout.worker_channels import Channels, WorkerDiedError, WorkerLink
 from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+
+Reply = TypeVar("Reply")
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - shown as the cause of an error, never raised
     """The worker's own traceback, as text."""
 
 
-class RemoteWorker:
-    """A `zerokl.rollout.worker.Worker` in a process of its own.
+class _Processes:
+    """One process per rank, each with a LocalWorker. Every order goes to all ranks, and is done when all have done it.
 
-    Besides the protocol's errors every method raises WorkerDiedError (a WorkerError) at once when the process dies.
+    Besides `Worker`'s errors every method raises WorkerDiedError (a WorkerError) at once when a process dies.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Start the process and wait until it is ready. Raises what LocalWorker(config) raises."""
+    def __init__(self, config: EngineConfig, size: int) -> None:
+        """Start the processes and wait until they are ready. Raises what LocalWorker(config) raises."""
         reap_dead_segments()
+        self._size = size
+        self._away: frozenset[str] = frozenset()
+        """Parts that are put away."""
         with ExitStack() as undo:
-            self._link = WorkerLink()
+            self._link = WorkerLink(size)
             undo.callback(self._link.close)
             self._link.start()
-            self._done(Configure(options=dataclasses.asdict(config)))
+            options, folder = dataclasses.asdict(config), str(self._link.folder)
+            self._done(*(messages.Configure(options=options, rank=rank, folder=folder) for rank in range(size)))
+            self._done(messages.Connect())
+            self._link.forget_folder()
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
 
-    def execute(self, order: StepOrder) -> StepResult:
-        """See Worker. The arrays travel through the socket, which adds about 0.2 ms to a step."""
-        reply = self._link.steps.exchange(Execute(order=order))
-        if not isinstance(reply, Sampled):
-            self._refuse(reply)
-        return reply.result
-
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        """See Worker. Arrays of this process (TensorWeights) are published for the time of the call, which copies them
-        once into fresh shared memory; a trainer that publishes by itself re-uses its segments and is faster.
+        """See Worker. On all ranks or, where one refuses, on none; raises what the first that refused raised.
+
+        Arrays of this process (TensorWeights) are published for the time of the call, which copies them once into fresh
+        shared memory; a trainer that publishes by itself re-uses its segments and is faster.
         """
-        if isinstance(source, TensorWeights):
-            with WeightPublisher("staging", buffers=1) as publisher:
-                arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
-                published = publisher.publish(arrays, version)
-                self._stage(Stage(source=SharedWeights(published=published), version=version))
-        elif isinstance(source, FolderWeights):
-            absolute = FolderWeights(path=str(Path(source.path).absolute()))  # working directories may have parted
-            self._stage(Stage(source=absolute, version=version))
-        elif isinstance(source.published, PublishedFile):
-            file = dataclasses.replace(source.published, path=str(Path(source.published.path).absolute()))
-            self._stage(Stage(source=SharedWeights(published=file), version=version))
-        else:
-            self._stage(Stage(source=source, version=version))
+        with _reachable(source, version) as reachable:
+            try:
+                self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
+            except WorkerError:
+                raise
+            except Exception:
+                self._done(messages.Discard(), channels=self._link.staging)
+                raise
 
     def commit_weights(self) -> None:
         """See Worker."""
-        self._done(Commit())
+        self._done(messages.Commit())
+        self._away -= {"weights"}
 
     def discard_staged(self) -> None:
         """See Worker."""
-        self._done(Discard())
+        self._done(messages.Discard())
 
     def pin_weights(self, name: str) -> None:
         """See Worker."""
-        self._done(Pin(name=name))
+        self._done(messages.Pin(name=name))
 
     def drop_weights(self, name: str) -> None:
         """See Worker."""
-        self._done(Drop(name=name))
+        self._done(messages.Drop(name=name))
 
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
-        """See Worker."""
+        """See Worker. Weights go first, as only they can fail to: where one rank fails, the others' come back."""
         folder = "" if spill_dir is None else str(Path(spill_dir).absolute())
-        self._done(PutAway(weights="weights" in tags, kv_cache="kv_cache" in tags, level=level, spill_dir=folder))
+        for tag in ("weights", "kv_cache"):
+            if tag not in tags:
+                continue
+            away = messages.PutAway(weights=tag == "weights", kv_cache=tag == "kv_cache", level=level, spill_dir=folder)
+            try:
+                self._done(away)
+            except ValueError:
+                if tag not in self._away:
+                    self.wake_up([tag])
+                raise
+            self._away |= {tag}
 
     def wake_up(self, tags: Collection[str]) -> None:
+        """See Worker. Where a rank fails to, it may be called again: what is there stays."""
+        self._done(messages.BringBack(weights="weights" in tags, kv_cache="kv_cache" in tags))
+        self._away -= set(tags)
+
+    def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
         """See Worker."""
-        self._done(BringBack(weights="weights" in tags, kv_cache="kv_cache" in tags))
+        self._done(messages.Rearrange(placement=placement.tolist()))
+
+    def watch(self, report: Callable[[WorkerError], None]) -> None:
+        """See `zerokl.rollout.ranks.Ranks`."""
+        self._link.watch(report)
+
+    def close(self) -> None:
+        """End the processes: asked first, killed if they have not ended after 5 seconds."""
+        self._close()
+
+    def _done(self, *orders: Message, channels: Channels | None = None) -> None:
+        self._exchange(orders, messages.Done, channels=channels)
+
+    def _exchange(
+        self,
+        orders: Sequence[Message],
+        kind: type[Reply],
+        *,
+        channels: Channels | None = None,
+        enough: Callable[[Message], bool] | None = None,
+    ) -> list[Reply]:
+        """Send each rank its order, or all the one, and give their answers, all of which must be of that kind."""
+        orders = orders if len(orders) == self._size else [orders[0]] * self._size
+        replies = (channels or self._link.steps).exchange(orders, enough)
+        answers = [reply for reply in replies if isinstance(reply, kind)]
+        if len(answers) < self._size:
+            _refuse([reply for reply in replies if reply is not None and not isinstance(reply, kind)])
+        return answers
+
+
+class RemoteWorker(_Processes):
+    """A `zerokl.rollout.worker.Worker` in a process of its own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """As `_Processes`."""
+        assert config.num_ranks == 1, f"one worker for {config.num_ranks} ranks"
+        super().__init__(config, 1)
+
+    def execute(self, order: StepOrder) -> StepResult:
+        """See Worker. The arrays travel through the socket, which adds about 0.2 ms to a step."""
+        return self._exchange([messages.Execute(order=order)], messages.Sampled)[0].result
 
     def describe(self) -> dict[str, Any]:
         """See Worker."""
-        reply = self._link.steps.exchange(Describe())
-        if not isinstance(reply, Facts):
-            self._refuse(reply)
-        return reply.facts
-
-    def close(self) -> None:
-        """End the process: asked first, killed if it has not ended after 5 seconds."""
-        self._close()
-
-    def _stage(self, message: Stage) -> None:
-        reply = self._link.staging.exchange(message)
-        if not isinstance(reply, Done):
-            self._refuse(reply)
-
-    def _done(self, message: Message) -> None:
-        reply = self._link.steps.exchange(message)
-        if not isinstance(reply, Done):
-            self._refuse(reply)
-
-    def _refuse(self, reply: Message) -> NoReturn:
-        if isinstance(reply, Failed):
-            raise exception_of(reply) from RemoteTraceback("\n" + reply.traceback)
-        raise WorkerError(f"unexpected reply {type(reply).__name__} from the worker")
+        return self._exchange([messages.Describe()], messages.Facts)[0].facts
 
 
-__all__ = ["RemoteTraceback", "RemoteWorker", "WorkerDiedError"]
+class RankProcesses(_Processes):
+    """`zerokl.rollout.ranks.Ranks` with a process for each rank of the config."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Start them all together. Raises what LocalWorker(config) raises; no process is left then."""
+        super().__init__(config, config.num_ranks)
+        self.size = config.num_ranks
+
+    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
+        """See Ranks. The first rank that fails ends the wait: others may be waiting for it."""
+        executes = [messages.Execute(order=order) for order in orders]
+        replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
+        return [reply.result for reply in replies]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """See Ranks."""
+        return [reply.facts for reply in self._exchange([messages.Describe()], messages.Facts)]
+
+
+def _is_cause(reply: Message) -> bool:
+    return isinstance(reply, Failed) and not is_consequence(reply)
+
+
+def _refuse(replies: Sequence[Message]) -> NoReturn:
+    """Raise what the first rank says that did not merely lose another one."""
+    first = next((reply for reply in replies if _is_cause(reply)), replies[0])
+    if isinstance(first, Failed):
+        raise exception_of(first) from RemoteTraceback("\n" + first.traceback)
+    raise WorkerError(f"unexpected reply {type(first).__name__} from the worker")
+
+
+@contextmanager
+def _reachable(source: WeightSource, version: int) -> Iterator[FolderWeights | SharedWeights]:
+    """The source as other processes can read it while the context lasts. Working directories may have parted."""
+    if isinstance(source, TensorWeights):
+        with WeightPublisher("staging", buffers=1) as publisher:
+            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
+            yield SharedWeights(published=publisher.publish(arrays, version))
+    elif isinstance(source, FolderWeights):
+        yield FolderWeights(path=str(Path(source.path).absolute()))
+    elif isinstance(source.published, PublishedFile):
+        path = str(Path(source.published.path).absolute())
+        yield SharedWeights(published=dataclasses.replace(source.published, path=path))
+    else:
+        yield source
+
+
+__all__ = ["RankProcesses", "RemoteTraceback", "RemoteWorker", "WorkerDiedError"]

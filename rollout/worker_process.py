@@ -14,47 +14,34 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import zmq
 
+from zerokl.rollout import messages
 from zerokl.rollout.config import EngineConfig
-from zerokl.rollout.messages import (
-    BringBack,
-    Close,
-    Commit,
-    Configure,
-    Describe,
-    Discard,
-    Done,
-    Drop,
-    Execute,
-    Facts,
-    Hello,
-    Message,
-    Pin,
-    PutAway,
-    Sampled,
-    Stage,
-    failure_of,
-)
+from zerokl.rollout.expert_parallel.links import BoundRank
+from zerokl.rollout.expert_parallel.rank_place import RankPlace
+from zerokl.rollout.expert_parallel.shared_memory import SharedMemoryCommunicator
+from zerokl.rollout.messages import Message, failure_of
 from zerokl.rollout.wire import WireError, decode, encode
 from zerokl.rollout.worker import LocalWorker
-from zerokl.rollout.worker_channels import STAGING, STEPS
+from zerokl.rollout.worker_channels import STAGING, STEPS, address
 
 _SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter while another waits: a step must not wait long for one that stages."""
 
 
 def main() -> None:
-    """Entry point; arguments: the folder of the socket, the parent's pid."""
-    folder, parent = Path(sys.argv[1]), int(sys.argv[2])
+    """Entry point; arguments: the folder of the sockets, the rank, the parent's pid."""
+    folder, rank, parent = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     # Ctrl-C in a terminal reaches every process of the group; what it means for the worker is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent, folder), name="zerokl-parent-watch", daemon=True).start()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with zmq.Context() as context, context.socket(zmq.PAIR) as steps, context.socket(zmq.PAIR) as staging:
         for socket, name in ((steps, STEPS), (staging, STAGING)):
-            socket.connect(f"ipc://{folder}/{name}")
-            socket.send_multipart(encode(0, Hello(pid=os.getpid())))
+            socket.connect(address(folder, name, rank))
+            socket.send_multipart(encode(0, messages.Hello(pid=os.getpid())))
         serve(steps, staging)
 
 
@@ -63,46 +50,66 @@ def serve(steps: zmq.Socket[bytes], staging: zmq.Socket[bytes]) -> None:
 
     Raises WireError when a message cannot be read.
     """
-    worker: LocalWorker | None = None
+    rank = Rank()
     while True:
         sequence, message = decode(steps.recv_multipart())
-        if isinstance(message, Close):
+        if isinstance(message, messages.Close):
             break
-        if isinstance(message, Configure):
-            reply, worker = configure(message)
-            if worker is not None:
-                threading.Thread(
-                    target=serve_staging, args=(staging, worker), name="zerokl-staging", daemon=True
-                ).start()
-        else:
-            reply = reply_to(worker, message)
-        steps.send_multipart(encode(sequence, reply))
+        steps.send_multipart(encode(sequence, reply_to(rank, message)))
+        if isinstance(message, messages.Connect) and rank.worker is not None:
+            threading.Thread(target=serve_staging, args=(staging, rank), name="zerokl-staging", daemon=True).start()
     # The staging thread may be waiting on its socket, which only it may close: the process ends without it.
     os._exit(0)
 
 
-def configure(message: Configure) -> tuple[Message, LocalWorker | None]:
-    """Make the worker; the reply, and the worker if it could be made."""
-    try:
-        worker = LocalWorker(EngineConfig.from_dict(message.options))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it, and decides
-        return failure_of(error), None
-    return Done(), worker
+class Rank:
+    """The worker in the making: Configure makes it reachable for the other ranks, Connect completes it."""
+
+    def __init__(self) -> None:
+        self.worker: LocalWorker | None = None
+        self._config: EngineConfig | None = None
+        self._bound: BoundRank | None = None
+
+    def configure(self, message: messages.Configure) -> None:
+        """Take the options, and let the other ranks reach this one, if there are any. Nothing is waited for."""
+        self._config = EngineConfig.from_dict(message.options)
+        if self._config.num_ranks > 1:
+            self._bound = SharedMemoryCommunicator.bind(message.rank, self._config.num_ranks, message.folder)
+
+    def connect(self) -> None:
+        """Reach the other ranks, which are configured, and make the worker."""
+        config, place = self._config, RankPlace()
+        assert config is not None, "connected before it was configured"
+        if self._bound is not None:
+            place = RankPlace(
+                self._bound.rank,
+                config.num_ranks,
+                config.expert_parallel_size,
+                SharedMemoryCommunicator.connect(self._bound),
+                config.num_redundant_experts,
+            )
+        self.worker = LocalWorker(config, place)
 
 
-def serve_staging(socket: zmq.Socket[bytes], worker: LocalWorker) -> None:
+def serve_staging(socket: zmq.Socket[bytes], rank: Rank) -> None:
     """Answer the messages of the staging channel, in a thread of its own, for as long as the process lives."""
     while True:
         sequence, message = decode(socket.recv_multipart())
-        socket.send_multipart(encode(sequence, reply_to(worker, message)))
+        socket.send_multipart(encode(sequence, reply_to(rank, message)))
 
 
-def reply_to(worker: LocalWorker | None, message: Message) -> Message:
-    """What `answer` gives, or what it raised as a message."""
+def reply_to(rank: Rank, message: Message) -> Message:
+    """What carrying out the order gives, or what it raised as a message."""
     try:
-        if worker is None:
+        if isinstance(message, messages.Configure):
+            rank.configure(message)
+        elif isinstance(message, messages.Connect):
+            rank.connect()
+        elif rank.worker is None:
             raise RuntimeError("the worker was not configured")
-        return answer(worker, message)
+        else:
+            return answer(rank.worker, message)
+        return messages.Done()
     except WireError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it, and decides
@@ -111,30 +118,32 @@ def reply_to(worker: LocalWorker | None, message: Message) -> Message:
 
 def answer(worker: LocalWorker, message: Message) -> Message:
     """Carry out one order."""
-    if isinstance(message, Execute):
-        return Sampled(result=worker.execute(message.order))
-    if isinstance(message, Describe):
-        return Facts(facts={**worker.describe(), "kind": "process"})
-    if isinstance(message, Stage):
+    if isinstance(message, messages.Execute):
+        return messages.Sampled(result=worker.execute(message.order))
+    if isinstance(message, messages.Describe):
+        return messages.Facts(facts={**worker.describe(), "kind": "process"})
+    if isinstance(message, messages.Stage):
         worker.stage_weights(message.source, message.version)
-    elif isinstance(message, Commit):
+    elif isinstance(message, messages.Commit):
         worker.commit_weights()
-    elif isinstance(message, Discard):
+    elif isinstance(message, messages.Discard):
         worker.discard_staged()
-    elif isinstance(message, Pin):
+    elif isinstance(message, messages.Pin):
         worker.pin_weights(message.name)
-    elif isinstance(message, Drop):
+    elif isinstance(message, messages.Drop):
         worker.drop_weights(message.name)
-    elif isinstance(message, PutAway):
+    elif isinstance(message, messages.PutAway):
         worker.sleep(_tags(message), message.level, message.spill_dir or None)
-    elif isinstance(message, BringBack):
+    elif isinstance(message, messages.BringBack):
         worker.wake_up(_tags(message))
+    elif isinstance(message, messages.Rearrange):
+        worker.rearrange_experts(np.array(message.placement, np.int32))
     else:
         raise WireError(f"{type(message).__name__} is not a message to a worker")
-    return Done()
+    return messages.Done()
 
 
-def _tags(message: PutAway | BringBack) -> list[str]:
+def _tags(message: messages.PutAway | messages.BringBack) -> list[str]:
     return [tag for tag in ("weights", "kv_cache") if getattr(message, tag)]
 
 

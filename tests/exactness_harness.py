@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.worker import Worker, make_worker
 
@@ -56,6 +57,7 @@ class Job:
     prompts: Sequence[Ids]
     n: int
     max_tokens: int
+    return_routing: str = "none"
 
     def params(self, settings: Sequence[dict[str, Any]]) -> list[SamplingParams]:
         """One per prompt, the settings in turn."""
@@ -68,7 +70,8 @@ class Job:
     def options(self, **changes: Any) -> EngineConfig:
         """The plain way to run the job; `changes` make a variant."""
         plain: dict[str, Any] = {"block_size": 16, "num_blocks": 1024, "max_num_seqs": 128, "num_threads": 2}
-        return EngineConfig(model=str(self.folder), **(plain | changes))
+        plain |= {"model": str(self.folder), "return_routing": self.return_routing}
+        return EngineConfig(**(plain | changes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,16 @@ def differences(left: Sequence[Rollout], right: Sequence[Rollout]) -> dict[str, 
     for a, b in zip(left, right, strict=True):
         for field in counts:
             counts[field] += differing(getattr(a, field), getattr(b, field))
-    return counts
+    return counts | {"routing": sum(routing_differs(a.routing, b.routing) for a, b in zip(left, right, strict=True))}
+
+
+def routing_differs(left: RolloutRouting | None, right: RolloutRouting | None) -> int:
+    """Entries of two routings that differ; 0 where neither is there."""
+    if left is None or right is None:
+        return int(left is not right)
+    assert left.start == right.start
+    experts = differing(left.experts.ravel().astype(np.int32), right.experts.ravel().astype(np.int32))
+    return experts + differing(left.weights.ravel(), right.weights.ravel())
 
 
 def score_differences(outcome: Outcome) -> dict[str, int]:
@@ -161,7 +173,7 @@ def differing(left: NDArray[Any], right: NDArray[Any]) -> int:
     return int((~same).sum()) + max(len(left), len(right)) - size
 
 
-NONE_DIFFER = {"token_ids": 0, "logprobs": 0, "policy_logprobs": 0, "entropy": 0}
+NONE_DIFFER = {"token_ids": 0, "logprobs": 0, "policy_logprobs": 0, "entropy": 0, "routing": 0}
 NO_FORWARD_DIFFERS = {"policy_logprobs": 0, "entropy": 0}
 
 

@@ -1,6 +1,6 @@
 """The reference half of docs/protocol.md: tables from the schema, and each message's bytes with what they mean.
 
-    python tests/protocol_page.py      writes it into the page
+python tests/protocol_page.py      writes it into the page
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ def example_rollout() -> Rollout:
         entropy=np.array([1.5], np.float32),
         raw_logprobs=None,
         policy_versions=np.array([3], np.int64),
+        steps=np.array([21], np.int64),
+        phases=np.array([1], np.uint8),
+        cached_lens=np.array([0], np.int32),
+        ranks=np.array([0], np.int16),
         finish_reason="abort",
         stop_reason=None,
         num_cached_tokens=0,
@@ -90,6 +94,7 @@ def examples() -> dict[str, Message]:
         "get_weight_version": {"name": "policy"},
         "pin_weights": {"name": "reference"},
         "drop_weights": {"name": "reference"},
+        "expert_load": {"reset": False},
         "sleep": {"tags": ["weights"], "level": 1},
         "wake_up": {"tags": ["weights"]},
         "pause_generation": {"mode": "keep"},

@@ -1,4 +1,4 @@
-"""A scheduler without a device: a model made of hashes that reads its past through block tables, and checks all along.
+"""A scheduler without devices: a model made of hashes per rank that reads its past through block tables, and checks.
 
 The fake model's keys and values are chained hashes kept in a paged pool, so any slip of bookkeeping (a lost block,
 stale or uncomputed content, a wrong position, row or history) changes the tokens. `expected` states what must come out,
@@ -7,6 +7,7 @@ without scheduler, pool or plan.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from zerokl.kernels.ops import SampleResult, StepInputs
-from zerokl.rollout.config import SchedulerConfig
+from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.step_inputs import build_step_inputs
-from zerokl.rollout.step_plan import StepPlan
+from zerokl.rollout.step_inputs import build_step_orders
+from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.step_plan import Hold, PlanEntry, StepPlan
 
 VOCAB = 50
 MASK = (1 << 64) - 1
@@ -56,7 +58,7 @@ def history_hash(tokens: Sequence[int], counts: Sequence[int]) -> int:
 
 
 class FakeModel:
-    """Runs `StepInputs`; `weights` maps weight set names to an integer that stands for their values."""
+    """Runs one rank's `StepInputs`; `weights` maps weight set names to an integer that stands for their values."""
 
     def __init__(self, num_blocks: int, block_size: int, weights: dict[str, int]) -> None:
         self.weights = weights
@@ -153,7 +155,7 @@ def _expected_history(params: SamplingParams, prompt: list[int], outputs: list[i
 
 @dataclass
 class Rig:
-    """A scheduler, its KV cache and a fake model, run step by step with every invariant checked."""
+    """A scheduler, and KV cache and fake model of each rank, run step by step with every invariant checked."""
 
     num_blocks: int = 64
     block_size: int = 8
@@ -162,41 +164,108 @@ class Rig:
     enable_prefix_caching: bool = True
     look_ahead: int = 8
     max_overtakes: int = 32
+    reserved_output_blocks: int = 0
+    num_ranks: int = 1
+    batched_token_timeout: float = 0.0
+    max_group_imbalance: float = 0.25
+    roles: tuple[Role, ...] | None = None
     weights: dict[str, int] = field(default_factory=lambda: {"policy": 1})
     manager: Callable[[int, int, bool], KVCacheManager] = KVCacheManager
+    moves_blocks: bool = True
+    """Off: handed over blocks are not copied, a planted fault."""
     check: bool = True
     """Off for broken managers, whose output is to show the fault."""
 
     def __post_init__(self) -> None:
-        self.kv_cache = self.manager(self.num_blocks, self.block_size, self.enable_prefix_caching)
-        config = SchedulerConfig(
+        self.kv_caches = [
+            self.manager(self.num_blocks, self.block_size, self.enable_prefix_caching) for _ in range(self.num_ranks)
+        ]
+        self.config = SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             look_ahead=self.look_ahead,
             max_overtakes=self.max_overtakes,
+            reserved_output_blocks=self.reserved_output_blocks,
+            batched_token_timeout=self.batched_token_timeout,
+            max_group_imbalance=self.max_group_imbalance,
+            roles=self.roles,
         )
-        self.scheduler = Scheduler(config, self.kv_cache)
-        self.model = FakeModel(self.num_blocks, self.block_size, self.weights)
+        self.scheduler = Scheduler(self.config, self.kv_caches)
+        self.models = [FakeModel(self.num_blocks, self.block_size, self.weights) for _ in range(self.num_ranks)]
         for epoch, name in enumerate(self.weights, 1):
             self.scheduler.set_weights(name, epoch=epoch, version=10 * epoch)
+        self.now = 0.0
         self.finished: dict[str, Request] = {}
         self.plans: list[StepPlan] = []
+        self.holds: list[Hold] = []
+
+    @property
+    def kv_cache(self) -> KVCacheManager:
+        """The first rank's."""
+        return self.kv_caches[0]
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that all models have run."""
+        return sum(model.num_computed for model in self.models)
+
+    def add(self, *requests: Request) -> None:
+        """Requests that arrive now."""
+        for request in requests:
+            self.scheduler.add(request, self.now)
+
+    def plan(self) -> StepPlan | Hold | None:
+        """What the scheduler plans now."""
+        return self.scheduler.plan(self.now)
+
+    def next_plan(self) -> StepPlan | None:
+        """The next plan with something to compute; the clock moves on where new requests are held."""
+        plan = self.plan()
+        if isinstance(plan, Hold):
+            assert self.num_ranks > 1 and plan.until > self.now, plan
+            self.holds.append(plan)
+            self.now = plan.until
+            plan = self.plan()
+        assert not isinstance(plan, Hold), "held beyond the deadline"
+        return plan
 
     def step(self) -> StepPlan | None:
         """Plan, run and apply one step."""
-        plan = self.scheduler.plan()
+        plan = self.next_plan()
         if plan is None:
             assert not self.scheduler.requests and self.scheduler.num_waiting == 0 == self.scheduler.num_running
             return None
         self.plans.append(plan)
         if self.check:
             self.check_plan(plan)
-        inputs = build_step_inputs(plan, self.scheduler.requests, self.block_size)
-        for request in self.scheduler.update(plan, self.model.execute(inputs)):
+        for request in self.scheduler.update(plan, self.execute(self.orders(plan))):
             self.keep(request)
         if self.check:
-            self.kv_cache.check_integrity(self.scheduler.requests.values())
+            self.scheduler.check_integrity()
         return plan
+
+    def orders(self, plan: StepPlan) -> list[StepOrder]:
+        """What the plan tells each rank."""
+        return build_step_orders(plan, self.scheduler.requests, self.block_size)
+
+    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
+        """Copy the blocks that are handed over, then run each rank's part."""
+        sent: dict[tuple[int, int], list[list[int]]] = {}
+        for rank, order in enumerate(orders):
+            for move in order.sends:
+                sent[rank, move.peer] = [self.models[rank].pool[block].copy() for block in move.blocks.tolist()]
+        assert all(order.has_moves == bool(sent) for order in orders)
+        for rank, order in enumerate(orders):
+            for move in order.receives:
+                entries = sent.pop((move.peer, rank))
+                assert len(entries) == len(move.blocks)
+                for block, content in zip(move.blocks.tolist(), entries, strict=True):
+                    if self.moves_blocks:
+                        self.models[rank].pool[block] = content
+        assert not sent, "blocks are sent to nobody"
+        return [
+            StepResult(sampled=model.execute(order.inputs)) for model, order in zip(self.models, orders, strict=True)
+        ]
 
     def keep(self, request: Request) -> None:
         """Take a finished request over; each may finish once."""
@@ -205,8 +274,7 @@ class Rig:
 
     def run(self, requests: Iterable[Request] = (), max_steps: int = 20_000) -> dict[str, Request]:
         """Add requests and step until all are finished."""
-        for request in requests:
-            self.scheduler.add(request)
+        self.add(*requests)
         for _ in range(max_steps):
             if self.step() is None:
                 return self.finished
@@ -214,20 +282,36 @@ class Rig:
 
     def check_plan(self, plan: StepPlan) -> None:
         """Hard caps and the shape of a plan."""
-        self.kv_cache.check_integrity(self.scheduler.requests.values())
-        ids = [entry.request_id for entry in plan.entries]
+        self.scheduler.check_integrity()
+        ids = [entry.request_id for entry in entries(plan)]
         assert len(set(ids)) == len(ids) > 0
-        assert sum(entry.num_tokens for entry in plan.entries) == plan.num_tokens <= self.max_num_batched_tokens
-        assert sum(entry.num_rows for entry in plan.entries) == plan.num_rows
-        assert self.scheduler.num_running <= self.max_num_seqs
         assert not set(plan.preempted) & set(ids)
-        row = 0
-        for entry in plan.entries:
-            request = self.scheduler.requests[entry.request_id]
-            assert request.policy == plan.policy
-            assert entry.start == request.num_computed_tokens and entry.num_tokens > 0 and entry.first_row == row
-            assert entry.start + entry.num_tokens <= request.num_blocks * self.block_size
-            row += entry.num_rows
+        assert [rank.rank for rank in plan.ranks] == list(range(self.num_ranks))
+        requests = self.scheduler.requests
+        for rank in plan.ranks:
+            assert rank.is_dummy == (not rank.entries)
+            assert sum(entry.num_tokens for entry in rank.entries) == rank.num_tokens <= self.max_num_batched_tokens
+            assert sum(entry.num_rows for entry in rank.entries) == rank.num_rows
+            assert sum(request.rank == rank.rank for request in requests.values()) <= self.max_num_seqs
+            row = 0
+            for entry in rank.entries:
+                request = requests[entry.request_id]
+                assert request.policy == plan.policy and request.rank == rank.rank
+                assert entry.start == request.num_computed_tokens and entry.num_tokens > 0 and entry.first_row == row
+                assert entry.start + entry.num_tokens <= request.num_blocks * self.block_size
+                row += entry.num_rows
+        self.check_roles(plan)
+
+    def check_roles(self, plan: StepPlan) -> None:
+        """A decode rank computes nothing but single tokens that it, or a prefill rank before it, has sampled."""
+        for handover in plan.handovers:
+            assert len(handover.source_blocks) == len(handover.target_blocks)
+            assert self.roles is not None and self.roles[handover.source] == "prefill" != self.roles[handover.target]
+            assert self.scheduler.requests[handover.request_id].rank == handover.target
+        for rank, role in zip(plan.ranks, self.roles or (), strict=False):
+            for entry in rank.entries if role == "decode" else ():
+                request = self.scheduler.requests[entry.request_id]
+                assert request.kind == "generate" and entry.num_tokens == 1 and entry.start >= request.num_prompt_tokens
 
 
 def assert_as_expected(requests: Iterable[Request], weights: dict[str, int]) -> None:
@@ -247,10 +331,42 @@ def generate(request_id: str, length: int, max_tokens: int = 4, **options: Any) 
     return Request.generate(request_id, tokens, params, seed=options.pop("seed", 1), **options)
 
 
+def entries(plan: StepPlan) -> list[PlanEntry]:
+    """Those of all ranks."""
+    return [entry for rank in plan.ranks for entry in rank.entries]
+
+
 def table(plan: StepPlan | None) -> list[tuple[str, int, int, int]]:
-    """(request id, start, tokens, rows) of each entry."""
+    """(request id, start, tokens, rows) of each entry of all ranks."""
     assert plan is not None
-    return [(entry.request_id, entry.start, entry.num_tokens, entry.num_rows) for entry in plan.entries]
+    return [(entry.request_id, entry.start, entry.num_tokens, entry.num_rows) for entry in entries(plan)]
+
+
+def placement(plan: StepPlan | None) -> list[list[str]]:
+    """Request ids by rank."""
+    assert plan is not None
+    return [[entry.request_id for entry in rank.entries] for rank in plan.ranks]
+
+
+def bits(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """Everything that an object holds, order included, as plain values that compare."""
+    seen = {} if seen is None else seen
+    if value is None or isinstance(value, (bool, int, float, str, bytes, enum.Enum)) or callable(value):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if id(value) in seen:
+        return "seen", seen[id(value)]
+    seen[id(value)] = len(seen)
+    if isinstance(value, dict):
+        return type(value).__name__, [(bits(key, seen), bits(item, seen)) for key, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, [bits(item, seen) for item in value]
+    names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    names += list(getattr(value, "__dict__", ()))
+    return type(value).__name__, [(name, bits(getattr(value, name), seen)) for name in names if hasattr(value, name)]
 
 
 def refusals(rig: Rig) -> dict[str, int]:

@@ -6,7 +6,7 @@ aborted it: there is no state in which a part of an update serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,7 +60,9 @@ def check_version(live: int, version: int, *, allow_rewind: bool = False) -> Non
 class UpdateSession:
     """One update of a model whose tensors are `expected`, name -> shape; `optional` ones may be there as well.
 
-    Without `live` only complete sets are taken. Calls come from one thread at a time.
+    Without `live` only complete sets are taken. Of a complete set the data of the tensors in `read` is looked at (None:
+    of all): for the others, which some other rank reads, the manifest's checksums are taken for granted. Calls come
+    from one thread at a time.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class UpdateSession:
         expected: Mapping[str, tuple[int, ...]],
         live: LiveWeights | None = None,
         optional: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        read: Collection[str] | None = None,
     ) -> None:
         self.state: State = "idle"
         self.checksums: dict[str, int] = {}
@@ -75,6 +79,7 @@ class UpdateSession:
         self._expected = expected
         self._optional = optional or {}
         self._live = live
+        self._read = read
         self._manifest: Manifest | None = None
         self._stored: dict[str, NDArray[Any]] = {}
         self._missing: dict[str, int] = {}
@@ -120,7 +125,8 @@ class UpdateSession:
         with _aborting(self):
             self._check_complete()
             for spec in self.manifest.tensors:
-                self._check_tensor(spec)
+                if self._read is None or self.manifest.parent is not None or spec.name in self._read:
+                    self._check_tensor(spec)
             tensors = WideTensors(self._arrays(), {name: spec.dtype for name, spec in self._specs.items()})
             self._check_result(tensors)
             self.state = "verified"

@@ -1,6 +1,7 @@
 """The mixture of experts, differentiable: gate weights by the router's logits, experts by their own rows.
 
-The choice of experts is not differentiated: gradients reach the router through the weights of the chosen ones.
+The choice of experts is not differentiated: gradients reach the router through the weights of the chosen ones, where
+these are not given as constants.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from zerokl.kernels.autograd.arrays import Floats, empty, read
 from zerokl.kernels.autograd.linear import weight_gradient
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.moe import ExpertRows, sort_by_expert
-from zerokl.kernels.experts import RouterSpec, Routing
+from zerokl.kernels.experts import Replay, RouterSpec, Routing
 
 Tensor = Any  # paddle.Tensor
 Experts = tuple[tuple[Tensor, Tensor, Tensor], ...]
 Ids = NDArray[np.int32]
 
 
-def route(logits: Tensor, correction: Floats | None, spec: RouterSpec, given: Ids | None) -> Routing[Tensor]:
-    """Ids [T, k] chosen from logits [T, X], or those `given`, and their weights, differentiable."""
-    ids = np.empty((logits.shape[0], spec.top_k), np.int32) if given is None else given
-    return Routing(ids, _Route.apply(logits, correction, spec, ids, given is not None))
+def route(logits: Tensor, correction: Floats | None, spec: RouterSpec, replay: Replay | None) -> Routing[Tensor]:
+    """Ids [T, k] chosen from logits [T, X], or given by `replay`, and their weights, differentiable."""
+    ids = np.empty((logits.shape[0], spec.top_k), np.int32) if replay is None else replay.experts.copy()
+    return Routing(ids, _Route.apply(logits, correction, spec, ids, replay))
 
 
 def moe(x: Tensor, routing: Routing[Tensor], experts: Experts, shared: Tensor | None) -> Tensor:
@@ -39,12 +40,15 @@ def moe(x: Tensor, routing: Routing[Tensor], experts: Experts, shared: Tensor | 
 class _Route(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, correction: Floats | None, spec: RouterSpec, ids: Ids, replay: bool
+        ctx: Any, logits: Tensor, correction: Floats | None, spec: RouterSpec, ids: Ids, replay: Replay | None
     ) -> Tensor:
         weights, array = empty(*ids.shape)
-        _cpu.route(read(logits), correction, spec.normalise, spec.norm_min, ids, array, replay)
+        _cpu.route(read(logits), correction, spec.normalise, spec.norm_min, ids, array, replay is not None)
+        if replay is not None:
+            replay.put_weights(array)
         ctx.save_for_backward(logits)
         ctx.choice = (spec, ids.astype(np.int64))
+        ctx.constant = None if replay is None or replay.weights is None else replay.given
         return weights
 
     @staticmethod
@@ -55,6 +59,8 @@ class _Route(PyLayer):  # type: ignore[misc]  # Paddle has no complete stubs
         p = np.exp(values - values.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         dchosen = read(dweights).astype(np.float64)
+        if ctx.constant is not None:
+            dchosen *= ~ctx.constant
         if spec.normalise:
             chosen = np.take_along_axis(p, ids, axis=1)
             total = chosen.sum(axis=1, keepdims=True)

@@ -94,11 +94,10 @@ class AutogradOps:
         return swiglu_linear(x, *weight.weights)
 
     def route(self, x: Tensor, params: MoeParams[Tensor], spec: RouterSpec) -> Routing[Tensor]:
-        """See `Ops.route`; gradients go through the weights, the choice is taken as it is."""
+        """See `Ops.route`; gradients go through the router's weights, neither through its choice nor given weights."""
         assert self._step is not None, "route before begin_step"
-        given = None if self._step.routing is None else self._step.routing[spec.index]
         correction = None if params.correction is None else read(params.correction).reshape(-1)
-        return mixture.route(self.linear(x, params.router), correction, spec, given)
+        return mixture.route(self.linear(x, params.router), correction, spec, self._step.replay(spec.index))
 
     def moe(self, x: Tensor, routing: Routing[Tensor], experts: mixture.Experts, shared: Tensor | None) -> Tensor:
         """See `Ops.moe`."""

@@ -19,10 +19,12 @@ def packed_step(
     cu_seqlens: NDArray[np.int32],
     rows: NDArray[np.int32],
     routing: NDArray[np.int32] | None = None,
+    routing_weights: NDArray[np.float32] | None = None,
 ) -> StepInputs:
     """Sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1], from position 0; hidden states of `rows` are wanted.
 
-    Every sequence has blocks of its own, in order. `routing`: as in `StepInputs`. The caller has checked the arrays.
+    Every sequence has blocks of its own, in order. `routing` and `routing_weights`: as in `StepInputs`. The caller has
+    checked the arrays.
     """
     lengths = np.diff(cu_seqlens)
     blocks = -(-lengths // BLOCK_SIZE)
@@ -40,6 +42,7 @@ def packed_step(
         logit_rows=rows,
         sampling=neutral_sampling(len(rows)),
         routing=routing,
+        routing_weights=routing_weights,
     )
 
 

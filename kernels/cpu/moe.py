@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,10 @@ class ExpertRows:
     rows: Ints
     """[T, k], the row of a token's slot."""
 
+    def of_rows(self, tokens: Ints) -> ExpertRows:
+        """The same order, after what were tokens here are found to be those of `tokens`."""
+        return ExpertRows(self.starts, tokens[self.tokens], self.rows)
+
 
 def sort_by_expert(ids: Ints, num_experts: int) -> ExpertRows:
     """Where each expert's rows lie, for ids [T, k]."""
@@ -58,10 +63,27 @@ def expert_outputs(arena: Arena, x: Floats, order: ExpertRows, experts: PackedEx
     return outputs
 
 
-def moe(arena: Arena, x: Floats, routing: Routing[Floats], experts: PackedExperts, shared: Floats | None) -> Floats:
-    """See `Ops.moe`."""
-    order = sort_by_expert(routing.experts, len(experts.gate_up))
-    outputs = expert_outputs(arena, x, order, experts)
-    out = arena.take(*x.shape)
-    _cpu.combine(outputs, order.rows, routing.weights, shared, out)
+def combined(arena: Arena, outputs: Floats, rows: Ints, weights: Floats, shared: Floats | None) -> Floats:
+    """The sum over slots, in order, of weight and output: outputs [N, E], rows and weights [T, k] -> [T, E]."""
+    out = arena.take(len(rows), outputs.shape[1])
+    _cpu.combine(outputs, rows, weights, shared, out)
     return out
+
+
+class ExpertRunner(Protocol):
+    """How a mixture gets to its experts. It knows what form their weights have."""
+
+    def run(self, arena: Arena, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
+        """See `Ops.moe`."""
+        ...
+
+
+class LocalExperts:
+    """All experts are here, as `PackedExperts`."""
+
+    def run(
+        self, arena: Arena, x: Floats, routing: Routing[Floats], experts: PackedExperts, shared: Floats | None
+    ) -> Floats:
+        """See `Ops.moe`."""
+        order = sort_by_expert(routing.experts, len(experts.gate_up))
+        return combined(arena, expert_outputs(arena, x, order, experts), order.rows, routing.weights, shared)

@@ -7,6 +7,7 @@ computed and in which order. Sizes are checked by the extension, which raises Va
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ class CpuOps:
             _cpu.set_num_threads(num_threads)
         self._arena = Arena()
         self.packer = Packer()
+        self.experts: mixture.ExpertRunner = mixture.LocalExperts()
         self._inputs: StepInputs | None = None
         self._pool: KVPool[Floats] | None = None
         self._layer_caches: list[tuple[Floats, Floats]] = []
@@ -123,17 +125,19 @@ class CpuOps:
 
     def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
         """See `Ops.route`."""
-        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
-        ids = np.empty((len(x), spec.top_k), np.int32) if given is None else given
+        replay = None if self._inputs is None else self._inputs.replay(spec.index)
+        ids = np.empty((len(x), spec.top_k), np.int32) if replay is None else replay.experts.copy()
         weights = self._arena.take(len(x), spec.top_k)
         correction = None if params.correction is None else params.correction.reshape(-1)
         logits = self.linear(x, params.router)
-        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, given is not None)
+        _cpu.route(logits, correction, spec.normalise, spec.norm_min, ids, weights, replay is not None)
+        if replay is not None:
+            replay.put_weights(weights)
         return Routing(ids, weights)
 
-    def moe(self, x: Floats, routing: Routing[Floats], experts: mixture.PackedExperts, shared: Floats | None) -> Floats:
+    def moe(self, x: Floats, routing: Routing[Floats], experts: Any, shared: Floats | None) -> Floats:
         """See `Ops.moe`."""
-        return mixture.moe(self._arena, x, routing, experts, shared)
+        return self.experts.run(self._arena, x, routing, experts, shared)
 
     def attention(
         self, qkv: Floats, layer: int, params: LayerParams[Floats], rope: Floats, spec: AttentionSpec

@@ -32,6 +32,15 @@ void expect_ids(const char* name, const int32_t* values, int64_t count, int64_t 
     if (values[i] < 0 || values[i] >= end) zk::refuse(zk::entry(name, i), zk::half_open(0, end), values[i]);
 }
 
+// Rows of -1 throughout, or of values in [0, end) throughout.
+void expect_given_or_free(const char* name, const int32_t* values, int64_t rows, int64_t slots, int64_t end) {
+  for (int64_t i = 0; i < rows * slots; ++i) {
+    const bool free = values[i - i % slots] == -1;
+    if (free ? values[i] != -1 : values[i] < 0 || values[i] >= end)
+      zk::refuse(zk::entry(name, i), free ? zk::closed(-1, -1) : zk::half_open(0, end), values[i]);
+  }
+}
+
 void route(const In<2>& logits, const std::optional<In<1>>& correction, bool normalise, float norm_min,
            const Int32s2& ids, const Out<2>& weights, bool replay) {
   const int64_t tokens = extent(logits, 0), experts = extent(logits, 1), slots = extent(ids, 1);
@@ -39,7 +48,7 @@ void route(const In<2>& logits, const std::optional<In<1>>& correction, bool nor
   expect_shape("ids", ids, {tokens, -1});
   expect_shape("weights", weights, {tokens, slots});
   if (slots < 1 || slots > experts) zk::refuse("ids.shape[1]", zk::closed(1, experts), slots);
-  if (replay) expect_ids("ids", ids.data(), tokens * slots, experts);
+  if (replay) expect_given_or_free("ids", ids.data(), tokens, slots, experts);
   const zk::Router router{experts, slots, correction ? correction->data() : nullptr, normalise, norm_min, replay};
   gil_scoped_release nogil;
   ZK_PICK(zk::moe).route(logits.data(), tokens, router, ids.data(), weights.data());
@@ -111,8 +120,9 @@ void combine(const In<2>& y, const Indices<2>& rows, const In<2>& weights, const
 void bind_moe(nb::module_& m) {
   m.def("route", &route, array("logits"), array("correction").none(), "normalise"_a, "norm_min"_a, array("ids"),
         array("weights"), "replay"_a = false,
-        "Choose ids [T, k] by (softmax(logits [T, X]) + correction [X], ids ascending among equals), or take them as "
-        "given; weights [T, k] are their probabilities, normalised if asked for.");
+        "Choose ids [T, k] by (softmax(logits [T, X]) + correction [X], ids ascending among equals); with `replay` only "
+        "where a row holds -1, and take the others as given. weights [T, k] are their probabilities, normalised if "
+        "asked for.");
   m.def("sort_by_expert", &sort_by_expert, array("ids"), array("starts"), array("tokens"), array("rows"),
         "Order the entries of ids [T, k] by (expert, token, slot): expert e has rows starts[e] : starts[e + 1], row r "
         "is of token tokens[r], and slot s of token t is row rows[t, s].");

@@ -51,7 +51,7 @@ void route(const float* logits, int64_t tokens, const zk::Router& router, int32_
     float* p = zk::scratch(2 * room).data;
     for (int64_t t = first; t < last; ++t) {
       softmax_row(logits + t * experts, experts, p);
-      if (!router.replay) choose(router, p, p + room, ids + t * slots);
+      if (!router.replay || ids[t * slots] < 0) choose(router, p, p + room, ids + t * slots);
       weigh(router, p, ids + t * slots, weights + t * slots);
     }
   });

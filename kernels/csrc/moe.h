@@ -12,7 +12,7 @@ struct Router {
   const float* correction;  // [experts], added to the probabilities for the choice alone, or null
   bool normalise;           // weights are divided by max(their sum, norm_min)
   float norm_min;
-  bool replay;              // the choice is given in `ids`
+  bool replay;              // the choice is given in `ids`, but for rows of -1
 };
 
 struct MoeKernels {

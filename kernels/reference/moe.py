@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.experts import RouterSpec, Routing
+from zerokl.kernels.experts import Replay, RouterSpec, Routing
 from zerokl.kernels.reference import elementwise
 
 Floats = NDArray[np.float64]
@@ -23,18 +23,18 @@ class ReferenceExpert:
     down: Floats
 
 
-def route(
-    logits: Floats, correction: Floats | None, spec: RouterSpec, given: NDArray[np.int32] | None
-) -> Routing[Floats]:
-    """Top-k of softmax(logits [T, X]) + correction, lower ids first among equals, or the `given` ids [T, k]."""
+def route(logits: Floats, correction: Floats | None, spec: RouterSpec, replay: Replay | None) -> Routing[Floats]:
+    """Top-k of softmax(logits [T, X]) + correction, lower ids first among equals, but for rows that `replay` gives."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=-1, keepdims=True)
     scores = probabilities if correction is None else probabilities + correction
     best = np.argsort(-scores, axis=-1, kind="stable")[:, : spec.top_k].astype(np.int32)
-    ids = best if given is None else given
+    ids = best if replay is None else np.where(replay.experts < 0, best, replay.experts)
     weights = np.take_along_axis(probabilities, ids.astype(np.int64), axis=-1)
     if spec.normalise:
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), spec.norm_min)
+    if replay is not None:
+        replay.put_weights(weights)
     return Routing(ids, weights)
 
 

@@ -106,8 +106,8 @@ class ReferenceOps:
 
     def route(self, x: Floats, params: MoeParams[Floats], spec: RouterSpec) -> Routing[Floats]:
         """See `mixture.route`."""
-        given = None if self._inputs is None or self._inputs.routing is None else self._inputs.routing[spec.index]
-        return mixture.route(self.linear(x, params.router), params.correction, spec, given)
+        replay = None if self._inputs is None else self._inputs.replay(spec.index)
+        return mixture.route(self.linear(x, params.router), params.correction, spec, replay)
 
     def moe(
         self, x: Floats, routing: Routing[Floats], experts: tuple[mixture.ReferenceExpert, ...], shared: Floats | None

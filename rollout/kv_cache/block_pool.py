@@ -42,6 +42,10 @@ class BlockPool:
         """Whether the block has a reference."""
         return self._references[block] > 0
 
+    def num_references(self, block: int) -> int:
+        """References to the block; 0 for a free or idle one."""
+        return self._references[block]
+
     def allocate(self) -> int:
         """A block with one reference. The caller has made sure that `num_free` is above 0."""
         assert self.num_free > 0, "allocation from an exhausted pool"

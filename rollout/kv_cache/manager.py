@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 
 from zerokl.rollout.kv_cache.block_pool import BlockPool
-from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, block_key, root_key
+from zerokl.rollout.kv_cache.prefix_cache import PrefixCache, PrefixKeys, block_key, root_key
 from zerokl.rollout.request import Request
 
 SPARE_TABLE_ENTRIES = 8
 
 
+def _nothing(_: Request) -> None: ...
+
+
 class KVCacheManager:
-    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `needs_...`) change nothing.
+    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `is_...` and so on) change nothing.
 
     The table of a request, in positions (B = block size):
 
@@ -27,8 +30,18 @@ class KVCacheManager:
     All tokens known at admission get their blocks at once; afterwards only sampling makes a table grow.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        """With `enable_prefix_caching` off, blocks are shared within a group of samples only."""
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        on_release: Callable[[Request], None] = _nothing,
+    ) -> None:
+        """With `enable_prefix_caching` off, blocks are shared within a group of samples only.
+
+        `on_release` is told of a request that is about to lose its blocks, whose content is still there.
+        """
+        self._on_release = on_release
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
         self._prefixes = PrefixCache()
@@ -50,40 +63,86 @@ class KVCacheManager:
         return len(self._prefixes)
 
     # -- admission ---------------------------------------------------------------------------------
-    def match(self, request: Request, weight_epoch: int) -> list[int]:
+    def prefix_keys(self, request: Request, weight_epoch: int) -> PrefixKeys:
+        """Keys of the request's first blocks as far as it knows them, for `match` to go on from.
+
+        Every rank's manager makes the same keys.
+        """
+        root = root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
+        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [], [])
+
+    def adopt_keys(self, request: Request, prefix: PrefixKeys) -> None:
+        """Have the request remember the keys that were made."""
+        request.key_root, request.block_keys = prefix.root, prefix.keys
+
+    def match(self, request: Request, prefix: PrefixKeys) -> list[int]:
         """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
 
-        So at least one token is left to compute. Only memoised keys of the request change.
+        So at least one token is left to compute. Of all that exists only `prefix` changes: it grows by the keys made.
         """
-        if not self._shares(request):
-            return []
-        self._set_root(request, weight_epoch)
-        limit = request.next_row // self.block_size
         matched: list[int] = []
-        for index in range(limit):
-            block = self._prefixes.find(self._key(request, index), self._block_tokens(request, index))
+        if not self._shares(request):
+            return matched
+        find, (root, keys, contents) = self._prefixes.find, prefix
+        for index in range(request.next_row // self.block_size):
+            if index == len(contents):
+                contents.append(self._block_tokens(request, index))
+            if index == len(keys):
+                keys.append(self._next_key(keys[-1] if keys else root, contents[index]))
+            block = find(keys[index], contents[index])
             if block is None:
                 break
             matched.append(block)
         return matched
 
+    def num_unused(self, blocks: Sequence[int], besides: Set[int]) -> int:
+        """How many of the blocks no request holds, those of `besides` left out."""
+        is_used = self._pool.is_used
+        return len([block for block in blocks if not is_used(block) and block not in besides])
+
+    def num_released(self, request: Request, dropped: Counter[int]) -> int:
+        """Blocks that would come free with the request, were `dropped` (block -> references) given back before it.
+
+        Adds the request's own references to `dropped`.
+        """
+        num_free = 0
+        for block in request.block_table[: request.num_blocks].tolist():
+            dropped[block] += 1
+            num_free += dropped[block] == self._pool.num_references(block)
+        return num_free
+
     def can_admit(self, request: Request, matched: list[int], reserve: int) -> bool:
         """Whether all known tokens of the request fit and `reserve` blocks stay free for those that run."""
-        new_blocks = self._blocks_for(request.compute_target) - len(matched)
+        new_blocks = self.blocks_for(request.compute_target) - len(matched)
         woken = sum(not self._pool.is_used(block) for block in matched)
         return new_blocks + woken + reserve <= self._pool.num_free
 
-    def admit(self, request: Request, matched: list[int]) -> None:
-        """Build the table: matched blocks, then new ones for the rest. The matched part counts as computed."""
-        assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
-        for block in matched:  # before any allocation, which might evict them
+    def share(self, matched: Iterable[int]) -> None:
+        """Take a reference to each matched block, before any allocation that might evict it."""
+        for block in matched:
             self._pool.share(block)
-        total = self._blocks_for(request.compute_target)
+
+    def admit(self, request: Request, matched: list[int]) -> None:
+        """Build the table: matched blocks, shared before, then new ones. The matched part counts as computed."""
+        assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
+        self._make_table(request, matched)
+        request.num_computed_tokens = len(matched) * self.block_size
+
+    def take_over(self, request: Request, matched: list[int]) -> list[int]:
+        """Replace the request's table, of another pool, by one of this pool; returns the blocks it held there.
+
+        `matched` blocks are shared before; the others are new and await their content.
+        """
+        blocks: list[int] = request.block_table[: request.num_blocks].tolist()
+        self._make_table(request, matched)
+        return blocks
+
+    def _make_table(self, request: Request, matched: list[int]) -> None:
+        total = self.blocks_for(request.compute_target)
         fresh = [self._pool.allocate() for _ in range(total - len(matched))]
         request.block_table = np.array(matched + fresh + [0] * SPARE_TABLE_ENTRIES, np.int32)
         request.num_blocks = total
         request.num_published_blocks = len(matched)
-        request.num_computed_tokens = len(matched) * self.block_size
 
     # -- growth and results ------------------------------------------------------------------------
     def needs_block(self, request: Request) -> bool:
@@ -122,12 +181,16 @@ class KVCacheManager:
 
     def release(self, request: Request) -> None:
         """Take all blocks back. Published ones keep their content until they are needed."""
-        blocks = request.block_table[: request.num_blocks].tolist()
-        for block in reversed(blocks):  # the end of a chain goes idle first and is evicted first: its head serves more
-            self._pool.release(block, keep=block in self._prefixes)
+        self._on_release(request)
+        self.release_blocks(request.block_table[: request.num_blocks].tolist())
         request.num_blocks = 0
         request.num_published_blocks = 0
         request.has_older_kv = False
+
+    def release_blocks(self, blocks: list[int]) -> None:
+        """Take back blocks that `take_over` returned, or a whole table."""
+        for block in reversed(blocks):  # the end of a chain goes idle first and is evicted first: its head serves more
+            self._pool.release(block, keep=block in self._prefixes)
 
     # -- sharing -----------------------------------------------------------------------------------
     def shareable_tokens(self, request: Request) -> int:
@@ -141,36 +204,32 @@ class KVCacheManager:
         self._prefixes.clear()
         self._pool.discard_idle()
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Assert free + idle + used = all blocks, and that the tables of `requests` explain every reference."""
+    def check_integrity(self, requests: Iterable[Request], held: Iterable[list[int]] = ()) -> None:
+        """Assert free + idle + used = all blocks, and that tables and `held` blocks explain every reference."""
         references: Counter[int] = Counter()
         for request in requests:
             blocks = request.block_table[: request.num_blocks].tolist()
             assert len(set(blocks)) == len(blocks), f"{request.request_id} holds a block twice"
-            held = request.num_blocks * self.block_size
-            assert request.num_computed_tokens <= held, f"{request.request_id} has computed tokens outside its blocks"
+            size = request.num_blocks * self.block_size
+            assert request.num_computed_tokens <= size, f"{request.request_id} has computed tokens outside its blocks"
+            references.update(blocks)
+        for blocks in held:
             references.update(blocks)
         self._pool.check_integrity(references)
         self._prefixes.check_integrity()
         idle = sum(block in self._prefixes and not self._pool.is_used(block) for block in range(self.num_blocks))
         assert idle == self._pool.num_idle, "an idle block without content, or content of a free block"
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
     def _shares(self, request: Request) -> bool:
         return self._enable_prefix_caching or request.group_id is not None
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
         begin = index * self.block_size
         return request.token_ids[begin : begin + self.block_size].tobytes()
-
-    def _set_root(self, request: Request, weight_epoch: int) -> None:
-        salt = "" if self._enable_prefix_caching else f"group {request.group_id}"
-        root = root_key(weight_epoch, salt)
-        if request.key_root != root:
-            request.key_root = root
-            request.block_keys.clear()
 
     def _key(self, request: Request, index: int) -> bytes:
         """Key of the request's block `index`, whose tokens are known; keys of earlier blocks are made on the way."""
@@ -178,5 +237,8 @@ class KVCacheManager:
         while len(keys) <= index:
             parent = keys[-1] if keys else request.key_root
             assert parent is not None, f"{request.request_id} was never matched"
-            keys.append(block_key(parent, self._block_tokens(request, len(keys))))
+            keys.append(self._next_key(parent, self._block_tokens(request, len(keys))))
         return keys[index]
+
+    def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
+        return block_key(parent, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 DIGEST_SIZE = 16
 
@@ -22,6 +23,15 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
     A cryptographic hash: no prompt can be made that hits the blocks of another one.
     """
     return hashlib.blake2b(parent + tokens, digest_size=DIGEST_SIZE, person=b"zerokl-kv-block").digest()
+
+
+class PrefixKeys(NamedTuple):
+    """The chain of keys of one sequence's blocks, as far as they were asked for."""
+
+    root: bytes
+    keys: list[bytes]
+    contents: list[bytes]
+    """The blocks' token ids as bytes, so that asking several caches makes them once."""
 
 
 class PrefixCache:

@@ -15,7 +15,18 @@ from zerokl.kernels.experts import MoeParams, RouterSpec
 from zerokl.kernels.ops import AttentionSpec, DecoderParams, KVPool, LayerParams, Ops, StepInputs
 
 from .config import ModelConfig
-from .layout import BLOCK, CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER, SHARED_EXPERTS, expert_prefix, layer_prefix
+from .layout import (
+    BLOCK,
+    CORRECTION,
+    EMBED,
+    FINAL_NORM,
+    LM_HEAD,
+    ROUTER,
+    SHARED_EXPERTS,
+    expected_tensors,
+    expert_tensors,
+    layer_prefix,
+)
 from .moe_config import MoeConfig
 
 Array = TypeVar("Array")
@@ -106,6 +117,49 @@ class Packs(Protocol[Operand]):
         ...
 
 
+class ExpertShare(Protocol):
+    """Which experts of a mixture are packed here, and in what form `Ops.moe` wants them."""
+
+    def held(self, mixture: int, num_experts: int) -> Sequence[int]:
+        """Experts of the mixture by slot."""
+        ...
+
+    def weights(self, mixture: int, packed: Any) -> Any:
+        """The operand of `Ops.moe`, from what `pack_experts` made of those held."""
+        ...
+
+    def packed(self, weights: Any) -> Any:
+        """The way back: what `pack_experts` made."""
+        ...
+
+
+class AllExperts:
+    """The share of a rank that has the whole model."""
+
+    def held(self, mixture: int, num_experts: int) -> Sequence[int]:
+        """See `ExpertShare.held`."""
+        return range(num_experts)
+
+    def weights(self, mixture: int, packed: Any) -> Any:
+        """See `ExpertShare.weights`."""
+        return packed
+
+    def packed(self, weights: Any) -> Any:
+        """See `ExpertShare.packed`."""
+        return weights
+
+
+def held_tensors(config: ModelConfig, share: ExpertShare) -> dict[str, tuple[int, ...]]:
+    """`expected_tensors` without those of experts that are not held."""
+    shapes = expected_tensors(config)
+    if config.moe is not None:
+        for mixture, layer in enumerate(config.moe.layers):
+            for expert in set(range(config.moe.num_experts)).difference(share.held(mixture, config.moe.num_experts)):
+                for name in expert_tensors(layer_prefix(layer), expert):
+                    del shapes[name]
+    return shapes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previous:
     """Parameters whose parts are used again where none of their tensors has changed."""
@@ -126,6 +180,7 @@ def build_params(
     *,
     keep: Callable[[Array], Array] = lambda array: array,
     previous: Previous | None = None,
+    share: ExpertShare | None = None,
 ) -> DecoderParams[Array]:
     """Pack tensors under their Hugging Face names (checked before, by `loader.check_tensors`) for `ops`.
 
@@ -134,7 +189,7 @@ def build_params(
     embedding twice where tied), so `tensors` may read from disk. Of `previous` the parts are taken over, and their
     tensors not looked up, that have not changed.
     """
-    build = _PartBuilder(ops, tensors, keep, previous)
+    build = _PartBuilder(ops, tensors, keep, previous, AllExperts() if share is None else share)
     root = None if previous is None else previous.params
     embed = build.kept(root, "embed", EMBED)
     layers = tuple(
@@ -161,8 +216,10 @@ class _PartBuilder:
         tensors: Mapping[str, Any],
         keep: Callable[[Any], Any],
         previous: Previous | None,
+        share: ExpertShare,
     ) -> None:
         self._ops, self._tensors, self._keep, self._previous = ops, tensors, keep, previous
+        self._share = share
 
     def kept(self, owner: Any, field: str, name: str) -> Any:
         old = self._old(owner, field, [name])
@@ -185,13 +242,13 @@ class _PartBuilder:
         old = self._old(owner, field, [gate, up])
         return self._ops.pack_gate_up(self._tensors[gate], self._tensors[up]) if old is None else old
 
-    def experts(self, owner: Any, prefixes: Sequence[str]) -> Any:
-        names = [tuple(prefix + name for name in BLOCK) for prefix in prefixes]
+    def experts(self, owner: Any, prefix: str, mixture: int, num_experts: int) -> Any:
+        names = [expert_tensors(prefix, expert) for expert in self._share.held(mixture, num_experts)]
         old = self._old(owner, "experts", list(chain.from_iterable(names)))
         if old is not None:
             return old
         triples = ((self._tensors[gate], self._tensors[up], self._tensors[down]) for gate, up, down in names)
-        return self._ops.pack_experts(len(names), triples)
+        return self._share.weights(mixture, self._ops.pack_experts(len(names), triples))
 
     def _old(self, owner: Any, field: str, names: Sequence[str]) -> Any:
         return None if self._previous is None else self._previous.part(owner, field, names)
@@ -230,7 +287,7 @@ def _build_mlp(build: _PartBuilder, config: ModelConfig, index: int, old: LayerP
     block: dict[str, Any] = {"gate_up": None, "down": None}
     if moe.shared_intermediate_size:
         block = _build_block(build, old, prefix + SHARED_EXPERTS)
-    experts = build.experts(mixture, [prefix + expert_prefix(expert) for expert in range(moe.num_experts)])
+    experts = build.experts(mixture, prefix, moe.layers.index(index), moe.num_experts)
     return block | {"moe": MoeParams(router, correction, experts)}
 
 

@@ -31,6 +31,12 @@ def expert_prefix(expert: int) -> str:
     return f"mlp.experts.{expert}."
 
 
+def expert_tensors(prefix: str, expert: int) -> tuple[str, str, str]:
+    """Names of an expert's gate, up and down matrix in the layer of `prefix`."""
+    gate, up, down = (prefix + expert_prefix(expert) + name for name in BLOCK)
+    return gate, up, down
+
+
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that the model needs, name -> shape, in forward order. `lm_head.weight` is left out where tied.
 

@@ -12,7 +12,8 @@ from zerokl.kernels.cpu.packing import unpack_expert, unpack_gate_up, unpack_lin
 from zerokl.kernels.ops import DecoderParams, LayerParams
 
 from .config import ModelConfig
-from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER, expected_tensors
+from .decoder import AllExperts, ExpertShare, held_tensors
+from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER
 
 Floats = NDArray[np.float32]
 
@@ -25,12 +26,16 @@ _KEPT = {
 
 
 class PackedTensors(Mapping[str, Floats]):
-    """Tensors by Hugging Face name, unpacked on access from parameters of the CPU ops. Not to be written to."""
+    """Tensors by Hugging Face name, unpacked on access from parameters of the CPU ops. Not to be written to.
 
-    def __init__(self, params: DecoderParams[Any], config: ModelConfig) -> None:
+    Of the experts those that `share` holds; None: all.
+    """
+
+    def __init__(self, params: DecoderParams[Any], config: ModelConfig, share: ExpertShare | None = None) -> None:
         self._params = params
         self._config = config
-        self._shapes = expected_tensors(config)
+        self._share = AllExperts() if share is None else share
+        self._shapes = held_tensors(config, self._share)
 
     def __getitem__(self, name: str) -> Floats:
         if name not in self._shapes:
@@ -42,7 +47,7 @@ class PackedTensors(Mapping[str, Floats]):
         if name == LM_HEAD:
             return unpack_linear(self._params.lm_head)
         _, _, index, rest = name.split(".", 3)
-        return self._of_layer(self._params.layers[int(index)], rest)
+        return self._of_layer(int(index), rest)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -50,16 +55,17 @@ class PackedTensors(Mapping[str, Floats]):
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def _of_layer(self, layer: LayerParams[Any], name: str) -> Floats:
+    def _of_layer(self, index: int, name: str) -> Floats:
+        layer = self._params.layers[index]
         if name in _KEPT:
             return _floats(getattr(layer, _KEPT[name]))
         if name.startswith("mlp."):
-            return self._of_mlp(layer, name)
+            return self._of_mlp(index, layer, name)
         _, part, kind = name.split(".")
         packed, rows = (layer.o, slice(None)) if part == "o_proj" else (layer.qkv, self._rows(part))
         return _floats(packed.bias[rows] if kind == "bias" else unpack_linear(packed)[rows])
 
-    def _of_mlp(self, layer: LayerParams[Any], name: str) -> Floats:
+    def _of_mlp(self, index: int, layer: LayerParams[Any], name: str) -> Floats:
         mixture: Any = layer.moe
         if name == ROUTER:
             return unpack_linear(mixture.router)
@@ -68,7 +74,10 @@ class PackedTensors(Mapping[str, Floats]):
         *path, part, _ = name.split(".")
         which = ("gate_proj", "up_proj", "down_proj").index(part)
         if "experts" in path:
-            return unpack_expert(mixture.experts, int(path[-1]), self._config.hidden_size)[which]
+            moe = self._config.moe
+            assert moe is not None, "an expert without mixtures"
+            slot = list(self._share.held(moe.layers.index(index), moe.num_experts)).index(int(path[-1]))
+            return unpack_expert(self._share.packed(mixture.experts), slot, self._config.hidden_size)[which]
         return unpack_linear(layer.down) if part == "down_proj" else unpack_gate_up(layer.gate_up)[which]
 
     def _rows(self, part: str) -> slice:

@@ -112,7 +112,7 @@ def _arrays(kind: str, table: Any, frames: Sequence[Frame]) -> dict[str, NDArray
     return arrays
 
 
-_DTYPES = {name: np.dtype(name) for name in ("uint8", "int32", "int64", "float32")}
+_DTYPES = {name: np.dtype(name) for name in ("uint8", "int16", "int32", "int64", "float32")}
 
 
 def _array(name: str, dtype: Any, shape: list[Any], frame: Frame) -> NDArray[Any]:
@@ -132,4 +132,4 @@ def _array(name: str, dtype: Any, shape: list[Any], frame: Frame) -> NDArray[Any
 
 
 def _bytes_of(array: NDArray[Any]) -> Frame:
-    return memoryview(array.reshape(-1)).cast("B") if array.size else b""
+    return array.reshape(-1).view(np.uint8).data if array.size else b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,16 +13,15 @@ from numpy.typing import NDArray
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.protocol.fields import ProtocolError, check_fields
 from zerokl.rollout.protocol.schema import ROLLOUT_ARRAYS, ROLLOUT_FIELDS
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 
 Arrays = Mapping[str, NDArray[Any]]
 _PARAMS_FIELDS = dataclasses.fields(SamplingParams)
-_TOKEN_ARRAYS = ("token_ids", "logprobs", "policy_logprobs", "entropy", "policy_versions")
-_COPIED_FIELDS = tuple(
-    name
-    for name in ROLLOUT_FIELDS
-    if name not in ("num_prompt_tokens", "num_tokens", "has_raw", "num_text_bytes", "sampling_params")
-)
+_OTHER_ARRAYS = ("prompt_token_ids", "raw_logprobs", "text", "routing_experts", "routing_weights")
+_TOKEN_ARRAYS = tuple(name for name in ROLLOUT_ARRAYS if name not in _OTHER_ARRAYS)
+_OTHER_FIELDS = ("num_prompt_tokens", "num_tokens", "has_raw", "num_text_bytes", "sampling_params", "routing")
+_COPIED_FIELDS = tuple(name for name in ROLLOUT_FIELDS if name not in _OTHER_FIELDS)
 
 
 # -- sampling parameters ----------------------------------------------------------------------------------------------
@@ -151,12 +151,18 @@ def rollouts_to_wire(rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[
             del row["stop_reason"]
         if text is not None:
             row["num_text_bytes"] = len(text)
+        if rollout.routing is not None:
+            experts = rollout.routing.experts
+            row["routing"] = [*experts.shape, rollout.routing.start, 8 * experts.itemsize]
         rows.append(row)
     columns: dict[str, NDArray[Any]] = {
         name: _join([getattr(rollout, name) for rollout in rollouts], kind.dtype)
         for name, kind in ROLLOUT_ARRAYS.items()
-        if name != "text"
+        if name in _TOKEN_ARRAYS or name in ("prompt_token_ids", "raw_logprobs")
     }
+    for name in ("experts", "weights"):
+        parts = [getattr(rollout.routing, name).reshape(-1) for rollout in rollouts if rollout.routing is not None]
+        columns[f"routing_{name}"] = _join(parts, ROLLOUT_ARRAYS[f"routing_{name}"].dtype)
     columns["text"] = np.frombuffer(b"".join(text for text in texts if text), np.uint8)
     return {"rollouts": rows, "sampling_params": params.distinct}, columns
 
@@ -171,16 +177,18 @@ def rollouts_from_wire(body: Mapping[str, Any], arrays: Arrays) -> list[Rollout]
     params = [params_from_wire(fields) for fields in body["sampling_params"]]
     _places("sampling_params", [row["sampling_params"] for row in rows], len(params))
     sizes = [row["num_tokens"] for row in rows]
-    columns = {name: split(name, arrays[name], sizes) for name in _TOKEN_ARRAYS}
+    columns: dict[str, Any] = {name: split(name, arrays[name], sizes) for name in _TOKEN_ARRAYS}
     prompts = split("prompt_token_ids", arrays["prompt_token_ids"], [row["num_prompt_tokens"] for row in rows])
     raw = split("raw_logprobs", arrays["raw_logprobs"], [row["num_tokens"] * row["has_raw"] for row in rows])
     texts = split("text", arrays["text"], [row.get("num_text_bytes", 0) for row in rows])
+    routings = _routings(rows, arrays)
     return [
         Rollout(
             prompt_token_ids=prompts[index],
             raw_logprobs=raw[index] if row["has_raw"] else None,
             text=_text(texts[index].tobytes()) if "num_text_bytes" in row else None,
             sampling_params=params[row["sampling_params"]],
+            routing=routings[index],
             **{name: columns[name][index] for name in _TOKEN_ARRAYS},
             **{name: row.get(name) for name in _COPIED_FIELDS},
         )
@@ -188,8 +196,28 @@ def rollouts_from_wire(body: Mapping[str, Any], arrays: Arrays) -> list[Rollout]
     ]
 
 
+def _routings(rows: Sequence[Mapping[str, Any]], arrays: Arrays) -> list[RolloutRouting | None]:
+    forms = [row.get("routing", [0, 0, 0, 0, 16]) for row in rows]
+    if any(len(form) != 5 or form[4] not in (16, 32) for form in forms):
+        raise ValueError("routing must be [positions, mixtures, experts per token, first position, 16 or 32]")
+    sizes = [math.prod(form[:3]) for form in forms]
+    experts = split("routing_experts", arrays["routing_experts"], sizes)
+    weights = split("routing_weights", arrays["routing_weights"], sizes)
+    return [
+        RolloutRouting(
+            experts=experts[index].astype(f"int{form[4]}").reshape(form[:3]),
+            weights=weights[index].reshape(form[:3]),
+            start=form[3],
+        )
+        if "routing" in row
+        else None
+        for index, (row, form) in enumerate(zip(rows, forms, strict=True))
+    ]
+
+
 def _join(arrays: list[NDArray[Any] | None], dtype: str) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *(array for array in arrays if array is not None)])
+    present = [array for array in arrays if array is not None]
+    return np.concatenate([np.zeros(0, dtype), *present]).astype(dtype, copy=False)
 
 
 def _places(name: str, places: list[int], count: int) -> list[int]:

@@ -90,9 +90,15 @@ ROLLOUT_ARRAYS: Mapping[str, ArrayKind] = {
     "entropy": _F32,
     "raw_logprobs": _F32,
     "policy_versions": _I64,
+    "steps": _I64,
+    "phases": ArrayKind("uint8"),
+    "cached_lens": _I32,
+    "ranks": ArrayKind("int16"),
     "text": ArrayKind("uint8"),
+    "routing_experts": _I32,
+    "routing_weights": _F32,
 }
-"""Arrays of rollouts, one rollout's after another's; `raw_logprobs` of those alone that have them."""
+"""Arrays of rollouts, one rollout's after another's; `raw_logprobs`, `text` and routing of those that have them."""
 ROLLOUT_FIELDS: Mapping[str, Field] = {
     "num_prompt_tokens": Integer(),
     "num_tokens": Integer(),
@@ -108,6 +114,7 @@ ROLLOUT_FIELDS: Mapping[str, Field] = {
     "sample_index": Integer(),
     "prompt_index": Integer(),
     "sampling_params": Integer(),
+    "routing": Optional(ListOf(Integer(0, 2**31))),
     "logprobs_definition": OneOf(("processed_logprobs",)),
 }
 """Of each rollout; `sampling_params` is an index into the message's list."""
@@ -145,9 +152,7 @@ CLIENT_MESSAGES: Schema = {
     "score": MessageKind(
         "Rates given tokens.",
         "yes",
-        _DEADLINE
-        | _PARAMS
-        | {"definition": OneOf(("policy_logprobs", "logprobs", "raw")), "policy": Text()},
+        _DEADLINE | _PARAMS | {"definition": OneOf(("policy_logprobs", "logprobs", "raw")), "policy": Text()},
         {"token_ids": _I32, "lens": _I32, "prompt_lens": ArrayKind("int32", optional=True), **_PARAMS_INDEX},
     ),
     "abort": MessageKind("Ends requests by id.", "yes", {"ids": _TEXTS}),
@@ -191,7 +196,9 @@ CLIENT_MESSAGES: Schema = {
     "resume_generation": MessageKind("Ends a pause."),
     "health": MessageKind("State of engine and server."),
     "metrics": MessageKind("Counters of engine and server."),
-    "describe_worker": MessageKind("Facts of the worker."),
+    "describe_ranks": MessageKind("Facts of each rank's worker."),
+    "expert_load": MessageKind("How often tokens chose each expert.", "yes", {"reset": Flag()}),
+    "rebalance_experts": MessageKind("Moves experts between ranks by their load."),
     "describe_engine": MessageKind("Configuration of engine and model; the tokenizer, if it has one."),
 }
 """What a server takes."""

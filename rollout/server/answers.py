@@ -69,6 +69,13 @@ def cut(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
+def expert_load(engine: RolloutEngine, reset: bool) -> dict[str, Any]:
+    """The engine's expert load as plain values: `shape` [M, X], and each count's entries row by row."""
+    load = engine.expert_load(reset=reset)
+    counts = {name: getattr(load, name).reshape(-1).tolist() for name in ("last_step", "total")}
+    return {"shape": list(load.total.shape), **counts}
+
+
 def describe_engine(engine: RolloutEngine, call: int) -> Message:
     """The engine's configuration as a `result`; model's and tokenizer's files, one after the other, are its data."""
     config = engine.config

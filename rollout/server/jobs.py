@@ -1,8 +1,8 @@
 """What clients ask for, done on the engine: the server's own thread never waits for it.
 
-    intake    one thread: reads calls, submits them in order of arrival, aborts
-    results   one thread: makes records (texts!) of calls that are finished
-    commands  a few threads: what blocks until a step boundary, or until requests have finished
+intake    one thread: reads calls, submits them in order of arrival, aborts
+results   one thread: makes records (texts!) of calls that are finished
+commands  a few threads: what blocks until a step boundary, or until requests have finished
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.protocol.codec import Message
 from zerokl.rollout.protocol.failures import CallCancelledError
 from zerokl.rollout.protocol.records import params_of_message, prompts_of_arrays, rollouts_from_wire, split
-from zerokl.rollout.server.answers import describe_engine, result_cost, rollout_messages, score_messages
+from zerokl.rollout.server.answers import describe_engine, expert_load, result_cost, rollout_messages, score_messages
 from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.streams import TokenFeed
@@ -115,8 +115,10 @@ class EngineJobs:
             "sleep": lambda call, message: self._in_background(call, _sleep, engine, message.body),
             "wake_up": lambda call, message: self._in_background(call, engine.wake_up, message.body.get("tags")),
             "reset_prefix_cache": lambda call, _: self._in_background(call, engine.reset_prefix_cache),
-            "describe_worker": lambda call, _: self._in_background(call, engine.describe_worker),
-            "describe_engine": lambda call, _: self._commands.submit(self._describe_engine, call),
+            "describe_ranks": lambda call, _: self._in_background(call, engine.describe_ranks),
+            "expert_load": lambda call, message: self._in_background(call, expert_load, engine, message.body["reset"]),
+            "rebalance_experts": lambda call, _: self._in_background(call, engine.rebalance_experts),
+            "describe_engine": lambda call, _: self._describe_engine(call),
         }
         engine.watch_steps(self._collect)
 
@@ -170,7 +172,7 @@ class EngineJobs:
             return
         prompts = prompts_of_arrays(message.arrays)
         given = params_of_message(message.body, message.arrays, len(prompts))
-        samples = np.array([1 if given is None else one.n for one in given or prompts], np.int64)
+        samples = np.ones(len(prompts), np.int64) if given is None else np.array([one.n for one in given], np.int64)
         cost = result_cost(np.abs(message.arrays["prompt_lens"].astype(np.int64)), samples, given)
         self._promise(call, int(samples.sum()), cost)
         self._submitted(call, message, self._engine.submit(prompts, given, request_ids=ids))
@@ -245,7 +247,9 @@ class EngineJobs:
         return (PublishedWeights if kind == "shared" else PublishedShards).from_bytes(body["published"])
 
     def _describe_engine(self, call: ServedCall) -> None:
-        self._guard(call, lambda: self._post(call, iter([describe_engine(self._engine, call.number)])))
+        self._commands.submit(
+            self._guard, call, lambda: self._post(call, iter([describe_engine(self._engine, call.number)]))
+        )
 
     def _in_background(self, call: ServedCall, function: Callable[..., Any], *arguments: Any) -> None:
         self._commands.submit(self._guard, call, lambda: self._answer(call, function(*arguments)))
@@ -278,4 +282,3 @@ class EngineJobs:
 
 def _sleep(engine: RolloutEngine, body: Any) -> None:
     engine.sleep(body.get("tags"), body["level"], spill_dir=body.get("spill_dir"))
-

@@ -1,9 +1,9 @@
 """CURVE keys: who a server is, and which clients it serves. Files are ZMQ certificates, as `zmq.auth` reads them.
 
-    DIR/server.key          public, for the clients
-    DIR/server.key_secret   the server's alone
-    DIR/clients/NAME.key    public keys of the clients that are served
-    DIR/NAME.key_secret     a client's, to be given to it
+DIR/server.key          public, for the clients
+DIR/server.key_secret   the server's alone
+DIR/clients/NAME.key    public keys of the clients that are served
+DIR/NAME.key_secret     a client's, to be given to it
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ServerKeys:
         return cls(public=public, secret=secret, clients=frozenset(clients))
 
 
-def load_certificate(path: str | Path, *, secret: bool = False) -> tuple[bytes, bytes]:
+def load_certificate(path: str | os.PathLike[str], *, secret: bool = False) -> tuple[bytes, bytes]:
     """(public key, secret key or b""). Raises ValueError for a file that is missing or lacks what is asked for."""
     try:
         public, private = zmq.auth.load_certificate(path)

@@ -138,7 +138,7 @@ class RolloutServer:
         poller = zmq.Poller()
         for source in (self._router, self._zap, self._wake_fd):
             poller.register(source, zmq.POLLIN)
-        ready = dict(poller.poll(max(0, 1000 * (due - now)) + 1))
+        ready = dict(poller.poll(int(1000 * max(0.0, due - now)) + 1))
         if self._zap in ready:
             self._authenticate()
         if self._wake_fd in ready:

@@ -35,7 +35,7 @@ def make_job(folder: Path, prompts: Any, family: str) -> Job:
     content = tiny_moe_config(family, vocab_size=VOCAB_SIZE, hidden_size=64, eos_token_id=256)
     save_pretrained(folder, content, random_tensors(ModelConfig.from_json(content), gain=2.0))
     write_byte_tokenizer(folder)
-    return Job(folder=folder, prompts=prompts, n=2, max_tokens=24)
+    return Job(folder=folder, prompts=prompts, n=2, max_tokens=24, return_routing="all")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -52,6 +52,27 @@ def test_bad_routing_is_refused(llama):
         model.logprobs(ids, starts, routing=np.where(good == 2, 8, good))
     with pytest.raises(ValueError, match=r"routing\[0, 0\] must hold distinct experts, got \[0, 1, 1\]"):
         model.logprobs(ids, starts, routing=np.where(good == 2, 1, good))
+    with pytest.raises(ValueError, match=r"routing\[2\] must be in \[0, 8\), got -1"):
+        model.logprobs(ids, starts, routing=np.where(good == 2, -1, good))
+    with pytest.raises(ValueError, match=r"routing\[0\] must be in \[0, 8\), got -2"):
+        model.logprobs(ids, starts, routing=np.full_like(good, -2))
+
+
+def test_bad_routing_weights_are_refused():
+    model = PolicyModel(ModelConfig.from_json(tiny_moe_config()))
+    ids, starts, experts = [1, 2, 3], [0, 3], np.tile(np.arange(3), (2, 3, 1))
+    experts[:, 2] = -1
+    weights = np.full(experts.shape, 0.5, np.float32)
+    weights[:, 2] = np.nan  # of rows that are not given
+    model.logprobs(ids, starts, routing=experts, routing_weights=weights)
+    with pytest.raises(ValueError, match="routing_weights must be None where routing is"):
+        model.logprobs(ids, starts, routing_weights=weights)
+    for wrong in (weights.astype(np.float64), weights[:1]):
+        with pytest.raises(ValueError, match=r"routing_weights must be float32 in shape \(2, 3, 3\), got"):
+            model.logprobs(ids, starts, routing=experts, routing_weights=wrong)
+    weights[1, 0, 2] = np.inf
+    with pytest.raises(ValueError, match=r"routing_weights\[1, 0, 2\] must be finite, got inf"):
+        model.logprobs(ids, starts, routing=experts, routing_weights=weights)
 
 
 def test_bad_construction_is_refused(llama):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.ops import CpuOps
 from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
+from zerokl.kernels.ops import KVPool
 from zerokl.kernels.reference.ops import ReferenceOps
+from zerokl.rollout.models.synthetic import step_inputs
 
 Floats = NDArray[np.float32]
 HIDDEN, INNER, EXPERTS, SLOTS = 300, 72, 20, 4
@@ -147,6 +150,38 @@ def test_given_ids_are_kept_in_their_order(mixture: Mixture) -> None:
     np.testing.assert_array_equal(turned, ids[:, ::-1])
     plain = run(ops, mixture, x, None, spec(normalise=False))[1]
     np.testing.assert_array_equal(turned_weights, plain[:, ::-1])
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("make_ops", [CpuOps, ReferenceOps])
+def test_rows_of_minus_one_are_the_routers_choice(mixture: Mixture, make_ops: Any) -> None:
+    x, ops = rows(40).astype(np.float32 if make_ops is CpuOps else np.float64), make_ops()
+    params = mixture.params(ops)
+    free = ops.route(x, params, spec())
+    other = ((free.experts + 1) % EXPERTS).astype(np.int32)[None]
+    given, weights = np.arange(40) % 3 == 0, np.full((1, 40, SLOTS), 0.25, np.float32)
+
+    def replayed(ids: Any, **changes: Any) -> Routing[Any]:
+        inputs = step_inputs([np.zeros(40, np.int32)], [0], [list(range(5))], 8)
+        ops.begin_step(replace(inputs, routing=ids, **changes), KVPool(*[np.zeros((0, 1))] * 2, block_size=8))
+        return ops.route(x, params, spec())
+
+    all_given = replayed(other)
+    mixed_ids = np.where(given[:, None], other, -1).astype(np.int32)
+    for mixed, fixed in (replayed(mixed_ids), False), (replayed(mixed_ids, routing_weights=weights), True):
+        np.testing.assert_array_equal(mixed.experts, np.where(given[:, None], other[0], free.experts))
+        of_given = weights[0] if fixed else all_given.weights
+        np.testing.assert_array_equal(mixed.weights, np.where(given[:, None], of_given, free.weights))
+    assert (mixed_ids[0, ~given] == -1).all(), "what was given is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("ids", "bound", "got"), [([0, -1], "[0, 5)", -1), ([-1, 0], "[-1, -1]", 0), ([-2, -2], "[0, 5)", -2)]
+)
+def test_a_row_is_given_as_a_whole_or_not_at_all(ids: list[int], bound: str, got: int) -> None:
+    given, weights = np.array([[1, 2], ids], np.int32), np.empty((2, 2), np.float32)
+    with pytest.raises(ValueError, match=re.escape(f"must be in {bound}, got {got}")):
+        _cpu.route(np.zeros((2, 5), np.float32), None, False, 0.0, given, weights, True)
 
 
 def test_no_rows(mixture: Mixture) -> None:

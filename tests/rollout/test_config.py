@@ -27,6 +27,15 @@ from zerokl.rollout.config import EngineConfig, SchedulerConfig
         ("num_threads", 0, ">= 1"),
         ("worker", "thread", "inprocess"),
         ("device", "", "device"),
+        ("expert_parallel_size", 0, ">= 1"),
+        ("data_parallel_size", True, ">= 1"),
+        ("batched_token_timeout", -0.1, "seconds >= 0"),
+        ("batched_token_timeout", "0.1", "seconds >= 0"),
+        ("rank_roles", ("mixed", "mixed"), "each of the 1 ranks"),
+        ("rank_roles", ["decode"], "can prefill"),
+        ("num_redundant_experts", -1, ">= 0"),
+        ("expert_rebalance_interval", 0, ">= 1"),
+        ("return_routing", "some", "output"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_value_and_bound(field, value, bound):
@@ -77,3 +86,52 @@ def test_resolve_refuses_what_the_model_cannot_do():
 def test_scheduler_config_checks_its_ranges():
     with pytest.raises(ValueError, match="max_overtakes must be an integer >= 1, got 0"):
         SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=1, max_overtakes=0)
+
+
+def test_several_ranks_are_processes_that_share_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
+    model = {"max_position_embeddings": 64, "kv_bytes_per_token": 4}
+    alone = EngineConfig(model="folder").resolve(**model)
+    assert (alone.num_ranks, alone.worker, alone.num_threads, alone.rank_roles) == (1, "inprocess", None, ("mixed",))
+    spread = EngineConfig(model="folder", data_parallel_size=3).resolve(**model)
+    assert (spread.num_ranks, spread.worker, spread.num_threads) == (3, "process", 2)
+    assert spread.rank_roles == ("mixed",) * 3
+    assert EngineConfig(model="folder", data_parallel_size=9).resolve(**model).num_threads == 1
+    with pytest.raises(ValueError, match="worker must be 'process' or None with 2 ranks, got 'inprocess'"):
+        EngineConfig(model="folder", data_parallel_size=2, worker="inprocess")
+
+
+@pytest.mark.parametrize(
+    ("options", "num_experts", "message"),
+    [
+        ({"expert_parallel_size": 2}, None, "expert_parallel_size must be 1 for a model without mixtures .*, got 2"),
+        ({"expert_parallel_size": 3}, 8, "expert_parallel_size must divide the model's 8 experts, got 3"),
+        (
+            {"expert_parallel_size": 2, "num_redundant_experts": 1},
+            8,
+            "expert_parallel_size must divide the model's 8 experts and 1 redundant ones, got 2",
+        ),
+        ({"num_redundant_experts": 2}, 8, "num_redundant_experts must be <= 0, .*, got 2"),
+        ({"expert_parallel_size": 2, "num_redundant_experts": 10}, 8, "num_redundant_experts must be <= 8, .*, got 10"),
+    ],
+)
+def test_experts_must_spread_evenly(options, num_experts, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(model="folder", **options).resolve(
+            max_position_embeddings=64, kv_bytes_per_token=4, num_experts=num_experts
+        )
+
+
+def test_the_window_is_the_options_else_the_environments_else_a_tenth_of_a_second(monkeypatch):
+    def timeout(**options):
+        config = EngineConfig(model="folder", **options)
+        return config.resolve(max_position_embeddings=64, kv_bytes_per_token=4).batched_token_timeout
+
+    monkeypatch.delenv("ZEROKL_EP_BATCHED_TOKEN_TIMEOUT", raising=False)
+    assert timeout() == 0.1 and timeout(batched_token_timeout=0) == 0.0
+    monkeypatch.setenv("ZEROKL_EP_BATCHED_TOKEN_TIMEOUT", "0.25")
+    assert timeout() == 0.25 and timeout(batched_token_timeout=3) == 3.0
+    for bad in ("soon", "-1", "nan"):
+        monkeypatch.setenv("ZEROKL_EP_BATCHED_TOKEN_TIMEOUT", bad)
+        with pytest.raises(ValueError, match=r"ZEROKL_EP_BATCHED_TOKEN_TIMEOUT must be .* >= 0, got"):
+            timeout()

@@ -16,10 +16,17 @@ def make(request_id: str, tokens, group: str | None = None) -> Request:
     return Request.generate(request_id, np.asarray(tokens, np.int32), SamplingParams(), seed=0, group_id=group)
 
 
+def match(manager: KVCacheManager, request: Request, epoch: int) -> list[int]:
+    return manager.match(request, manager.prefix_keys(request, epoch))
+
+
 def admit(manager: KVCacheManager, request: Request, epoch: int = 1) -> int:
     """Admit and compute a whole request; the number of tokens that came from the cache."""
-    matched = manager.match(request, epoch)
+    keys = manager.prefix_keys(request, epoch)
+    matched = manager.match(request, keys)
     assert manager.can_admit(request, matched, reserve=0)
+    manager.adopt_keys(request, keys)
+    manager.share(matched)
     manager.admit(request, matched)
     request.num_computed_tokens = request.compute_target
     manager.publish(request)
@@ -79,7 +86,7 @@ def test_the_longest_prefix_is_matched_but_never_the_whole_prompt():
     assert admit(manager, make("b", [*range(16), 99, 98])) == 16
     assert admit(manager, make("c", range(24))) == 16  # the third block holds the last token
     assert admit(manager, make("d", range(25))) == 24
-    assert len(manager.match(make("e", [7, *range(1, 24)]), 1)) == 0
+    assert len(match(manager, make("e", [7, *range(1, 24)]), 1)) == 0
 
 
 def test_shared_blocks_are_the_same_ids():
@@ -99,16 +106,16 @@ def test_a_score_request_takes_from_the_cache_only_what_comes_before_its_rows():
     manager = KVCacheManager(16, 8)
     admit(manager, make("a", range(32)))
     for start, blocks in ((1, 0), (8, 0), (9, 1), (24, 2), (25, 3)):
-        assert len(manager.match(Request.score("s", list(range(32)), score_start=start), 1)) == blocks, start
+        assert len(match(manager, Request.score("s", list(range(32)), score_start=start), 1)) == blocks, start
 
 
 def test_blocks_of_another_epoch_are_never_matched():
     manager = KVCacheManager(16, 8)
     admit(manager, make("a", range(24)), epoch=1)
     request = make("b", range(24))
-    assert len(manager.match(request, 1)) == 2
-    assert len(manager.match(request, 2)) == 0
-    assert len(manager.match(request, 1)) == 2
+    assert len(match(manager, request, 1)) == 2
+    assert len(match(manager, request, 2)) == 0
+    assert len(match(manager, request, 1)) == 2
 
 
 def test_without_caching_only_a_group_shares():
@@ -128,9 +135,9 @@ def test_eviction_takes_the_end_of_a_chain_first_and_reset_forgets_all():
     assert manager.num_cached_blocks == 3 and manager.num_free_blocks == 4
     other = make("b", range(50, 60))
     admit(manager, other)  # takes the free block and the chain's last one
-    assert len(manager.match(make("c", range(25)), 1)) == 2
+    assert len(match(manager, make("c", range(25)), 1)) == 2
     manager.reset()
-    assert manager.num_cached_blocks == 0 and manager.match(make("c", range(25)), 1) == []
+    assert manager.num_cached_blocks == 0 and match(manager, make("c", range(25)), 1) == []
     manager.check_integrity([other])
     manager.release(other)
     assert manager.num_free_blocks == 4
@@ -145,10 +152,10 @@ def test_idle_blocks_that_a_request_would_wake_count_as_taken():
     holder = make("h", range(60, 68))
     admit(manager, holder)
     request = make("b", range(33))
-    matched = manager.match(request, 1)
+    matched = match(manager, request, 1)
     assert len(matched) == 3 and not manager.can_admit(request, matched, reserve=0)  # 5 blocks are needed, 3 are free
     request = make("c", range(24))
-    matched = manager.match(request, 1)
+    matched = match(manager, request, 1)
     assert manager.can_admit(request, matched, reserve=0) and not manager.can_admit(request, matched, reserve=1)
 
 
@@ -173,9 +180,11 @@ def test_blocks_are_conserved_whatever_happens(actions, caching):
     for number, (action, choice) in enumerate(actions):
         if action == "admit":
             request = make(str(number), [choice % 3] * 8 + list(range(choice * 5)), "g" if choice % 2 else None)
-            matched = manager.match(request, 1)
+            matched = match(manager, request, 1)
             assert len(matched) * 8 < request.num_tokens
             if manager.can_admit(request, matched, reserve=choice % 2):
+                manager.adopt_keys(request, manager.prefix_keys(request, 1))
+                manager.share(matched)
                 manager.admit(request, matched)
                 request.num_computed_tokens = max(request.num_computed_tokens, request.num_tokens - choice)
                 manager.publish(request)

@@ -9,6 +9,7 @@ from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request, as_token_ids, derive_seed
+from zerokl.rollout.results import Origin
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import TokenHistory
 
@@ -30,7 +31,7 @@ def test_a_generate_request_grows_past_its_first_arrays():
     request = Request.generate("a", [1, 2, 3], SamplingParams(max_tokens=500, raw_logprobs=True), seed=5)
     for token in range(300):
         assert request.next_row == request.num_tokens - 1 == request.compute_target - 1
-        request.record(result([7, token, 9]), 1, 1, policy_version=token // 100)
+        request.record(result([7, token, 9]), 1, 1, Origin(token // 100))
     assert request.output_token_ids.tolist() == list(range(300))
     assert request.token_ids.tolist() == [1, 2, 3, *range(300)]
     assert request.logprobs.tolist() == [1.0] * 300 and request.policy_logprobs[0] == 2.0
@@ -41,9 +42,9 @@ def test_a_generate_request_grows_past_its_first_arrays():
 def test_a_score_request_takes_rows_in_chunks():
     request = Request.score("s", [4, 5, 6, 7, 8], score_start=2)
     assert (request.num_tokens, request.compute_target, request.next_row) == (5, 4, 1)
-    request.record(result([6, 7]), 0, 2, policy_version=3)
+    request.record(result([6, 7]), 0, 2, Origin(3))
     assert request.next_row == 3 and request.output_token_ids.tolist() == [6, 7]
-    request.record(result([9, 8]), 1, 1, policy_version=3)
+    request.record(result([9, 8]), 1, 1, Origin(3))
     assert request.logprobs.tolist() == [0.0, 1.0, 1.0] and request.raw_logprobs is None
     assert request.num_tokens == 5
 
@@ -133,7 +134,7 @@ def test_derived_seeds_differ_and_repeat():
 
 def test_a_rollout_holds_copies_of_exact_length():
     request = Request.generate("a", [1, 2], SamplingParams(max_tokens=9), seed=11, sample_index=2, prompt_index=4)
-    request.record(result([5]), 0, 1, policy_version=8)
+    request.record(result([5]), 0, 1, Origin(8))
     request.finish("stop", 5)
     rollout = Rollout.from_request(request, text="x")
     assert rollout.token_ids.tolist() == [5] and rollout.token_ids.base is None

@@ -7,7 +7,6 @@ from scheduling_rig import VOCAB, Rig, assert_as_expected, generate
 
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.step_inputs import build_step_inputs
 
 
 def test_stop_tokens_eos_and_min_tokens():
@@ -62,26 +61,26 @@ def test_abort_everywhere():
         generate("parked", 20, group_id="g"),
     ]
     for request in requests:
-        rig.scheduler.add(request)
+        rig.add(request)
     rig.step()
     assert rig.scheduler.abort("unknown") is None
     assert rig.scheduler.abort("wait") is requests[1] and rig.scheduler.abort("wait") is None
     assert rig.scheduler.abort_all() == [requests[0], requests[2], requests[3]]
     assert [request.finish_reason for request in requests] == ["abort"] * 4 and requests[0].num_output_tokens == 1
     assert rig.step() is None and rig.kv_cache.num_free_blocks == 64
-    rig.kv_cache.check_integrity([])
+    rig.scheduler.check_integrity()
 
 
 def test_an_id_aborted_in_flight_may_be_used_again():
     rig = Rig()
-    rig.scheduler.add(generate("a", 9, max_tokens=3))
-    plan = rig.scheduler.plan()
-    inputs = build_step_inputs(plan, rig.scheduler.requests, rig.block_size)
+    rig.add(generate("a", 9, max_tokens=3))
+    plan = rig.plan()
+    orders = rig.orders(plan)
     rig.scheduler.abort("a")
-    rig.scheduler.add(again := generate("a", 12, max_tokens=3))
-    assert rig.scheduler.update(plan, rig.model.execute(inputs)) == [] and again.num_computed_tokens == 0
+    rig.add(again := generate("a", 12, max_tokens=3))
+    assert rig.scheduler.update(plan, rig.execute(orders)) == [] and again.num_computed_tokens == 0
     with pytest.raises(ValueError, match="request_id must be new, got 'a'"):
-        rig.scheduler.add(generate("a", 9))
+        rig.add(generate("a", 9))
     rig.run()
     assert_as_expected([again], rig.weights)
 
@@ -91,6 +90,6 @@ def test_metrics_add_up():
     rig.run([generate(f"p{i}", 30, group_id="p", sample_index=i) for i in range(3)])
     metrics = rig.scheduler.metrics()
     assert metrics["steps"] == len(rig.plans)
-    assert metrics["computed_tokens"] == rig.model.num_computed and metrics["result_rows"] == 12
+    assert metrics["computed_tokens"] == rig.num_computed and metrics["result_rows"] == 12
     assert metrics["cached_tokens"] == 2 * 24 and metrics["admissions"] == metrics["finished_length"] == 3
     assert metrics["running"] == metrics["waiting"] == 0 and metrics["free_blocks"] == metrics["total_blocks"] == 64

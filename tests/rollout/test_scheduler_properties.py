@@ -16,6 +16,7 @@ from scheduling_rig import VOCAB, Rig, assert_as_expected
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.kv_cache.prefix_cache import PrefixKeys
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -100,7 +101,7 @@ def disturb(rig: Rig, action: str, choice: int) -> None:
         aborted = rig.scheduler.abort(ids[choice % len(ids)])
         assert aborted is not None
         rig.keep(aborted)
-    rig.kv_cache.check_integrity(rig.scheduler.requests.values())
+    rig.scheduler.check_integrity()
 
 
 @EXAMPLES
@@ -112,7 +113,7 @@ def test_every_request_finishes_once_with_its_own_output(rig, workload, disturba
     for wait, requests in workload:
         for request in requests:
             limits.check(request)
-            rig.scheduler.add(request)
+            rig.add(request)
             added.append(request)
         for _ in range(wait):
             while events and events[0][0] <= len(rig.plans):
@@ -145,7 +146,7 @@ def test_nobody_is_overtaken_more_often_than_the_limit(rig, seed):
         tokens = rng.integers(0, VOCAB, rng.choice([4, 60], p=[0.8, 0.2]))
         params = SamplingParams(max_tokens=int(rng.integers(1, 9)))
         everyone.append(Request.generate(str(number), tokens, params, seed=0))
-        rig.scheduler.add(everyone[-1])
+        rig.add(everyone[-1])
         num_admitted = rig.scheduler.metrics()["admissions"]
         rig.step()
         joins = sorted(
@@ -186,7 +187,7 @@ def run_standard(manager: type[KVCacheManager] = KVCacheManager, *, check: bool 
         rig.scheduler.set_weights("policy", epoch=epoch, version=epoch)
         rig.finished.clear()
         for request in standard_requests():
-            rig.scheduler.add(request)
+            rig.add(request)
         for step in itertools.count():
             if rig.step() is None:
                 break
@@ -229,8 +230,8 @@ class DropsAnExtension(KVCacheManager):
 class MatchesAnyEpoch(KVCacheManager):
     """Old weights' keys are taken for new ones."""
 
-    def match(self, request: Request, weight_epoch: int) -> list[int]:
-        return super().match(request, 0)
+    def prefix_keys(self, request: Request, weight_epoch: int) -> PrefixKeys:
+        return super().prefix_keys(request, 0)
 
 
 class PublishesUncomputedBlocks(KVCacheManager):
@@ -246,8 +247,8 @@ class PublishesUncomputedBlocks(KVCacheManager):
 class KeysWithoutParents(KVCacheManager):
     """A block is known by its own tokens, whatever came before them."""
 
-    def _key(self, request: Request, index: int) -> bytes:
-        return b"key" + self._block_tokens(request, index)
+    def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
+        return b"key" + tokens
 
 
 class FreesSharedBlocks(KVCacheManager):

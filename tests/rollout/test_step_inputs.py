@@ -1,4 +1,4 @@
-"""build_step_inputs: every array against plain loops, over chunks, decoding, scoring and all sampling options."""
+"""build_step_orders: every array against plain loops, over chunks, decoding, scoring and all sampling options."""
 
 import numpy as np
 from scheduling_rig import Rig
@@ -6,7 +6,7 @@ from scheduling_rig import Rig
 from zerokl.kernels.ops import StepInputs
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.step_inputs import build_step_inputs
+from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_plan import StepPlan
 
 EOS = 40
@@ -43,7 +43,7 @@ def mixed_requests() -> list[Request]:
 def check_against_loops(plan: StepPlan, requests: dict[str, Request], inputs: StepInputs, block_size: int) -> None:
     tokens, positions, slots, rows = [], [], [], []
     batch = inputs.sampling
-    for index, entry in enumerate(plan.entries):
+    for index, entry in enumerate(plan.ranks[0].entries):
         request = requests[entry.request_id]
         table = request.block_table[: request.num_blocks].tolist()
         assert inputs.seq_starts[index] == len(tokens)
@@ -61,7 +61,7 @@ def check_against_loops(plan: StepPlan, requests: dict[str, Request], inputs: St
     assert inputs.slot_mapping.tolist() == slots and inputs.logit_rows.tolist() == rows
     assert (inputs.step, inputs.policy) == (plan.step, plan.policy)
     assert batch.want_raw == any(
-        requests[e.request_id].sampling_params.raw_logprobs for e in plan.entries if e.num_rows
+        requests[e.request_id].sampling_params.raw_logprobs for e in plan.ranks[0].entries if e.num_rows
     )
 
 
@@ -99,33 +99,33 @@ def test_every_array_agrees_with_plain_loops():
     for budget, block_size in ((23, 8), (256, 16)):
         rig = Rig(max_num_batched_tokens=budget, block_size=block_size)
         for request in mixed_requests():
-            rig.scheduler.add(request)
-        while (plan := rig.scheduler.plan()) is not None:
-            inputs = build_step_inputs(plan, rig.scheduler.requests, block_size)
+            rig.add(request)
+        while (plan := rig.plan()) is not None:
+            inputs = build_step_orders(plan, rig.scheduler.requests, block_size)[0].inputs
             check_against_loops(plan, rig.scheduler.requests, inputs, block_size)
-            rig.scheduler.update(plan, rig.model.execute(inputs))
+            rig.scheduler.update(plan, rig.execute(rig.orders(plan)))
         assert rig.scheduler.num_unfinished == 0
 
 
 def test_dtypes_and_contiguity():
     rig = Rig(max_num_batched_tokens=23)
     for request in mixed_requests():
-        rig.scheduler.add(request)
+        rig.add(request)
     for _ in range(6):
-        plan = rig.scheduler.plan()
-        inputs = build_step_inputs(plan, rig.scheduler.requests, rig.block_size)
+        plan = rig.plan()
+        inputs = rig.orders(plan)[0].inputs
         arrays = [(name, getattr(inputs, name), np.int32) for name in INPUT_ARRAYS]
         for dtype, names in BATCH_DTYPES.items():
             arrays += [(name, getattr(inputs.sampling, name), dtype) for name in names.split()]
         for name, array, dtype in arrays:
             assert array.dtype == dtype and array.flags.c_contiguous, name
-        rig.scheduler.update(plan, rig.model.execute(inputs))
+        rig.scheduler.update(plan, rig.execute(rig.orders(plan)))
 
 
 def test_a_chunk_without_rows_has_an_empty_sampling_batch():
     rig = Rig(max_num_batched_tokens=5)
-    rig.scheduler.add(Request.generate("a", list(range(12)), SamplingParams(), seed=0))
-    inputs = build_step_inputs(rig.scheduler.plan(), rig.scheduler.requests, rig.block_size)
+    rig.add(Request.generate("a", list(range(12)), SamplingParams(), seed=0))
+    inputs = rig.orders(rig.plan())[0].inputs
     assert inputs.logit_rows.shape == inputs.sampling.temperature.shape == inputs.sampling.forced.shape == (0,)
     assert inputs.sampling.history_start.tolist() == inputs.sampling.bias_start.tolist() == [0]
 
@@ -133,9 +133,9 @@ def test_a_chunk_without_rows_has_an_empty_sampling_batch():
 def test_building_twice_gives_the_same_arrays():
     rig = Rig(max_num_batched_tokens=64)
     for request in mixed_requests():
-        rig.scheduler.add(request)
+        rig.add(request)
     rig.step()
-    plan = rig.scheduler.plan()
-    first, second = (build_step_inputs(plan, rig.scheduler.requests, rig.block_size) for _ in range(2))
+    plan = rig.plan()
+    first, second = (rig.orders(plan)[0].inputs for _ in range(2))
     assert first.token_ids.tolist() == second.token_ids.tolist()
     assert first.sampling.history_token.tolist() == second.sampling.history_token.tolist()

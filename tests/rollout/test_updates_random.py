@@ -42,7 +42,7 @@ def run_case(folder: Path, seed: int, options: dict[str, Any]) -> list[Rollout]:
             worker.gate.release()
         worker.open()
         rollouts: list[Rollout] = call()
-        engine._kv_cache.check_integrity([])
+        engine._scheduler.check_integrity()
         assert engine.metrics()["free_blocks"] == changes["num_blocks"]
     return rollouts
 

@@ -18,6 +18,7 @@ from zerokl.rollout.messages import (
     Close,
     Commit,
     Configure,
+    Connect,
     Describe,
     Discard,
     Done,
@@ -28,23 +29,21 @@ from zerokl.rollout.messages import (
     Hello,
     Pin,
     PutAway,
+    Rearrange,
     Sampled,
     Stage,
     exception_of,
     failure_of,
 )
 from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
-from zerokl.rollout.wire import (
+from zerokl.rollout.wire import PROTOCOL_VERSION, WireError, decode, encode
+from zerokl.rollout.wire_steps import (
     LOAD_ARRAYS,
     MOVE_ARRAYS,
-    PROTOCOL_VERSION,
     ROUTED_ARRAYS,
     SAMPLE_ARRAYS,
     SAMPLING_ARRAYS,
     STEP_ARRAYS,
-    WireError,
-    decode,
-    encode,
 )
 from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync import ChecksumError, Manifest, PublishedWeights
@@ -116,7 +115,8 @@ def vars_of(instance: Any) -> list[Any]:
     "message",
     [
         Hello(pid=1),
-        Configure(options={"model": "/m", "seed": 2**64 - 1, "num_threads": None, "enable_prefix_caching": True}),
+        Configure(options={"model": "/m", "seed": 2**64 - 1, "num_threads": None}, rank=1, folder="/f"),
+        Connect(),
         Stage(source=FolderWeights(path="/weights/ü"), version=3),
         Stage(source=SharedWeights(published=published()), version=2**62),
         Commit(),
@@ -125,6 +125,7 @@ def vars_of(instance: Any) -> list[Any]:
         Drop(name=""),
         PutAway(weights=True, kv_cache=False, level=1, spill_dir="/tmp"),
         BringBack(weights=False, kv_cache=True),
+        Rearrange(placement=[[[0, 2], [1, 3]]]),
         Describe(),
         Close(),
         Done(),
@@ -171,7 +172,8 @@ def test_moves_of_blocks_and_what_routers_chose_travel_too() -> None:
 
 
 def test_a_replayed_choice_of_experts_travels_too() -> None:
-    inputs = dataclasses.replace(a_step(), routing=np.arange(30, dtype=np.int32).reshape(2, 5, 3))
+    ids = np.arange(30, dtype=np.int32).reshape(2, 5, 3)
+    inputs = dataclasses.replace(a_step(), routing=ids, routing_weights=ids.astype(np.float32))
     _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
     assert isinstance(execute, Execute)
     assert_equal(execute.order.inputs, inputs)
@@ -212,8 +214,8 @@ RESULT = [RESULT_SHAPES, *NO_LOAD]
         ([], "expected 1 or 2 frames, got 0"),
         ([b"", b"", b""], "expected 1 or 2 frames, got 3"),
         ([b"\xc1"], "not msgpack"),
-        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 3 is not 2"),
-        ([msgpack.packb("hello")], "protocol version 'hello' is not 2"),
+        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 4 is not 3"),
+        ([msgpack.packb("hello")], "protocol version 'hello' is not 3"),
         ([header(PROTOCOL_VERSION, "0", "Done", [])], "header: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Reboot", [])], "unknown message kind 'Reboot'"),
         ([header(PROTOCOL_VERSION, 0, "Done", [1])], "Done: expected fields of types"),

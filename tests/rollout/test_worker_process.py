@@ -19,7 +19,7 @@ import pytest
 from leftovers import children_of, segments_of, wait_for_end
 
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling
-from zerokl.rollout import worker_channels
+from zerokl.rollout import worker_child
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.models.config import ModelConfig
@@ -187,7 +187,7 @@ def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RemoteWorker) -> N
         assert not call.done()
         os.kill(pid, signal.SIGKILL)
         start = time.perf_counter()
-        with pytest.raises(WorkerDiedError, match=f"worker process {pid} was killed by SIGKILL"):
+        with pytest.raises(WorkerDiedError, match=f"rank 0: worker process {pid} was killed by SIGKILL"):
             call.result()
         assert time.perf_counter() - start < 1
     assert pid not in children_of(os.getpid())
@@ -220,7 +220,7 @@ def test_the_last_words_of_a_crash_are_in_the_error(
 
 
 def test_a_child_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
-    monkeypatch.setattr(worker_channels, "_BOOT", "raise SystemExit('no zerokl here')")
+    monkeypatch.setattr(worker_child, "_BOOT", "raise SystemExit('no zerokl here')")
     with pytest.raises(WorkerDiedError, match=r"(?s)ended with exit status 1; it wrote:\nno zerokl here"):
         RemoteWorker(config)
 
@@ -266,7 +266,7 @@ def test_close_leaves_no_process_thread_descriptor_or_folder(
 def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch, mortal: RemoteWorker
 ) -> None:
-    monkeypatch.setattr(worker_channels, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(worker_child, "CLOSE_SECONDS", 0.2)
     pid = mortal.describe()["pid"]
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:

@@ -24,6 +24,7 @@ from zerokl.rollout.protocol.records import (
     rollouts_to_wire,
 )
 from zerokl.rollout.protocol.schema import CLIENT_MESSAGES, ROLLOUT_FIELDS, SERVER_MESSAGES
+from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 
 ABORT = Message(kind="abort", call=7, seq=3, body={"ids": ["a", "b"]})
@@ -43,6 +44,10 @@ def rollout(size: int = 3, **changes: Any) -> Rollout:
         "entropy": np.ones(size, np.float32),
         "raw_logprobs": None,
         "policy_versions": np.full(size, 2, np.int64),
+        "steps": np.arange(size, dtype=np.int64),
+        "phases": np.ones(size, np.uint8),
+        "cached_lens": np.full(size, 8, np.int32),
+        "ranks": np.full(size, 3, np.int16),
         "finish_reason": "abort",
         "stop_reason": None,
         "num_cached_tokens": 1,
@@ -63,6 +68,10 @@ def equal(first: Rollout, second: Rollout) -> None:
         if isinstance(one, np.ndarray):
             np.testing.assert_array_equal(one, other, err_msg=field.name)
             assert one.dtype == other.dtype and other.flags.writeable
+        elif isinstance(one, RolloutRouting):
+            assert one.start == other.start and one.experts.dtype == other.experts.dtype
+            np.testing.assert_array_equal(one.experts, other.experts)
+            np.testing.assert_array_equal(one.weights, other.weights)
         else:
             assert one == other, field.name
 
@@ -82,6 +91,12 @@ def test_rollouts_come_back_as_they_were() -> None:
     given = [
         rollout(),
         rollout(0, text=None, stop_reason="x", finish_reason="stop"),
+        rollout(
+            2,
+            routing=RolloutRouting(
+                experts=np.arange(20, dtype=np.int16).reshape(5, 2, 2), weights=np.ones((5, 2, 2), np.float32), start=0
+            ),
+        ),
         rollout(2, raw_logprobs=np.array([1, -np.inf], np.float32), stop_reason=7),
     ]
     body, arrays = rollouts_to_wire(given)
@@ -95,6 +110,8 @@ def test_every_field_of_a_rollout_travels() -> None:
     names = {field.name for field in dataclasses.fields(Rollout)}
     _, arrays = rollouts_to_wire([rollout()])
     assert names == (set(ROLLOUT_FIELDS) | set(arrays)) - {
+        "routing_experts",
+        "routing_weights",
         "num_prompt_tokens",
         "num_tokens",
         "num_text_bytes",

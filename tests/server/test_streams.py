@@ -170,7 +170,7 @@ def test_a_server_that_is_gone_or_new_is_said_so(tiny_model: Path) -> None:
             server.start(engine)
             endpoint = server.endpoint
             client = RolloutClient(endpoint, reconnect_seconds=0.5)
-        with pytest.raises(ServerLostError, match="for 0[.]5 s"):
+        with pytest.raises(ServerLostError, match=r"for 0\.5 s"):
             client.health()
         with RolloutServer(endpoint, limits=LIMITS) as server:
             server.start(engine)

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from ranks_rig import communicators, each
 
 from zerokl.kernels.cpu.ops import CpuOps
+from zerokl.kernels.dispatch import spread_experts
 from zerokl.kernels.reference.ops import ReferenceOps
+from zerokl.rollout.expert_parallel.placement import ExpertPlacement, RankExperts
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
 from zerokl.rollout.models.rope import rope_table
@@ -32,11 +35,14 @@ class RecordingOps(CpuOps):
         return routing
 
 
-def logits(ops: Any, content: dict[str, Any], seed: int, routing: NDArray[np.int32] | None) -> NDArray[Any]:
+def logits(
+    ops: Any, content: dict[str, Any], seed: int, routing: NDArray[np.int32] | None, share: Any = None
+) -> NDArray[Any]:
     """[T, V] of one prefill step."""
     config = ModelConfig.from_json(content)
     spec = DecoderSpec.from_config(config)
-    params = build_params(ops, config, random_tensors(config, seed), rope_table(config.rope, config.head_dim, 256))
+    rope = rope_table(config.rope, config.head_dim, 256)
+    params = build_params(ops, config, random_tensors(config, seed), rope, share=share)
     inputs = replace(step_inputs([TOKENS], [0], [list(range(8))], 16), routing=routing)
     pool = ops.kv_pool(config.num_hidden_layers, 8, 16, spec.attention)
     return np.array(ops.linear(forward(ops, params, spec, inputs, pool), params.lm_head))
@@ -59,3 +65,21 @@ def test_replayed_choices_give_the_same_bits() -> None:
     content, ops = tiny_moe_config("Ernie4_5_MoeForCausalLM"), RecordingOps()
     ours = logits(ops, content, 0, None)
     np.testing.assert_array_equal(logits(CpuOps(), content, 0, np.stack(ops.chosen)), ours)
+
+
+@pytest.mark.parametrize("family", ["Qwen3MoeForCausalLM", "Ernie4_5_MoeForCausalLM"])
+def test_two_ranks_agree_with_float64_and_with_one(family: str) -> None:
+    """Each rank holds half of the experts and prefills the same tokens, so that both choose alike."""
+    content, one = tiny_moe_config(family), RecordingOps()
+    expected = logits(one, content, 0, None)
+    placement = ExpertPlacement.initial(2, 8, 2)
+    with communicators(2) as ends:
+
+        def work(rank: int) -> NDArray[Any]:
+            ops = CpuOps()
+            spread_experts(ops, ends[rank])
+            return logits(ops, content, 0, None, RankExperts(placement, rank))
+
+        for ours in each(2, work):
+            np.testing.assert_array_equal(ours, expected)
+            assert np.abs(ours - logits(ReferenceOps(), content, 0, np.stack(one.chosen))).max() < 1e-4

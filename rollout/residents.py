@@ -1,0 +1,129 @@
+"""Who runs on which rank, with which blocks: the one place that carries out what was decided about running requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from zerokl.rollout.kv_cache.manager import KVCacheManager
+from zerokl.rollout.request import Request, RequestStatus
+from zerokl.rollout.running_set import RunningSet
+from zerokl.rollout.snapshot import Decision, Join, Move
+from zerokl.rollout.step_plan import Handover
+
+
+@dataclass(slots=True)
+class _Moving:
+    """A request that runs on another rank now, whose blocks on the first one are still to be copied."""
+
+    handover: Handover
+    held: list[int]
+    """All its blocks on the source rank."""
+    step: int
+    """The latest step that copies them."""
+
+
+class Residents:
+    """The running requests of every rank. A request handed over belongs to its target at once, but keeps its blocks on
+    the source until a step that copies them has succeeded; a failed one is repeated.
+    """
+
+    def __init__(self, kv_caches: Sequence[KVCacheManager]) -> None:
+        self.kv_caches = tuple(kv_caches)
+        self.running = tuple(RunningSet() for _ in kv_caches)
+        self._moving: dict[str, _Moving] = {}
+        self._num_admissions = 0
+
+    @property
+    def size(self) -> int:
+        """Running requests of all ranks."""
+        return sum(running.size for running in self.running)
+
+    def count(self, policy: str) -> int:
+        """Running requests of one weight set."""
+        return sum(running.count(policy) for running in self.running)
+
+    def policies(self) -> list[str]:
+        """Weight sets with a running request."""
+        return list(dict.fromkeys(policy for running in self.running for policy in running.policies()))
+
+    def in_order(self) -> list[Request]:
+        """All, oldest admission first."""
+        members = [request for running in self.running for request in running.in_order()]
+        return sorted(members, key=lambda request: request.admission)
+
+    def share(self, decision: Decision) -> None:
+        """Take hold of all blocks that the decision has matched: nothing carried out later may evict them."""
+        for request, prefix in decision.prefixes.values():
+            self.kv_caches[0].adopt_keys(request, prefix)
+        for outcome in decision.outcomes:
+            if isinstance(outcome, Join):
+                self.kv_caches[outcome.rank].share(outcome.matched)
+        for move in decision.moves:
+            self.kv_caches[move.target].share(move.matched)
+
+    def start(self, join: Join) -> None:
+        """Give a waiting request its blocks; those matched are shared before."""
+        request = join.request
+        self.kv_caches[join.rank].admit(request, join.matched)
+        request.status = RequestStatus.RUNNING
+        request.num_matched_tokens = request.num_computed_tokens
+        self._settle_on(request, join.rank)
+
+    def stop(self, request: Request) -> None:
+        """Take a running request's blocks, on both ranks if it is on its way."""
+        self.running[request.rank].remove(request)
+        self.kv_caches[request.rank].release(request)
+        moving = self._moving.pop(request.request_id, None)
+        if moving is not None:
+            self.kv_caches[moving.handover.source].release_blocks(moving.held)
+        request.num_computed_tokens = 0
+        request.in_flight_step = -1
+        request.rank = -1
+
+    def grow(self, rank: int, requests: Iterable[Request]) -> None:
+        """One more block for each."""
+        for request in requests:
+            self.kv_caches[rank].grow(request)
+
+    def move(self, move: Move) -> None:
+        """Let a request go on on another rank; its handover is listed until a step that has it succeeds."""
+        request, source, target, matched = move
+        assert request.request_id not in self._moving, f"{request.request_id} is on its way already"
+        self.running[source].remove(request)
+        kv_cache = self.kv_caches[target]
+        held = kv_cache.take_over(request, matched)
+        request.num_matched_tokens = max(request.num_matched_tokens, len(matched) * kv_cache.block_size)
+        self._settle_on(request, target)
+        copied = slice(len(matched), kv_cache.blocks_for(request.num_computed_tokens))
+        targets = request.block_table[: request.num_blocks].tolist()
+        handover = Handover(request.request_id, source, target, tuple(held[copied]), tuple(targets[copied]))
+        self._moving[request.request_id] = _Moving(handover, held, -1)
+
+    def handovers(self, step: int) -> tuple[Handover, ...]:
+        """All that this step is to copy: new ones, and those of steps that failed."""
+        for moving in self._moving.values():
+            moving.step = step
+        return tuple(moving.handover for moving in self._moving.values())
+
+    def release_copied(self, step: int) -> None:
+        """The step has succeeded: let go of the sources of what it copied."""
+        if not self._moving:
+            return
+        done = [request_id for request_id, moving in self._moving.items() if moving.step == step]
+        for request_id in done:
+            moving = self._moving.pop(request_id)
+            self.kv_caches[moving.handover.source].release_blocks(moving.held)
+
+    def check_integrity(self) -> None:
+        """Assert on each rank that no block is lost, held twice or held by nobody."""
+        for rank, kv_cache in enumerate(self.kv_caches):
+            held = [moving.held for moving in self._moving.values() if moving.handover.source == rank]
+            members = self.running[rank].in_order()
+            assert all(request.rank == rank for request in members)
+            kv_cache.check_integrity(members, held)
+
+    def _settle_on(self, request: Request, rank: int) -> None:
+        request.rank = rank
+        self.running[rank].add(request, self._num_admissions)
+        self._num_admissions += 1

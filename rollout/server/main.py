@@ -22,6 +22,8 @@ from zerokl.rollout.server.keys import ServerKeys, write_keys
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.sockets import EndpointTakenError, RolloutServer
 
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter while another waits: a message must not wait long for the engine's."""
 _ENDPOINT_TAKEN = 3
 
 
@@ -51,7 +53,8 @@ def _keygen(arguments: list[str]) -> int:
 def _serve(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = EngineConfig.from_dict({"model": args.model, **dict(map(_option, args.set))})
+    options = {"model": args.model, "data_parallel_size": args.ranks, **dict(map(_option, args.set))}
+    config = EngineConfig.from_dict(options)
     limits = ServerLimits(**{name: json.loads(value) for name, value in map(_pair, args.limit)})
     keys = None if args.keys is None else ServerKeys.load(args.keys)
     with RolloutServer(args.bind, keys=keys, limits=limits) as server:
@@ -60,6 +63,7 @@ def _serve(arguments: list[str]) -> int:
         from zerokl.rollout.engine import RolloutEngine  # once the endpoint is ours: it loads kernels
 
         with RolloutEngine(config) as engine:
+            sys.setswitchinterval(SWITCH_SECONDS)
             print(f"serving {args.model} at {server.endpoint}", flush=True)
             server.serve(engine, name=f"rollout-server {args.model}")
     return 0
@@ -72,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder in Hugging Face layout")
     parser.add_argument("--bind", default="tcp://127.0.0.1:5757", help="tcp://ADDRESS:PORT or ipc://PATH")
     parser.add_argument("--keys", help="folder made by `rollout-server keygen`; needed beyond loopback")
+    parser.add_argument("--ranks", type=int, default=1, help="data parallel ranks, a process each where several")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of EngineConfig")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="a bound of ServerLimits")
     parser.add_argument("--drain-seconds", type=float, default=10.0, help="for calls in flight at the end")

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerokl.rollout.client import RolloutClient
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.engine import RolloutEngine
     from zerokl.rollout.errors import (
@@ -34,6 +35,7 @@ _MODULES = {
     "HookError": "errors",
     "PauseLiftedError": "errors",
     "Rollout": "outputs",
+    "RolloutClient": "client",
     "RolloutEngine": "engine",
     "RolloutRouting": "routing",
     "SamplingParams": "sampling_params",
@@ -52,6 +54,7 @@ __all__ = [
     "HookError",
     "PauseLiftedError",
     "Rollout",
+    "RolloutClient",
     "RolloutEngine",
     "RolloutRouting",
     "SamplingParams",

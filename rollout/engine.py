@@ -273,9 +273,11 @@ class RolloutEngine(WeightMethods):
         """`resume_generation` without waiting."""
         return self._loop.resume()
 
-    def watch_steps(self, watcher: Callable[[], None]) -> None:
-        """Have `watcher` called on the engine's thread after each step from now on; it must be quick and not raise."""
-        self._loop.watch_steps(watcher).result()
+    def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Have `watcher` called on the engine's thread after each step; it must be quick and not raise. Returns what
+        ends it.
+        """
+        return self._loop.watch_steps(watcher)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, on all ranks. Requests in flight keep their blocks."""

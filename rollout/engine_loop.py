@@ -160,13 +160,16 @@ class EngineLoop:
         """End a pause, if there is one."""
         return self.at_boundary(self._pause.lift)
 
-    def watch_steps(self, watcher: Callable[[], None]) -> Future[None]:
-        """Have `watcher` called on the loop thread after each step from now on; it must be quick and not raise."""
-
-        def add() -> None:
+    def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Have `watcher` called on the loop thread after each step, quick and without raising; returns what ends it."""
+        with self._wake:
             self._watchers = (*self._watchers, watcher)
 
-        return self.at_boundary(add)
+        def end() -> None:
+            with self._wake:
+                self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+        return end
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""

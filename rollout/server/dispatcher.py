@@ -242,6 +242,12 @@ class Dispatcher:
             session.outbox.add(Message(kind="closing"))
             self._pump(session)
 
+    def call_off_all(self) -> None:
+        """Have all calls end soon."""
+        for session in self._sessions.values():
+            for call in session.open_calls.values():
+                self._jobs.call_off(call)
+
     @property
     def is_idle(self) -> bool:
         """Whether all clients have all that they wait for."""

@@ -120,7 +120,7 @@ class EngineJobs:
             "rebalance_experts": lambda call, _: self._in_background(call, engine.rebalance_experts),
             "describe_engine": lambda call, _: self._describe_engine(call),
         }
-        engine.watch_steps(self._collect)
+        self._unwatch = engine.watch_steps(self._collect)
 
     def start(self, call: ServedCall, message: Message) -> None:
         """Begin a call, after all that were begun before."""
@@ -144,6 +144,7 @@ class EngineJobs:
 
     def close(self) -> None:
         """End the threads, after what they are about. The engine must have been closed, or have nothing in flight."""
+        self._unwatch()
         for threads in (self._intake, self._commands, self._results):
             threads.shutdown(cancel_futures=True)
 

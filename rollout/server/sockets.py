@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.protocol.codec import Frame
 from zerokl.rollout.server.dispatcher import Dispatcher
 from zerokl.rollout.server.jobs import EngineJobs, Outcome, ServedCall
@@ -102,7 +101,7 @@ class RolloutServer:
         try:
             while self._stop_seconds is None:
                 self._turn(dispatcher)
-            self._drain(engine, dispatcher, self._stop_seconds)
+            self._drain(dispatcher, self._stop_seconds)
         finally:
             jobs.close()
 
@@ -180,16 +179,12 @@ class RolloutServer:
             _logger.warning("refused a client with the key %s", key.decode())
         self._zap.send_multipart([version, request, *status, b""])
 
-    def _drain(self, engine: RolloutEngine, dispatcher: Dispatcher, seconds: float) -> None:
+    def _drain(self, dispatcher: Dispatcher, seconds: float) -> None:
         dispatcher.begin_closing()
         end = time.monotonic() + seconds
         while dispatcher.has_open_calls and time.monotonic() < end:
             self._turn(dispatcher)
-        if dispatcher.has_open_calls:
-            try:
-                engine.submit_abort(None)
-            except (EngineClosedError, EngineFailedError):
-                _logger.warning("the engine ended before the server")
+        dispatcher.call_off_all()
         end = time.monotonic() + _FLUSH_SECONDS
         while not dispatcher.is_idle and time.monotonic() < end:
             self._turn(dispatcher)

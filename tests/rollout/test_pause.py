@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_engine import GatedWorker, gated_engine, in_thread, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.errors import EngineClosedError, PauseLiftedError
+from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, PauseLiftedError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -157,3 +161,61 @@ def test_calls_that_a_pause_holds_can_be_aborted(engine: RolloutEngine) -> None:
     engine.resume_generation()
     with pytest.raises(ValueError, match="mode must be one of"):
         engine.pause_generation("now")
+
+
+@pytest.fixture(scope="module")
+def controlled(tiny_model: Path) -> Iterator[RolloutEngine]:
+    with RolloutEngine(tiny_options(tiny_model, num_blocks=16, max_num_seqs=3)) as engine:
+        yield engine
+
+
+COMMANDS: dict[str, Callable[[RolloutEngine], Any]] = {
+    "generate": lambda engine: engine.generate(["ab", "c"], LONG),
+    "score": lambda engine: engine.score([[1, 2, 3, 4]]),
+    "wait": lambda engine: engine.pause_generation("wait"),
+    "keep": lambda engine: engine.pause_generation("keep"),
+    "abort": lambda engine: engine.pause_generation("abort"),
+    "resume": lambda engine: engine.resume_generation(),
+    "abort_all": lambda engine: engine.abort_all(),
+    "update": lambda engine: engine.update_weights(tiny_tensors(1)),
+    "update keep": lambda engine: engine.update_weights(tiny_tensors(1), mode="keep"),
+    "update abort": lambda engine: engine.update_weights(tiny_tensors(1), mode="abort"),
+    "sleep": lambda engine: engine.sleep("kv_cache"),
+    "wake": lambda engine: engine.wake_up(),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([*COMMANDS, "generate", "generate", "resume"]), max_size=14))
+def test_every_call_ends_once_whatever_is_commanded(controlled: RolloutEngine, names: list[str]) -> None:
+    """Commands at once, each in a thread: none hangs, and once all is resumed and awake the engine is as new."""
+    pending = [(name, in_thread(lambda name=name: COMMANDS[name](controlled))) for name in names]
+    lifting = threading.Event()
+
+    def lift() -> None:
+        while not lifting.wait(0.005):
+            controlled.resume_generation()
+            controlled.wake_up()
+
+    lifter = in_thread(lift)
+    for name, join in pending:
+        try:
+            result = join()
+        except (PauseLiftedError, EngineAsleepError) as error:
+            assert name not in ("resume", "wake"), error
+            continue
+        except ValueError as error:
+            assert "paused with mode='keep'" in str(error) or "version must be" in str(error), error
+            continue
+        if name == "generate":
+            assert {rollout.finish_reason for rollout in result} <= {"abort", "length"} and len(result) == 4
+            for rollout in result:
+                assert len(rollout.token_ids) == len(rollout.policy_versions) == len(rollout.logprobs)
+    lifting.set()
+    lifter()
+    controlled.resume_generation()
+    assert controlled.wake_up() == []
+    assert controlled.health()["state"] == "running" and controlled.health()["num_held"] == 0
+    assert [len(rollout.token_ids) for rollout in controlled.generate("x", LONG)] == [40, 40]
+    metrics = controlled.metrics()
+    assert metrics["running"] == metrics["waiting"] == 0

@@ -33,6 +33,9 @@ _RETRY_SECONDS = 0.1
 _HELLO_SECONDS = 5.0
 """After which an unanswered hello is said again: it may have been refused for a while."""
 _BURST = 256
+_UNPARKED_BY_ROOM = 16
+_UNPARKED_BY_ANSWER = 2
+"""Calls that are tried again at a time, after the server had no room for them."""
 
 
 class ServerLostError(ConnectionError):
@@ -68,7 +71,7 @@ class ClientLink:
         self._waiting: deque[PendingCall] = deque()
         """Not sent, or to be sent again under a new number."""
         self._in_flight: dict[int, PendingCall] = {}
-        self._parked: list[PendingCall] = []
+        self._parked: deque[PendingCall] = deque()
         """The server had no room for them."""
         self._last_number = 0
         self._session: bytes | None = None
@@ -216,8 +219,7 @@ class ClientLink:
             if message.body["code"] == "version":
                 self._fail_all(ServerLostError(self._refusal))
         elif message.kind == "room":
-            self._waiting.extendleft(reversed(self._parked))
-            self._parked.clear()
+            self._unpark(_UNPARKED_BY_ROOM)
         elif message.kind == "tokens":
             for number, chunk in token_chunks(message):
                 if number in self._in_flight:
@@ -230,14 +232,20 @@ class ClientLink:
             call.take(message)
             return
         del self._in_flight[call.number]
-        if message.kind == "result":
-            call.succeed(message)
-            return
-        error = exception_of(message.body)
+        error = exception_of(message.body) if message.kind == "error" else None
         if isinstance(error, BusyError) and not call.is_cancelled:
             self._parked.append(call)
+            return
+        self._unpark(_UNPARKED_BY_ANSWER)
+        if error is None:
+            call.succeed(message)
         else:
             call.fail(error)
+
+    def _unpark(self, count: int) -> None:
+        """Try some calls again. Each that is begun and answered later brings further ones, each refusal a `room`."""
+        for _ in range(min(count, len(self._parked))):
+            self._waiting.append(self._parked.popleft())
 
     def _settle_in(self, message: Message) -> None:
         if not message.body["resumed"]:

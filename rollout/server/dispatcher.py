@@ -163,7 +163,8 @@ class Dispatcher:
             self._settle(call)
             return
         if isinstance(outcome, BaseException):
-            session.wants_room |= isinstance(outcome, BusyError)
+            call.was_refused = isinstance(outcome, BusyError)
+            session.wants_room |= call.was_refused
             outcome = iter([Message(kind="error", call=call.number, body=failure_of(outcome))])
         session.answer(call, outcome)
         self._pump(session)
@@ -181,7 +182,8 @@ class Dispatcher:
     def _settle(self, call: ServedCall) -> None:
         """Nothing of the call is kept any more."""
         self._ledger.give_back(call.client, call.nbytes, call.num_requests)
-        if self._ledger.is_roomy:
+        # One that was refused has made no room; it would only be refused again, at once. But it may be the last.
+        if self._ledger.is_roomy and (not call.was_refused or not self._ledger.queued_bytes):
             for session in [session for session in self._sessions.values() if session.wants_room]:
                 session.wants_room = False
                 session.outbox.add(Message(kind="room"))

@@ -52,6 +52,7 @@ class ServedCall:
         "number",
         "submission",
         "update",
+        "was_refused",
     )
 
     def __init__(self, client: bytes, number: int, kind: str, feed: TokenFeed) -> None:
@@ -63,6 +64,8 @@ class ServedCall:
         self.is_called_off = False
         self.is_answered = False
         """The client has its answer, or is gone: what still comes is dropped."""
+        self.was_refused = False
+        """There was no room for it."""
         # What the ledger has promised. The intake thread's until the outcome is posted, then the server's:
         self.nbytes = 0
         self.num_requests = 0

@@ -237,10 +237,13 @@ class ClientLink:
             self._parked.append(call)
             return
         self._unpark(_UNPARKED_BY_ANSWER)
-        if error is None:
-            call.succeed(message)
-        else:
+        if error is not None:
             call.fail(error)
+            return
+        try:
+            call.succeed(message)
+        except (ValueError, TypeError, KeyError) as wrong:  # the result is not what the call's kind gives
+            call.fail(ProtocolError(f"the result of {call.kind} is malformed: {wrong!r:.200}"))
 
     def _unpark(self, count: int) -> None:
         """Try some calls again. Each that is begun and answered later brings further ones, each refusal a `room`."""

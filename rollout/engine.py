@@ -20,6 +20,7 @@ from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
 from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.engine_pause import PauseMethods
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.expert_balance import ExpertBalance
@@ -28,7 +29,6 @@ from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
-from zerokl.rollout.pause import PauseMode, pause_mode
 from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.ranks import Ranks, make_ranks
 from zerokl.rollout.resumption import RoutingForm
@@ -44,7 +44,7 @@ from zerokl.rollout.weight_updates import WeightUpdates
 from zerokl.rollout.worker import FolderWeights, Worker, make_worker
 
 
-class RolloutEngine(WeightMethods):
+class RolloutEngine(WeightMethods, PauseMethods):
     """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
 
         with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
@@ -241,43 +241,6 @@ class RolloutEngine(WeightMethods):
     def submit_abort(self, ids: str | Collection[str] | None) -> Future[int]:
         """`abort` (None: `abort_all`) without waiting."""
         return self._loop.abort({ids} if isinstance(ids, str) else ids if ids is None else set(ids))
-
-    def pause_generation(self, mode: PauseMode = "wait") -> None:
-        """Run no requests until `resume_generation`; returns once the pause holds. Later calls are taken, and wait.
-
-        - "wait": requests in flight finish first.
-        - "abort": those that generate end with finish_reason "abort" and the tokens so far (`generate(resume_from=...)`
-          continues them); scores finish first.
-        - "keep": they stop after the current step, and go on by `resume_generation` with the same bits. Until then what
-          would wait for them (an update with mode "wait", `sleep`, `pin_weights`) is refused with ValueError.
-
-        Asked for again, it changes the mode. Raises ValueError for an unknown mode, PauseLiftedError when
-        `resume_generation` comes first.
-        """
-        holds = self.submit_pause(mode)
-        try:
-            holds.result()
-        except KeyboardInterrupt:
-            holds.cancel()
-            raise
-
-    def submit_pause(self, mode: PauseMode) -> Future[None]:
-        """`pause_generation` without waiting; cancelling the future gives up the wait, not the pause."""
-        return self._loop.pause(pause_mode(mode))
-
-    def resume_generation(self) -> None:
-        """End a pause; what it held is taken up in order. Without a pause nothing happens."""
-        self.submit_resume().result()
-
-    def submit_resume(self) -> Future[None]:
-        """`resume_generation` without waiting."""
-        return self._loop.resume()
-
-    def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
-        """Have `watcher` called on the engine's thread after each step; it must be quick and not raise. Returns what
-        ends it.
-        """
-        return self._loop.watch_steps(watcher)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, on all ranks. Requests in flight keep their blocks."""

@@ -176,7 +176,11 @@ class Dispatcher:
 
     def _pump(self, session: Session) -> None:
         route = session.route
-        if self._sessions.get(session.token) is session:
+        if self._sessions.get(session.token) is not session:
+            return
+        if session.num_unread > self._limits.max_unread_messages:
+            self._end(session, f"leaves {session.num_unread} messages unread")
+        else:
             session.pump(lambda frames: route is not None and self._send(route, frames), self._settle)
 
     def _settle(self, call: ServedCall) -> None:

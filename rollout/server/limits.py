@@ -23,6 +23,8 @@ class ServerLimits:
     """Of all clients: calls as received, and results at their longest, from submission until they are acknowledged."""
     window_bytes: int = 4 << 20
     """Sent to one client and not yet acknowledged; beyond it results wait where they are, and tokens in the engine."""
+    max_unread_messages: int = 65_536
+    """For one client, not yet acknowledged, answers to refused calls included; a client with more is dropped."""
     max_upload_bytes: int = 16 << 30
     """Weights that are sent as arrays, of all clients together."""
     heartbeat_seconds: float = 5.0

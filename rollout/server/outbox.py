@@ -27,6 +27,10 @@ class Outbox:
         """Whether a further message of any size may be added."""
         return self.nbytes < self._window
 
+    def __len__(self) -> int:
+        """Messages kept."""
+        return len(self._kept)
+
     @property
     def is_empty(self) -> bool:
         """Whether the client has received everything."""

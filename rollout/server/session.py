@@ -41,6 +41,11 @@ class Session:
         return len(self.open_calls) + len(self._answers)
 
     @property
+    def num_unread(self) -> int:
+        """Messages that the client has not acknowledged, and answers of which it has none yet."""
+        return len(self.outbox) + len(self._answers)
+
+    @property
     def is_idle(self) -> bool:
         """Whether the client has received all that it waits for."""
         return not self.num_calls and self.outbox.is_empty

@@ -33,7 +33,9 @@ from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.sockets import RolloutServer
 
-SMALL = ServerLimits(max_clients=4, max_calls=32, max_queued_bytes=1 << 20, max_upload_bytes=1 << 20)
+SMALL = ServerLimits(
+    max_clients=4, max_calls=32, max_queued_bytes=1 << 20, max_unread_messages=2000, max_upload_bytes=1 << 20
+)
 EXAMPLES = [
     [bytes(frame) for frame in encode(replace(message, seq=0, call=message.call * number))]
     for number, (kind, message) in enumerate(protocol_page.examples().items(), 1)
@@ -228,6 +230,29 @@ def test_too_many_clients_and_calls_are_refused(engine: RolloutEngine) -> None:
         rig.receive(b"0", encode(Message(kind="generate", call=call, body=body, arrays=arrays)))
         assert rig.is_bounded()
     assert rig.sent.count("error") >= 99 - 33
+    rig.close()
+
+
+@pytest.mark.parametrize("kind", ["malformed", "refused", "late"])
+def test_who_asks_and_never_reads_is_dropped(engine: RolloutEngine, kind: str) -> None:
+    rig = Rig(engine, replace(SMALL, max_unread_messages=100))
+    rig.receive(b"a", HELLO)
+    bodies = {
+        "malformed": Message(kind="abort", body={"ids": [1]}),
+        "refused": Message(kind="get_weight_version", body={"name": "nobody"}),
+        "late": Message(kind="wake_up", body={"deadline": 0.0}),
+    }
+
+    def is_dropped() -> bool:
+        rig.settle()
+        rig.pass_time(0.001)
+        return not rig.dispatcher.facts()["server_clients"]
+
+    for call in range(1, 200):
+        rig.receive(b"a", [bytes(frame) for frame in encode(replace(bodies[kind], call=call))])
+        is_dropped()
+    wait_until(is_dropped)
+    assert rig.ledger.max_queued_bytes <= SMALL.max_queued_bytes
     rig.close()
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         StaleRequestError,
         WorkerError,
     )
+    from zerokl.rollout.expert_balance import ExpertLoad
     from zerokl.rollout.hooks import UpdateEvent
     from zerokl.rollout.outputs import Rollout
     from zerokl.rollout.routing import RolloutRouting, replay_arrays
@@ -32,6 +33,7 @@ _MODULES = {
     "EngineClosedError": "errors",
     "EngineConfig": "config",
     "EngineFailedError": "errors",
+    "ExpertLoad": "expert_balance",
     "HookError": "errors",
     "PauseLiftedError": "errors",
     "Rollout": "outputs",
@@ -51,6 +53,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "EngineFailedError",
+    "ExpertLoad",
     "HookError",
     "PauseLiftedError",
     "Rollout",

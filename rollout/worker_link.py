@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -52,7 +52,7 @@ class _Processes:
             self._link.start()
             options, folder = dataclasses.asdict(config), str(self._link.folder)
             self._done(*(messages.Configure(options=options, rank=rank, folder=folder) for rank in range(size)))
-            self._done(messages.Connect())
+            self._done(messages.Connect(), enough=_is_cause)
             self._link.forget_folder()
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
@@ -68,7 +68,7 @@ class _Processes:
                 self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
             except WorkerError:
                 raise
-            except Exception:
+            except BaseException:  # Ctrl-C too: once this has returned, no rank is still at it
                 self._done(messages.Discard(), channels=self._link.staging)
                 raise
 
@@ -110,8 +110,8 @@ class _Processes:
         self._away -= set(tags)
 
     def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
-        """See Worker."""
-        self._done(messages.Rearrange(placement=placement.tolist()))
+        """See Worker. As with a step, the first rank that fails ends the wait: others may be waiting for it."""
+        self._done(messages.Rearrange(placement=placement.tolist()), enough=_is_cause)
 
     def watch(self, report: Callable[[WorkerError], None]) -> None:
         """See `zerokl.rollout.ranks.Ranks`."""
@@ -121,8 +121,10 @@ class _Processes:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
 
-    def _done(self, *orders: Message, channels: Channels | None = None) -> None:
-        self._exchange(orders, messages.Done, channels=channels)
+    def _done(
+        self, *orders: Message, channels: Channels | None = None, enough: Callable[[Message], bool] | None = None
+    ) -> None:
+        self._exchange(orders, messages.Done, channels=channels, enough=enough)
 
     def _exchange(
         self,
@@ -137,7 +139,8 @@ class _Processes:
         replies = (channels or self._link.steps).exchange(orders, enough)
         answers = [reply for reply in replies if isinstance(reply, kind)]
         if len(answers) < self._size:
-            _refuse([reply for reply in replies if reply is not None and not isinstance(reply, kind)])
+            others = {rank: reply for rank, reply in enumerate(replies) if not isinstance(reply, kind)}
+            _refuse({rank: reply for rank, reply in others.items() if reply is not None})
         return answers
 
 
@@ -181,12 +184,13 @@ def _is_cause(reply: Message) -> bool:
     return isinstance(reply, Failed) and not is_consequence(reply)
 
 
-def _refuse(replies: Sequence[Message]) -> NoReturn:
+def _refuse(replies: Mapping[int, Message]) -> NoReturn:
     """Raise what the first rank says that did not merely lose another one."""
-    first = next((reply for reply in replies if _is_cause(reply)), replies[0])
-    if isinstance(first, Failed):
-        raise exception_of(first) from RemoteTraceback("\n" + first.traceback)
-    raise WorkerError(f"unexpected reply {type(first).__name__} from the worker")
+    rank = next((rank for rank, reply in replies.items() if _is_cause(reply)), min(replies))
+    reply = replies[rank]
+    if isinstance(reply, Failed):
+        raise exception_of(reply) from RemoteTraceback(f"\nrank {rank}: {reply.traceback}")
+    raise WorkerError(f"unexpected reply {type(reply).__name__} from the worker of rank {rank}")
 
 
 @contextmanager

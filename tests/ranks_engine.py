@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def kill_rank(engine: RolloutEngine, rank: int) -> list[int]:
     os.kill(pids[rank], signal.SIGKILL)
     assert wait_for_end(pids[rank])
     return pids
+
+
+@contextmanager
+def no_new_files(pid: int) -> Iterator[None]:
+    """The process cannot open anything: its first descriptors are all in use. (It may still poll a few.)"""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, before[1]))
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 class GatedRanks:

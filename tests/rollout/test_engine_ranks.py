@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from exactness_harness import NONE_DIFFER, differences
 from leftovers import children_of, segments_of, wait_for_end
-from ranks_engine import SMALL, gated, kill_rank, on_ranks, write_moe_model
+from ranks_engine import SMALL, gated, kill_rank, no_new_files, on_ranks, write_moe_model
 from tiny_engine import in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
 
 from zerokl.rollout import messages
@@ -276,6 +276,18 @@ def test_logits_that_are_not_finite_on_one_rank_end_the_engine_with_that_cause(t
         engine.update_weights({name: tensor * np.float32("nan") for name, tensor in tiny_tensors().items()})
         with pytest.raises(EngineFailedError, match=r"FloatingPointError.*not finite"):
             engine.generate(PROMPTS[:1])
+    assert all(wait_for_end(pid) for pid in pids)
+
+
+def test_the_cause_is_told_and_not_what_it_did_to_the_other_rank(moe_model: Path) -> None:
+    with on_ranks(moe_model, expert_parallel_size=2) as engine:
+        engine.generate([PROMPTS[0]], SamplingParams(max_tokens=2))
+        pids = [rank["pid"] for rank in engine.describe_ranks()]
+        with no_new_files(pids[1]), pytest.raises(EngineFailedError, match="Too many open files") as failed:
+            # Far more rows than before: the rank cannot map its peer's memory anew, while the peer waits for its rows.
+            engine.generate([list(range(1, 90))] * 20, SamplingParams(max_tokens=2))
+        cause = failed.value.__cause__
+        assert isinstance(cause, OSError) and str(cause.__cause__).startswith("\nrank 1: Traceback")
     assert all(wait_for_end(pid) for pid in pids)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import resource
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from leftovers import children_of, segments_of, wait_for_end
+from ranks_engine import no_new_files
 from tiny_engine import in_thread
 
 from zerokl.kernels.ops import StepInputs, neutral_sampling
@@ -90,17 +89,6 @@ def pids(ranks: RankProcesses) -> list[int]:
     return [facts["pid"] for facts in ranks.describe()]
 
 
-@contextlib.contextmanager
-def no_new_files(pid: int) -> Iterator[None]:
-    """The process cannot open anything: its first descriptors are all in use. (It may still poll a few.)"""
-    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-
-
 # -- all at once, all or none ------------------------------------------------------------------------------------------
 def test_each_rank_does_its_own_order(shared: RankProcesses, config: EngineConfig) -> None:
     expected = local(config, 0)
@@ -129,12 +117,29 @@ def test_weights_that_one_rank_refuses_are_staged_on_none(
     with no_new_files(pids(shared)[1]), pytest.raises(ValueError, match="Too many open files"):
         shared.stage_weights(FolderWeights(path=str(tmp_path)), 1)
     assert sampled(shared) == local(config, 0)
-    # A rank that still held them would commit them; without any it cannot.
-    for rank, facts in enumerate(shared.describe()):
-        assert facts["versions"] == {"policy": 0}, rank
     with pytest.raises(RuntimeError, match="commit without staged weights"):
         shared.commit_weights()
     assert sampled(shared) == local(config, 0)
+
+
+def test_ctrl_c_while_weights_are_staged_leaves_none_staged(shared: RankProcesses, config: EngineConfig) -> None:
+    slow = pids(shared)[1]
+
+    def interrupt(*_: object) -> None:
+        os.kill(slow, signal.SIGCONT)
+        raise KeyboardInterrupt
+
+    os.kill(slow, signal.SIGSTOP)
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            shared.stage_weights(TensorWeights(tensors=random_tensors(MODEL, 1)), 1)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    with pytest.raises(RuntimeError, match="commit without staged weights"):
+        shared.commit_weights()
+    assert sampled(shared) == local(config, 0) and segments_of(os.getpid()) == []
 
 
 def test_a_refusal_by_all_has_the_class_and_text_of_one(shared: RankProcesses) -> None:
@@ -193,11 +198,11 @@ def test_the_loss_of_a_peer_never_hides_the_cause() -> None:
     cause = Failed(error="FloatingPointError", text="step 3", traceback="")
     assert is_consequence(lost) and not is_consequence(cause)
     with pytest.raises(FloatingPointError, match="step 3"):
-        _refuse([lost, cause])
+        _refuse({0: lost, 1: cause})
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        _refuse([lost])
-    with pytest.raises(RuntimeError, match="unexpected reply Done"):
-        _refuse([Done()])
+        _refuse({0: lost})
+    with pytest.raises(RuntimeError, match="unexpected reply Done from the worker of rank 1"):
+        _refuse({1: Done()})
 
 
 # -- starting and ending -----------------------------------------------------------------------------------------------

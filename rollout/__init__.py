@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerokl.rollout.client import RolloutClient
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.engine import RolloutEngine
     from zerokl.rollout.errors import (
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         EngineClosedError,
         EngineFailedError,
         HookError,
+        PauseLiftedError,
         StaleRequestError,
         WorkerError,
     )
@@ -33,7 +35,9 @@ _MODULES = {
     "EngineFailedError": "errors",
     "ExpertLoad": "expert_balance",
     "HookError": "errors",
+    "PauseLiftedError": "errors",
     "Rollout": "outputs",
+    "RolloutClient": "client",
     "RolloutEngine": "engine",
     "RolloutRouting": "routing",
     "SamplingParams": "sampling_params",
@@ -51,7 +55,9 @@ __all__ = [
     "EngineFailedError",
     "ExpertLoad",
     "HookError",
+    "PauseLiftedError",
     "Rollout",
+    "RolloutClient",
     "RolloutEngine",
     "RolloutRouting",
     "SamplingParams",

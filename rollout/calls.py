@@ -17,6 +17,7 @@ from zerokl.rollout.control import Call
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import check_ids, params_list, prompt_list, token_ids_of
 from zerokl.rollout.request import Request, derive_seed
+from zerokl.rollout.resumption import RoutingForm, resumed_request, rollout_list
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
 from zerokl.rollout.stop import whole_text
@@ -29,13 +30,21 @@ class CallMaker:
     """Knows what the model takes, numbers the calls and derives their seeds. Safe to use from several threads."""
 
     def __init__(
-        self, limits: AdmissionLimits, tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...], engine_seed: int
+        self,
+        limits: AdmissionLimits,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        engine_seed: int,
+        routing: RoutingForm | None = None,
     ) -> None:
+        """`routing`: what the engine returns with rollouts, if anything."""
         self._limits = limits
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._engine_seed = engine_seed
+        self._routing = routing
         self._generate_numbers = itertools.count()
+        self._resume_numbers = itertools.count()
         self._score_numbers = itertools.count()
 
     def generate_call(self, prompts: Any, sampling_params: Any, request_ids: Sequence[str] | None) -> Call:
@@ -54,6 +63,32 @@ class CallMaker:
             seed = derive_seed(self._engine_seed, number, index) if params.seed is None else params.seed
             groups[name] = [self._request(name, tokens, params, seed, sample, index) for sample in range(params.n)]
         return Call(groups)
+
+    def resume_call(self, resume_from: Any, request_ids: Sequence[str] | None) -> Call:
+        """The requests that continue rollouts which were aborted. Raises ValueError naming index, value and bound.
+
+        It takes no number among the generate calls: seeds are the rollouts' own.
+        """
+        rollouts = rollout_list(resume_from)
+        if request_ids is not None:
+            request_ids = check_ids(request_ids, len(rollouts))
+        prefix = f"resume-{next(self._resume_numbers)}"
+        names = request_ids or [f"{prefix}-{index}" for index in range(len(rollouts))]
+        return Call(
+            {
+                name: [
+                    resumed_request(
+                        f"{name}/0",
+                        f"resume_from[{index}]",
+                        rollout,
+                        self._limits,
+                        self._eos_token_ids,
+                        self._routing,
+                    )
+                ]
+                for index, (rollout, name) in enumerate(zip(rollouts, names, strict=True))
+            }
+        )
 
     def score_call(
         self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any

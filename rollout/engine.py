@@ -7,6 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
-from zerokl.rollout.control import POLICY, Call, WeightSets
+from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.engine_pause import PauseMethods
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.expert_balance import ExpertBalance
@@ -29,18 +31,20 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.ranks import Ranks, make_ranks
+from zerokl.rollout.resumption import RoutingForm
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.scoring import Definition, ScoreRequests
+from zerokl.rollout.scoring import Definition
 from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.stop import StopStrings
+from zerokl.rollout.submission import Result, Submission
 from zerokl.rollout.text import Tokenizer
 from zerokl.rollout.weight_updates import WeightUpdates
 from zerokl.rollout.worker import FolderWeights, Worker, make_worker
 
 
-class RolloutEngine(WeightMethods):
+class RolloutEngine(WeightMethods, PauseMethods):
     """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
 
         with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
@@ -94,7 +98,9 @@ class RolloutEngine(WeightMethods):
             block_size=config.block_size,
             vocab_size=self._model_config.vocab_size,
         )
-        self._calls = CallMaker(limits, self._tokenizer, self._model_config.eos_token_ids, config.seed)
+        self._calls = CallMaker(
+            limits, self._tokenizer, self._model_config.eos_token_ids, config.seed, self._routing_form()
+        )
         staging = threading.Lock()
         self._balance = ExpertBalance(config, self._model_config, ranks, staging)
         self._loop = EngineLoop(
@@ -118,15 +124,19 @@ class RolloutEngine(WeightMethods):
     # -- sampling -----------------------------------------------------------------------------------------------------
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """Sample n continuations of each prompt; the rollouts of prompt 0 first, in order of sample index.
 
         `prompts`: one text or sequence of token ids, or a sequence of those. `sampling_params`: one for all prompts
         (None: the defaults) or one per prompt. `request_ids`: names for `abort`, one per prompt.
+
+        `resume_from`, in place of prompts and parameters: rollouts that an abort cut off, one or several. Each goes on
+        as if it had not been: the rollout returned holds the tokens so far and those that follow, with the same bits.
 
         The tokens kept include those that spell a stop string; the text ends before it. The random numbers of a prompt
         without a seed come from the engine's seed, the number of this call among the engine's generate calls and the
@@ -134,23 +144,37 @@ class RolloutEngine(WeightMethods):
 
         Raises ValueError, before anything is queued, for what can never run.
         """
-        call = self._calls.generate_call(prompts, sampling_params, request_ids)
-        self._loop.submit(call)
-        self._wait(call)
-        return self._calls.rollouts(call, self._weights.inexact_versions)
+        return self._wait(self.submit(prompts, sampling_params, request_ids=request_ids, resume_from=resume_from))
 
     async def agenerate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """`generate` for coroutines: many share the batch. Cancelling the task aborts its requests."""
-        call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        submission = self.submit(prompts, sampling_params, request_ids=request_ids, resume_from=resume_from)
+        return await self._await(submission)
+
+    def submit(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+        resume_from: Rollout | Sequence[Rollout] | None = None,
+    ) -> Submission[list[Rollout]]:
+        """`generate` without waiting: the call is queued and has its number."""
+        if resume_from is None:
+            call = self._calls.generate_call(prompts, sampling_params, request_ids)
+        elif prompts is not None or sampling_params is not None:
+            raise ValueError("prompts and sampling_params must be None with resume_from: a rollout has its own")
+        else:
+            call = self._calls.resume_call(resume_from, request_ids)
         self._loop.submit(call)
-        await self._await(call)
-        return self._calls.rollouts(call, self._weights.inexact_versions)
+        return Submission(call, lambda: self._calls.rollouts(call, self._weights.inexact_versions))
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(
@@ -173,10 +197,7 @@ class RolloutEngine(WeightMethods):
 
         Raises ValueError, before anything is queued, for what can never run.
         """
-        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
-        if call is not None:
-            self._wait(call)
-        return scores.logprobs()
+        return self._wait(self.submit_score(token_ids, sampling_params, definition, policy, prompt_lens))
 
     async def ascore(
         self,
@@ -187,10 +208,23 @@ class RolloutEngine(WeightMethods):
         prompt_lens: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """`score` for coroutines."""
-        scores, call = self._submit_scores(token_ids, sampling_params, definition, policy, prompt_lens)
+        return await self._await(self.submit_score(token_ids, sampling_params, definition, policy, prompt_lens))
+
+    def submit_score(
+        self,
+        token_ids: Prompt | Rollout | Sequence[Prompt | Rollout],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        definition: Definition = "policy_logprobs",
+        policy: str = POLICY,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> Submission[list[NDArray[np.float32]]]:
+        """`score` without waiting."""
+        self._sleep.check_awake()
+        self._check_policy(policy)
+        scores, call = self._calls.score_call(token_ids, sampling_params, definition, policy, prompt_lens)
         if call is not None:
-            await self._await(call)
-        return scores.logprobs()
+            self._loop.submit(call)
+        return Submission(call, scores.logprobs)
 
     # -- control ------------------------------------------------------------------------------------------------------
     def abort(self, ids: str | Collection[str]) -> int:
@@ -198,11 +232,15 @@ class RolloutEngine(WeightMethods):
 
         Their calls return the tokens so far with finish_reason "abort". Unknown and finished ids are passed over.
         """
-        return self._loop.abort({ids} if isinstance(ids, str) else set(ids)).result()
+        return self.submit_abort(ids).result()
 
     def abort_all(self) -> int:
         """End every request in flight, as `abort` does; returns how many samples it ended."""
-        return self._loop.abort(None).result()
+        return self.submit_abort(None).result()
+
+    def submit_abort(self, ids: str | Collection[str] | None) -> Future[int]:
+        """`abort` (None: `abort_all`) without waiting."""
+        return self._loop.abort({ids} if isinstance(ids, str) else ids if ids is None else set(ids))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, on all ranks. Requests in flight keep their blocks."""
@@ -221,7 +259,7 @@ class RolloutEngine(WeightMethods):
         `ranks` holds of each rank the worker's kind, pid and num_threads, the requests running there and its KV blocks.
 
         `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
-        not 0 under them. States are "running", "draining", "asleep", "failed" and "closed".
+        not 0 under them. States are "running", "draining", "paused", "asleep", "failed" and "closed".
         """
         cause, state = self._loop.cause, self._loop.state
         return {
@@ -282,33 +320,31 @@ class RolloutEngine(WeightMethods):
         return self._tokenizer
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _submit_scores(
-        self, sequences: Any, sampling_params: Any, definition: Definition, policy: str, prompt_lens: Any
-    ) -> tuple[ScoreRequests, Call | None]:
-        self._sleep.check_awake()
-        self._check_policy(policy)
-        scores, call = self._calls.score_call(sequences, sampling_params, definition, policy, prompt_lens)
-        if call is not None:
-            self._loop.submit(call)
-        return scores, call
+    def _routing_form(self) -> RoutingForm | None:
+        returned, moe = self._config.return_routing, self._model_config.moe
+        if returned == "none" or moe is None:
+            return None
+        return RoutingForm(returned=returned, num_mixtures=len(moe.layers), top_k=moe.top_k)
 
-    def _wait(self, call: Call) -> None:
+    def _wait(self, submission: Submission[Result]) -> Result:
         try:
-            call.future.result()
+            submission.future.result()
         except KeyboardInterrupt:
-            self._give_up(call)
+            self._give_up(submission)
             raise
+        return submission.read()
 
-    async def _await(self, call: Call) -> None:
+    async def _await(self, submission: Submission[Result]) -> Result:
         try:
-            await asyncio.wrap_future(call.future)
+            await asyncio.wrap_future(submission.future)
         except asyncio.CancelledError:
-            self._give_up(call)
+            self._give_up(submission)
             raise
+        return submission.read()
 
-    def _give_up(self, call: Call) -> None:
+    def _give_up(self, submission: Submission[Any]) -> None:
         with contextlib.suppress(EngineFailedError, EngineClosedError):  # then nothing is left to abort
-            self._loop.abort(list(call.groups))
+            self._loop.abort(submission.request_ids)
 
 
 def _budgets(config: EngineConfig) -> SchedulerConfig:

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.loop_meter import LoopMeter
+from zerokl.rollout.pause import GenerationPause, PauseMode
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
@@ -30,7 +31,7 @@ from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
 
-EngineState = Literal["running", "draining", "failed", "closed"]
+EngineState = Literal["running", "draining", "paused", "failed", "closed"]
 Result = TypeVar("Result")
 
 
@@ -61,8 +62,10 @@ class EngineLoop:
         self._check_awake = check_awake
         self._routing = routing
         self._wake = threading.Condition()
-        # Guarded by _wake, as are _closing, _ended and _open:
+        # Guarded by _wake, as are _num_changes, _closing, _ended and _open:
         self._inbox: deque[Call | Exclusive] = deque()
+        self._num_changes = 0
+        """Changes in the inbox."""
         self._urgent: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = False
         self._ended: Literal["failed", "closed"] | None = None
@@ -72,6 +75,8 @@ class EngineLoop:
         self._running: dict[str, Call] = {}
         """Request id -> call, for the scheduler's requests."""
         self._draining: Exclusive | None = None
+        self._pause = GenerationPause()
+        self._watchers: tuple[Callable[[], None], ...] = ()
         self._hold: Hold | None = None
         """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
@@ -87,7 +92,11 @@ class EngineLoop:
     @property
     def state(self) -> EngineState:
         """What the loop is about."""
-        return self._ended or ("draining" if self._draining is not None else "running")
+        if self._ended is not None:
+            return self._ended
+        if self._pause.holds_calls and (self._pause.is_frozen or not self._scheduler.num_unfinished):
+            return "paused"
+        return "draining" if self._draining is not None or self._pause.holds_calls else "running"
 
     @property
     def num_held(self) -> int:
@@ -109,6 +118,7 @@ class EngineLoop:
                     raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
                 self._open.update(dict.fromkeys(item.groups, item))
             self._inbox.append(item)
+            self._num_changes += isinstance(item, Exclusive)
             self._wake.notify()
 
     def at_boundary(self, action: Callable[[], Result]) -> Future[Result]:
@@ -134,9 +144,36 @@ class EngineLoop:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
         return self.at_boundary(lambda: self._abort(ids))
 
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """Pause generation before the next step; resolves once the pause holds. See `GenerationPause`."""
+        holds: Future[None] = Future()
+
+        def pass_on(begun: Future[None]) -> None:
+            error = begun.exception()
+            if error is not None and holds.set_running_or_notify_cancel():
+                holds.set_exception(error)
+
+        self.at_boundary(lambda: self._begin_pause(mode, holds)).add_done_callback(pass_on)
+        return holds
+
+    def resume(self) -> Future[None]:
+        """End a pause, if there is one."""
+        return self.at_boundary(self._pause.lift)
+
+    def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
+        """Have `watcher` called on the loop thread after each step, quick and without raising; returns what ends it."""
+        with self._wake:
+            self._watchers = (*self._watchers, watcher)
+
+        def end() -> None:
+            with self._wake:
+                self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+        return end
+
     def metrics(self) -> dict[str, float]:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
-        return {**self._meter.metrics(), "held": self.num_held}
+        return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.seconds}
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
@@ -160,8 +197,9 @@ class EngineLoop:
             while self._wait_for_work():
                 self._run_urgent()
                 self._take_inbox()
-                if self._scheduler.num_unfinished:
+                if self._scheduler.num_unfinished and not self._pause.is_frozen:
                     self._step()
+                self._pause.settle(self._scheduler.num_unfinished)
         except Exception as error:  # noqa: BLE001 - whatever ends the loop, the callers that wait must hear of it
             self._end("failed", error)
         else:
@@ -179,11 +217,16 @@ class EngineLoop:
             return not self._closing
 
     def _has_work(self) -> bool:
-        if self._closing or self._urgent or self._inbox or self._draining is not None:
+        if self._closing or self._urgent:
+            return True
+        unfinished = self._scheduler.num_unfinished > 0
+        if unfinished and self._pause.is_frozen:  # a change that is draining stands still too
+            return self._num_changes > 0 and self._draining is None
+        if self._draining is not None or (self._num_changes if self._pause.holds_calls else self._inbox):
             return True
         if self._hold is not None:
             return self._clock() >= self._hold.until
-        return self._scheduler.num_unfinished > 0
+        return unfinished
 
     def _run_urgent(self) -> None:
         while self._urgent:
@@ -195,18 +238,40 @@ class EngineLoop:
         while True:
             if self._draining is not None and not self._apply_change():
                 return
-            with self._wake:
-                if not self._inbox:
-                    return
-                item = self._inbox.popleft()
+            item = self._next_item()
+            if item is None:
+                return
             if isinstance(item, Call):
                 self._add(item)
             else:
                 self._begin_change(item)
 
+    def _next_item(self) -> Call | Exclusive | None:
+        """The next one of the inbox; during a pause its calls stay there."""
+        with self._wake:
+            if self._pause.holds_calls:
+                items = (item for item in self._inbox if isinstance(item, Exclusive))
+                change = next(items, None) if self._num_changes else None
+                if change is not None:
+                    self._inbox.remove(change)
+                    self._num_changes -= 1
+                return change
+            item = self._inbox.popleft() if self._inbox else None
+            self._num_changes -= isinstance(item, Exclusive)
+            return item
+
+    def _begin_pause(self, mode: PauseMode, holds: Future[None]) -> None:
+        self._pause.begin(mode, holds)
+        if mode == "abort":
+            with self._wake:
+                names = [name for name, call in self._open.items() if call.requests[0].kind == "generate"]
+            self._abort(names)
+
     def _begin_change(self, change: Exclusive) -> None:
         self._draining = change
         try:
+            if change.waits:
+                self._pause.check_can_drain(self._scheduler.num_unfinished)
             change.prepare()
         except WorkerError:
             raise
@@ -250,8 +315,9 @@ class EngineLoop:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        # While a change waits for those in flight nobody else is let in: nothing is worth waiting for.
-        plan = self._scheduler.plan(self._clock() if self._draining is None else math.inf)
+        # While a change or a pause waits for those in flight nobody else is let in: nothing is worth waiting for.
+        is_open = self._draining is None and not self._pause.holds_calls
+        plan = self._scheduler.plan(self._clock() if is_open else math.inf)
         assert plan is not None, "unfinished requests and nothing to run"
         if isinstance(plan, Hold):
             self._hold = plan
@@ -266,6 +332,8 @@ class EngineLoop:
             self.deliver(request)
         self._after_step(results)
         self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
+        for watcher in self._watchers:
+            watcher()
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""
@@ -335,7 +403,9 @@ class EngineLoop:
             if self._draining is not None:
                 changes.append(self._draining)
             futures += [future for _, future in self._urgent]
+            futures += self._pause.take_waiters()
             self._inbox.clear()
+            self._num_changes = 0
             self._urgent.clear()
             self._open.clear()
         self._draining = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.expert_balance import ExpertBalance, ExpertLoad
 from zerokl.rollout.hooks import Hook, HookName, OnHookError
+from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import Sleep, SleepTag, sleep_level, sleep_tags
 from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
@@ -25,14 +25,7 @@ if TYPE_CHECKING:
     Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
 
 
-class HotSwap:
-    """What `RolloutEngine.hot_swap` yields: `version` is the one that its end has made live, None before."""
-
-    def __init__(self) -> None:
-        self.version: int | None = None
-
-
-class WeightMethods:
+class WeightMethods(HotSwapping):
     """The part of `RolloutEngine` that changes weights; the engine makes the collaborators."""
 
     _loop: EngineLoop
@@ -76,7 +69,7 @@ class WeightMethods:
         Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
         version then goes on serving, as it does when the wait is interrupted by Ctrl-C.
         """
-        return self._make_update(
+        return self.prepare_update(
             source,
             version,
             mode=mode,
@@ -87,9 +80,23 @@ class WeightMethods:
             bucket_bytes=bucket_bytes,
         ).run()
 
+    def prepare_update(
+        self,
+        source: Source,
+        version: int | None = None,
+        *,
+        allow_rewind: bool = False,
+        bucket_bytes: int | None = None,
+        **options: Any,
+    ) -> WeightUpdate:
+        """An update that nobody knows of until it is run; arguments are those of `update_weights`."""
+        in_flight = InFlightOptions(**options)
+        weights, version = weight_source(source, version, bucket_bytes)
+        return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
+
     async def aupdate_weights(self, source: Source, version: int | None = None, **options: Any) -> int:
         """`update_weights` for coroutines, with its options. Cancelling the task gives up an update that waits."""
-        update = self._make_update(source, version, **options)
+        update = self.prepare_update(source, version, **options)
         running = asyncio.ensure_future(asyncio.to_thread(update.run))
         try:
             return await asyncio.shield(running)
@@ -97,22 +104,6 @@ class WeightMethods:
             update.give_up()
             running.add_done_callback(_forget)
             raise
-
-    @contextmanager
-    def hot_swap(self, source: Source | Callable[[], Source], **options: Any) -> Iterator[HotSwap]:
-        """Train inside, serve after: a body that ends well is followed by `update_weights`, with its options.
-
-            with engine.hot_swap(policy.named_arrays, mode="keep") as swap:
-                optimizer.step()
-            print(swap.version)
-
-        `source` may be a function that gives the weights at the end of the body. A body that raises updates nothing.
-        """
-        others = ("version", "allow_rewind", "bucket_bytes")
-        InFlightOptions(**{key: value for key, value in options.items() if key not in others})
-        swap = HotSwap()
-        yield swap
-        swap.version = self.update_weights(source() if callable(source) else source, **options)
 
     def add_update_hook(self, name: HookName, hook: Hook, *, on_error: OnHookError | None = None) -> Callable[[], None]:
         """Have `hook(UpdateEvent)` called "before_update", "after_commit" or "on_failure"; returns what removes it.
@@ -194,19 +185,6 @@ class WeightMethods:
         return away
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _make_update(
-        self,
-        source: Source,
-        version: int | None = None,
-        *,
-        allow_rewind: bool = False,
-        bucket_bytes: int | None = None,
-        **options: Any,
-    ) -> WeightUpdate:
-        in_flight = InFlightOptions(**options)
-        weights, version = weight_source(source, version, bucket_bytes)
-        return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
-
     def _check_policy(self, name: str) -> None:
         known = self._weights.versions
         if not isinstance(name, str) or name not in known:

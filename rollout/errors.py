@@ -25,3 +25,7 @@ class StaleRequestError(RuntimeError):
 
 class HookError(RuntimeError):
     """A hook registered for `before_update` raised, which calls the update off; `__cause__` is what it raised."""
+
+
+class PauseLiftedError(RuntimeError):
+    """`resume_generation` was called before the pause that this call asked for held."""

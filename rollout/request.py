@@ -321,6 +321,17 @@ class Request:
             for token in self._tokens[begin : begin + num_rows].tolist():
                 self.sampling.history.append(token)
 
+    def take_over(self, token_ids: NDArray[np.int32], results: ResultArrays) -> None:
+        """Go on after N tokens [N] that an earlier request sampled, with their results; before it is queued."""
+        assert self.kind == "generate" and not self.num_output_tokens, self.request_id
+        self._tokens = np.concatenate([self.prompt_token_ids, token_ids, np.zeros(FIRST_OUTPUT_CAPACITY, np.int32)])
+        self.results = results
+        self.num_output_tokens = len(token_ids)
+        self.num_tokens = self.compute_target = self.num_prompt_tokens + len(token_ids)
+        if self.sampling.history is not None:
+            for token in token_ids.tolist():
+                self.sampling.history.append(token)
+
     def restart(self) -> None:
         """Forget all results, of a request that holds no blocks: it is computed again from its first wanted row."""
         assert self.num_blocks == 0, f"{self.request_id} holds blocks"

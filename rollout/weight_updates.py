@@ -85,6 +85,9 @@ class WeightUpdates:
         self._loop.submit(change)
         try:
             live: int = change.future.result()
+        except ValueError:  # it cannot be applied now
+            self.discard()
+            raise
         except (KeyboardInterrupt, CancelledError):
             if change.future.cancel():
                 self.discard()

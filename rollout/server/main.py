@@ -1,0 +1,104 @@
+"""`rollout-server`: serve an engine, or make keys.
+
+    rollout-server --model DIR --bind tcp://127.0.0.1:5757
+    rollout-server keygen DIR --client trainer
+
+SIGTERM and SIGINT end it: calls in flight may finish for --drain-seconds, what is left is aborted and comes back with
+the tokens so far. Exit status 0 then, 2 for wrong options, 3 where the endpoint is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.server.keys import ServerKeys, write_keys
+from zerokl.rollout.server.limits import ServerLimits
+from zerokl.rollout.server.sockets import EndpointTakenError, RolloutServer
+
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the interpreter while another waits: a message must not wait long for the engine's."""
+_ENDPOINT_TAKEN = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _keygen(given[1:]) if given[:1] == ["keygen"] else _serve(given)
+    except ValueError as error:
+        print(f"rollout-server: {error}", file=sys.stderr)
+        return 2
+    except EndpointTakenError as error:
+        print(f"rollout-server: {error}", file=sys.stderr)
+        return _ENDPOINT_TAKEN
+
+
+def _keygen(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="rollout-server keygen", description="Make CURVE keys; none is overwritten.")
+    parser.add_argument("folder", help="where; the server's key is made there first")
+    parser.add_argument("--client", action="append", default=[], metavar="NAME", help="a client to be served")
+    args = parser.parse_args(arguments)
+    for path in write_keys(args.folder, args.client):
+        print(path)
+    return 0
+
+
+def _serve(arguments: list[str]) -> int:
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = {"model": args.model, "data_parallel_size": args.ranks, **dict(map(_option, args.set))}
+    config = EngineConfig.from_dict(options)
+    limits = ServerLimits(**{name: json.loads(value) for name, value in map(_pair, args.limit)})
+    keys = None if args.keys is None else ServerKeys.load(args.keys)
+    with RolloutServer(args.bind, keys=keys, limits=limits) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop(args.drain_seconds))
+        from zerokl.rollout.engine import RolloutEngine  # once the endpoint is ours: it loads kernels
+
+        with RolloutEngine(config) as engine:
+            sys.setswitchinterval(SWITCH_SECONDS)
+            print(f"serving {args.model} at {server.endpoint}", flush=True)
+            server.serve(engine, name=f"rollout-server {args.model}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rollout-server", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder in Hugging Face layout")
+    parser.add_argument("--bind", default="tcp://127.0.0.1:5757", help="tcp://ADDRESS:PORT or ipc://PATH")
+    parser.add_argument("--keys", help="folder made by `rollout-server keygen`; needed beyond loopback")
+    parser.add_argument("--ranks", type=int, default=1, help="data parallel ranks, a process each where several")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of EngineConfig")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="a bound of ServerLimits")
+    parser.add_argument("--drain-seconds", type=float, default=10.0, help="for calls in flight at the end")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, VALUE as JSON where it is, else as text."""
+    name, value = _pair(text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""docs/protocol.md is true: its bytes are ours, and a client written from it alone is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import protocol_page
+import pytest
+import zmq
+from tiny_engine import tiny_options
+from tiny_server import LIMITS
+
+from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.protocol.codec import decode, encode
+from zerokl.rollout.protocol.schema import CLIENT_MESSAGES, SERVER_MESSAGES
+from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.server.sockets import RolloutServer
+
+
+def test_the_page_is_what_the_code_does() -> None:
+    """Run `python tests/protocol_page.py` after a change of the protocol."""
+    prose, marker, generated = protocol_page.PAGE.read_text().partition(protocol_page.MARKER)
+    assert marker and len(prose) > 2000
+    assert generated == protocol_page.reference()
+
+
+@pytest.mark.parametrize("kind", [*CLIENT_MESSAGES, *SERVER_MESSAGES])
+def test_each_example_is_a_message(kind: str) -> None:
+    message = protocol_page.examples()[kind]
+    schema = CLIENT_MESSAGES if kind in CLIENT_MESSAGES else SERVER_MESSAGES
+    back = decode(encode(message), schema)
+    assert (back.kind, back.call, back.seq, back.body) == (kind, message.call, message.seq, message.body)
+
+
+class PageClient:
+    """Written from docs/protocol.md, with zmq, msgpack and numpy alone."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.session: bytes | None = None
+        self.received = 0
+        self.call = 0
+        self.socket: Any = None
+        self.connect()
+
+    def connect(self) -> None:
+        if self.socket is not None:
+            self.socket.close(0)
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.connect(self.endpoint)
+        body: dict[str, Any] = {"versions": [1], "name": "page"}
+        if self.session is not None:
+            body["session"] = self.session
+        self.send("hello", body)
+        kind, _, welcome, _ = self.receive()
+        assert kind == "welcome" and welcome["resumed"] == (self.session is not None)
+        self.session = welcome["session"]
+
+    def send(self, kind: str, body: dict[str, Any], arrays: dict[str, Any] | None = None, call: int = 0) -> None:
+        arrays = arrays or {}
+        table = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
+        header = msgpack.packb([1, kind, call, self.received, body, table])
+        self.socket.send_multipart([header, *(array.tobytes() for array in arrays.values())])
+
+    def ask(self, kind: str, body: dict[str, Any], arrays: dict[str, Any] | None = None) -> int:
+        self.call += 1
+        self.send(kind, body, arrays, self.call)
+        return self.call
+
+    def receive(self) -> tuple[str, int, Any, dict[str, Any]]:
+        assert self.socket.poll(10_000), "no answer"
+        header, *frames = self.socket.recv_multipart()
+        version, kind, call, seq, body, table = msgpack.unpackb(header)
+        assert version == 1
+        if seq:
+            assert seq == self.received + 1
+            self.received = seq
+        arrays = {
+            name: np.frombuffer(frame, dtype).reshape(shape)
+            for (name, dtype, shape), frame in zip(table, frames, strict=True)
+        }
+        return kind, call, body, arrays
+
+
+def test_a_client_written_from_the_page_is_served(tiny_model: Path) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True, seed=5, n=2)
+    with RolloutEngine(tiny_options(tiny_model)) as engine:
+        expected = engine.generate([[1, 2, 3], "hi"], params)
+        server = RolloutServer("tcp://127.0.0.1:0", limits=LIMITS)
+        with server:
+            server.start(engine)
+            client = PageClient(server.endpoint)
+            prompts = {
+                "prompt_lens": np.array([3, -2], np.int32),
+                "prompt_tokens": np.array([1, 2, 3], np.int32),
+                "prompt_text": np.frombuffer(b"hi", np.uint8),
+            }
+            fields = {"sampling_params": [{"max_tokens": 40, "ignore_eos": True, "seed": 5, "n": 2}], "stream": 2}
+            call = client.ask("generate", fields, prompts)
+            streamed: dict[int, list[int]] = {index: [] for index in range(4)}
+            rows: list[Any] = []
+            tokens: list[int] = []
+            kind = ""
+            num_messages = 0
+            while kind != "result":
+                kind, number, body, arrays = client.receive()
+                num_messages += 1
+                if kind == "tokens":
+                    parts = np.split(arrays["token_ids"], np.cumsum(arrays["counts"])[:-1])
+                    for index, start, part in zip(arrays["indexes"], arrays["starts"], parts, strict=True):
+                        assert start == len(streamed[index])
+                        streamed[index] += part.tolist()
+                elif kind == "rollouts":
+                    rows += body["rollouts"]
+                    tokens += arrays["token_ids"].tolist()
+                if num_messages % 3 == 0 and kind != "result":  # lose the connection, and say the call again
+                    client.connect()
+                    client.send("generate", fields, prompts, call)
+            assert number == call and body["value"] == 4 == len(rows)
+            assert tokens == [token for rollout in expected for token in rollout.token_ids.tolist()]
+            for index, rollout in enumerate(expected):
+                assert rollout.token_ids.tolist()[: len(streamed[index])] == streamed[index]
+            sequence = np.concatenate([expected[0].prompt_token_ids, expected[0].token_ids])
+            client.ask(
+                "score",
+                {"definition": "policy_logprobs", "policy": "policy"},
+                {"token_ids": sequence, "lens": np.array([43], np.int32), "prompt_lens": np.array([3], np.int32)},
+            )
+            kind, _, _, arrays = client.receive()
+            assert kind == "scores"
+            np.testing.assert_array_equal(arrays["logprobs"], expected[0].policy_logprobs)
+            assert client.receive()[0] == "result"
+            client.ask("generate", {"sampling_params": [{"max_tokens": 0}]}, prompts)
+            kind, _, body, _ = client.receive()
+            assert kind == "error" and body["error"] == "ValueError" and "max_tokens" in body["text"]
+            client.send("bye", {})
+            client.send("ping", {})
+            kind, _, body, _ = client.receive()
+            assert (kind, body["code"]) == ("refused", "hello_first")
+            client.socket.close(0)

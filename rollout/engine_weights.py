@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from zerokl.weight_sync import PublishedWeights
 
     Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
+
+
+Result = TypeVar("Result")
 
 
 class HotSwap:
@@ -144,9 +148,12 @@ class WeightMethods:
         Live weights are copied between two steps, of all sets, and no output changes a bit. Waits for weights that are
         being staged. Nothing moves where a rank has all experts, or none has been used since.
         """
-        with self._updates.lock:
+
+        def begin() -> Future[int]:
             self._sleep.check_weights()
-            return self._loop.at_boundary(self._balance.rebalance).result()
+            return self._loop.at_boundary(self._balance.rebalance)
+
+        return self._while_nobody_stages(begin)
 
     # -- memory -------------------------------------------------------------------------------------------------------
     def sleep(
@@ -195,13 +202,28 @@ class WeightMethods:
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
     def _change(self, change: Exclusive) -> Any:
-        with self._updates.lock:
+        def begin() -> Future[Any]:
             self._loop.submit(change)
-            try:
-                return change.future.result()
-            except KeyboardInterrupt:
-                change.future.cancel()
-                raise
+            return change.future
+
+        return self._while_nobody_stages(begin)
+
+    def _while_nobody_stages(self, begin: Callable[[], Future[Result]]) -> Result:
+        """The result of what `begin` has the loop do. Where Ctrl-C ends the wait, staging is still kept from what has
+        begun, or cannot be called off."""
+        lock = self._updates.lock
+        lock.acquire()
+        try:
+            future = begin()
+        except BaseException:
+            lock.release()
+            raise
+        future.add_done_callback(lambda _: lock.release())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

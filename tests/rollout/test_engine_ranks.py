@@ -14,7 +14,7 @@ import pytest
 from exactness_harness import NONE_DIFFER, differences
 from leftovers import children_of, segments_of, wait_for_end
 from ranks_engine import SMALL, gated, kill_rank, no_new_files, on_ranks, write_moe_model
-from tiny_engine import in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
+from tiny_engine import ctrl_c_after, in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
 
 from zerokl.rollout import messages
 from zerokl.rollout.config import EngineConfig
@@ -161,6 +161,31 @@ def test_load_is_counted_over_all_ranks_and_experts_move_when_told(
     assert engine.expert_load(reset=True).total.sum() > 0 and engine.expert_load().total.sum() == 0
 
 
+def test_experts_that_are_to_move_after_ctrl_c_move_before_weights_are_staged(
+    engine_of: Callable[[str, str], RolloutEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, done = engine_of("moe", "E2"), []
+    sampled(engine)
+    ranks: Any = engine._ranks
+    rearrange, stage = ranks.rearrange_experts, ranks.stage_weights
+    monkeypatch.setattr(ranks, "rearrange_experts", lambda *given: (done.append("moved"), rearrange(*given)))
+    monkeypatch.setattr(ranks, "stage_weights", lambda *given: (done.append("staged"), stage(*given)))
+    tensors = random_tensors(ModelConfig.from_json(engine.config.model), 5, gain=2.0)
+    with gated(engine) as gate:
+        call = in_thread(lambda: engine.generate(PROMPTS[:3], SamplingParams(max_tokens=4, ignore_eos=True)))
+        gate.began.acquire()
+        with ctrl_c_after(lambda: wait_until(lambda: bool(engine._loop._urgent))), pytest.raises(KeyboardInterrupt):
+            engine.rebalance_experts()
+        assert engine._updates.lock.locked()  # what was asked for is still to come
+        update = in_thread(lambda: engine.update_weights(tensors))
+        gate.open()
+        call()
+        assert update() == 1
+    assert done == ["moved", "staged"]
+    engine.update_weights(engine.config.model, version=0, allow_rewind=True)
+    assert differences(sampled(engine_of("moe", "1")), sampled(engine)) == NONE_DIFFER
+
+
 # -- weights -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["wait", "keep", "in_place", "abort"])
 def test_an_update_in_flight_does_what_it_does_on_one_rank(
@@ -304,6 +329,14 @@ def test_closing_while_the_window_holds_requests_ends_their_calls(tiny_model: Pa
         with pytest.raises(EngineClosedError):
             call()
     assert children_of(os.getpid()) == children and segments_of(os.getpid()) == []
+
+
+def test_a_window_longer_than_any_clock_can_wait_ends_with_an_update(tiny_model: Path) -> None:
+    with on_ranks(tiny_model, data_parallel_size=2, batched_token_timeout=1e12) as engine:
+        call = in_thread(lambda: engine.generate([PROMPTS[0]], SamplingParams(max_tokens=3, ignore_eos=True)))
+        wait_until(lambda: engine.metrics()["refused_window"] > 0)
+        engine.update_weights(tiny_tensors(1))  # waits for the call, which it lets go
+        assert call()[0].policy_versions.tolist() == [0] * 3
 
 
 def test_options_that_do_not_fit_the_model_are_refused_before_anything_starts(

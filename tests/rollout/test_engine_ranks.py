@@ -271,6 +271,44 @@ def test_a_rank_killed_in_a_step_ends_the_engine_with_its_number_and_the_step_is
     assert segments_of(os.getpid()) == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+def test_a_rank_killed_at_any_moment_of_anything_ends_all_calls(
+    moe_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
+) -> None:
+    """While requests run, weights are staged and experts move; nothing is left of any rank."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    random, children = np.random.default_rng(seed), children_of(os.getpid())
+    options: dict[str, Any] = [
+        {"expert_parallel_size": 2, "expert_rebalance_interval": 1},
+        {"expert_parallel_size": 2, "data_parallel_size": 2, "rank_roles": ["prefill", "decode", "mixed", "decode"]},
+        {"data_parallel_size": 3, "rank_roles": ["prefill", "decode", "decode"]},
+        {"expert_parallel_size": 4},
+    ][seed % 4]
+    engine = on_ranks(moe_model, return_routing="all", **options)
+    pids = [rank["pid"] for rank in engine.describe_ranks()]
+
+    def until_it_fails(work: Callable[[], Any]) -> None:
+        while True:
+            work()
+
+    def change() -> None:
+        engine.update_weights(str(moe_model), mode=str(random.choice(["wait", "keep", "in_place", "abort"])))
+        engine.rebalance_experts()
+        engine.reset_prefix_cache()
+
+    calls = [in_thread(lambda work=work: until_it_fails(work)) for work in (lambda: sampled(engine), change)]
+    steps = int(random.integers(1, 60))
+    wait_until(lambda: engine.metrics()["steps"] >= steps)
+    victim = int(random.integers(len(pids)))
+    os.kill(pids[victim], signal.SIGKILL)
+    for call in calls:
+        with pytest.raises(EngineFailedError, match=f"rank {victim}: worker process {pids[victim]} was killed"):
+            call()
+    engine.close()
+    assert all(wait_for_end(pid) for pid in pids) and children_of(os.getpid()) == children
+    assert segments_of(os.getpid()) == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_rank_killed_between_steps_ends_the_engine_though_nobody_calls_it(tiny_model: Path) -> None:
     engine = on_ranks(tiny_model, data_parallel_size=2)
     pids = kill_rank(engine, 0)

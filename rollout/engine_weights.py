@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
@@ -21,12 +20,11 @@ from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
 from zerokl.rollout.worker import weight_source
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from zerokl.weight_sync import PublishedWeights
 
     Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
-
-
-Result = TypeVar("Result")
 
 
 class HotSwap:
@@ -153,7 +151,8 @@ class WeightMethods:
             self._sleep.check_weights()
             return self._loop.at_boundary(self._balance.rebalance)
 
-        return self._while_nobody_stages(begin)
+        num_moves: int = self._while_nobody_stages(begin)
+        return num_moves
 
     # -- memory -------------------------------------------------------------------------------------------------------
     def sleep(
@@ -208,7 +207,7 @@ class WeightMethods:
 
         return self._while_nobody_stages(begin)
 
-    def _while_nobody_stages(self, begin: Callable[[], Future[Result]]) -> Result:
+    def _while_nobody_stages(self, begin: Callable[[], Future[Any]]) -> Any:
         """The result of what `begin` has the loop do. Where Ctrl-C ends the wait, staging is still kept from what has
         begun, or cannot be called off."""
         lock = self._updates.lock

@@ -19,6 +19,9 @@ TIMEOUT_VARIABLE = "ZEROKL_EP_BATCHED_TOKEN_TIMEOUT"
 DEFAULT_BATCHED_TOKEN_TIMEOUT = 0.1
 """Seconds."""
 
+MAX_RANKS = 1 << 15
+"""Results hold the number of their rank as int16."""
+
 GIB = 1 << 30
 
 
@@ -102,6 +105,9 @@ class EngineConfig:
         self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))
         if self.batched_token_timeout is not None:
             self._set("batched_token_timeout", _timeout("batched_token_timeout", self.batched_token_timeout))
+        if self.num_ranks > MAX_RANKS:
+            sizes = f"{self.expert_parallel_size} * {self.data_parallel_size}"
+            raise ValueError(f"expert_parallel_size * data_parallel_size must be <= {MAX_RANKS}, got {sizes}")
         if self.num_ranks > 1 and self.worker == "inprocess":
             raise ValueError(f"worker must be 'process' or None with {self.num_ranks} ranks, got 'inprocess'")
         if self.rank_roles is not None:
@@ -210,7 +216,8 @@ class SchedulerConfig:
 def check_roles(name: str, roles: Sequence[Role]) -> tuple[Role, ...]:
     """`roles` as a tuple. Raises ValueError unless some rank can prefill and some rank can decode."""
     known = get_args(Role)
-    if isinstance(roles, str) or not roles or any(role not in known for role in roles):
+    is_sequence = isinstance(roles, Sequence) and not isinstance(roles, str)
+    if not is_sequence or not roles or any(role not in known for role in roles):
         raise ValueError(f"{name} must be a sequence of {known}, one per rank, got {roles!r}")
     for missing in ("prefill", "decode"):
         if not set(roles) & {"mixed", missing}:

@@ -212,7 +212,8 @@ class EngineLoop:
         """Sleep until there is something to do; False when that is to end."""
         with self._wake:
             while not self._has_work():
-                self._wake.wait(None if self._hold is None else self._hold.until - self._clock())
+                left = None if self._hold is None else self._hold.until - self._clock()
+                self._wake.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
             self._hold = None
             return not self._closing
 

@@ -20,6 +20,8 @@ from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
 from zerokl.rollout.worker import weight_source
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from zerokl.weight_sync import PublishedWeights
 
     Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
@@ -147,9 +149,13 @@ class WeightMethods(HotSwapping):
         Live weights are copied between two steps, of all sets, and no output changes a bit. Waits for weights that are
         being staged. Nothing moves where a rank has all experts, or none has been used since.
         """
-        with self._updates.lock:
+
+        def begin() -> Future[int]:
             self._sleep.check_weights()
-            return self._loop.at_boundary(self._balance.rebalance).result()
+            return self._loop.at_boundary(self._balance.rebalance)
+
+        num_moves: int = self._while_nobody_stages(begin)
+        return num_moves
 
     # -- memory -------------------------------------------------------------------------------------------------------
     def sleep(
@@ -191,13 +197,28 @@ class WeightMethods(HotSwapping):
             raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
 
     def _change(self, change: Exclusive) -> Any:
-        with self._updates.lock:
+        def begin() -> Future[Any]:
             self._loop.submit(change)
-            try:
-                return change.future.result()
-            except KeyboardInterrupt:
-                change.future.cancel()
-                raise
+            return change.future
+
+        return self._while_nobody_stages(begin)
+
+    def _while_nobody_stages(self, begin: Callable[[], Future[Any]]) -> Any:
+        """The result of what `begin` has the loop do. Where Ctrl-C ends the wait, staging is still kept from what has
+        begun, or cannot be called off."""
+        lock = self._updates.lock
+        lock.acquire()
+        try:
+            future = begin()
+        except BaseException:
+            lock.release()
+            raise
+        future.add_done_callback(lambda _: lock.release())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,8 @@ class WeightUpdates:
         A change that is given up in time is discarded here and not by the loop, which might come to it when the next
         one is staged already.
         """
-        self._loop.submit(change)
         try:
+            self._loop.submit(change)
             live: int = change.future.result()
         except ValueError:  # it cannot be applied now
             self.discard()
@@ -91,6 +91,8 @@ class WeightUpdates:
         except (KeyboardInterrupt, CancelledError):
             if change.future.cancel():
                 self.discard()
+            else:
+                wait([change.future])  # it has begun, or is over: nobody stages before its end
             raise
         return live
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,31 @@ def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
         return outcome["result"]
 
     return join
+
+
+@contextmanager
+def ctrl_c_after(ready: Callable[[], Any]) -> Iterator[threading.Event]:
+    """One KeyboardInterrupt in the main thread after `ready` returns, in another one. The event: it was raised."""
+    raised = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise KeyboardInterrupt
+
+    def send() -> None:
+        ready()
+        while not raised.wait(0.05):  # one that comes just before the thread begins to wait does not wake it
+            os.kill(os.getpid(), signal.SIGINT)
+
+    previous = signal.signal(signal.SIGINT, on_signal)
+    join = in_thread(send)
+    try:
+        yield raised
+    finally:
+        raised.set()
+        join()
+        signal.signal(signal.SIGINT, previous)
 
 
 def step_into_drain(engine: RolloutEngine, worker: GatedWorker) -> None:

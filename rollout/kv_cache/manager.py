@@ -18,7 +18,7 @@ def _nothing(_: Request) -> None: ...
 
 
 class KVCacheManager:
-    """Gives blocks to requests and takes them back. Questions (`match`, `can_...`, `is_...` and so on) change nothing.
+    """Gives blocks to requests and takes them back. Questions (`match`, `num_...`) change nothing.
 
     The table of a request, in positions (B = block size):
 
@@ -111,12 +111,6 @@ class KVCacheManager:
             num_free += dropped[block] == self._pool.num_references(block)
         return num_free
 
-    def can_admit(self, request: Request, matched: list[int], reserve: int) -> bool:
-        """Whether all known tokens of the request fit and `reserve` blocks stay free for those that run."""
-        new_blocks = self.blocks_for(request.compute_target) - len(matched)
-        woken = sum(not self._pool.is_used(block) for block in matched)
-        return new_blocks + woken + reserve <= self._pool.num_free
-
     def share(self, matched: Iterable[int]) -> None:
         """Take a reference to each matched block, before any allocation that might evict it."""
         for block in matched:
@@ -145,16 +139,8 @@ class KVCacheManager:
         request.num_published_blocks = len(matched)
 
     # -- growth and results ------------------------------------------------------------------------
-    def needs_block(self, request: Request) -> bool:
-        """Whether the table is too short for the tokens known by now."""
-        return request.compute_target > request.num_blocks * self.block_size
-
-    def can_grow(self) -> bool:
-        """Whether a block is left to `grow` by."""
-        return self._pool.num_free > 0
-
     def grow(self, request: Request) -> None:
-        """One more block at the end of the table."""
+        """One more block, which the caller knows to be free, at the end of the table."""
         if request.num_blocks == len(request.block_table):
             request.block_table = np.concatenate([request.block_table, np.zeros_like(request.block_table)])
         request.block_table[request.num_blocks] = self._pool.allocate()

@@ -33,6 +33,11 @@ from zerokl.rollout.config import EngineConfig, SchedulerConfig
         ("batched_token_timeout", "0.1", "seconds >= 0"),
         ("rank_roles", ("mixed", "mixed"), "each of the 1 ranks"),
         ("rank_roles", ["decode"], "can prefill"),
+        ("rank_roles", 5, "a sequence of"),
+        ("rank_roles", {"mixed"}, "a sequence of"),  # in no order
+        ("rank_roles", {"mixed": 1}, "a sequence of"),
+        ("expert_parallel_size", 10**30, "<= 32768"),
+        ("data_parallel_size", 1 << 16, "<= 32768"),
         ("num_redundant_experts", -1, ">= 0"),
         ("expert_rebalance_interval", 0, ">= 1"),
         ("return_routing", "some", "output"),

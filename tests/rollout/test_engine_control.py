@@ -13,12 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_engine import FailingWorker, GatedWorker, in_thread, step_into_drain, tiny_options, tiny_tensors, wait_until
+from tiny_engine import (
+    FailingWorker,
+    GatedWorker,
+    ctrl_c_after,
+    in_thread,
+    step_into_drain,
+    tiny_options,
+    tiny_tensors,
+    wait_until,
+)
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.worker import LocalWorker
 
 LONG = SamplingParams(max_tokens=60, ignore_eos=True, seed=1)
 
@@ -98,16 +108,9 @@ def test_a_cancelled_task_aborts_its_requests(tiny_model: Path) -> None:
 
 def test_ctrl_c_aborts_the_call_and_leaves_the_engine_usable(tiny_model: Path) -> None:
     engine, worker = gated_engine(tiny_model)
-
-    def interrupt() -> None:
-        worker.began.acquire()
-        os.kill(os.getpid(), signal.SIGINT)
-
     with engine:
-        join = in_thread(interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with ctrl_c_after(worker.began.acquire), pytest.raises(KeyboardInterrupt):
             engine.generate("a", LONG)
-        join()
         worker.open()
         assert len(engine.generate("a", LONG)[0].token_ids) == 60
         assert engine.metrics()["finished_abort"] == 1
@@ -115,22 +118,43 @@ def test_ctrl_c_aborts_the_call_and_leaves_the_engine_usable(tiny_model: Path) -
 
 def test_ctrl_c_gives_up_an_update_that_waits(tiny_model: Path) -> None:
     engine, worker = gated_engine(tiny_model)
-
-    def interrupt() -> None:
-        step_into_drain(engine, worker)
-        os.kill(os.getpid(), signal.SIGINT)
-
     with engine:
         call = in_thread(lambda: engine.generate("a", LONG))
         worker.began.acquire()
-        join = in_thread(interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with ctrl_c_after(lambda: step_into_drain(engine, worker)), pytest.raises(KeyboardInterrupt):
             engine.update_weights(tiny_tensors(1))
-        join()
         worker.open()
         assert call()[0].policy_versions.tolist() == [0] * 60
         assert engine.get_weight_version() == 0
         assert engine.update_weights(tiny_tensors(2)) == 1
+
+
+def test_ctrl_c_within_a_commit_waits_for_its_end(tiny_model: Path) -> None:
+    """Nobody may stage the next weights before."""
+    began, gate, left = threading.Event(), threading.Event(), threading.Event()
+
+    class Committing(LocalWorker):
+        def commit_weights(self) -> None:
+            if self.describe()["versions"]:
+                began.set()
+                gate.wait()
+            super().commit_weights()
+
+    with RolloutEngine(tiny_options(tiny_model), make_worker=Committing) as engine:
+        with ctrl_c_after(began.wait) as raised:
+
+            def let_go() -> None:
+                raised.wait()
+                left.wait(0.2)
+                gate.set()
+
+            join = in_thread(let_go)
+            with pytest.raises(KeyboardInterrupt):
+                engine.update_weights(tiny_tensors(1))
+            left.set()
+            assert engine.get_weight_version() == 1
+        join()
+        assert engine.update_weights(tiny_tensors(2)) == 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), WorkerError("the process died"), ValueError("bad step")])

@@ -14,7 +14,7 @@ import pytest
 from exactness_harness import NONE_DIFFER, differences
 from leftovers import children_of, segments_of, wait_for_end
 from ranks_engine import SMALL, gated, kill_rank, no_new_files, on_ranks, write_moe_model
-from tiny_engine import in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
+from tiny_engine import ctrl_c_after, in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
 
 from zerokl.rollout import messages
 from zerokl.rollout.config import EngineConfig
@@ -161,6 +161,31 @@ def test_load_is_counted_over_all_ranks_and_experts_move_when_told(
     assert engine.expert_load(reset=True).total.sum() > 0 and engine.expert_load().total.sum() == 0
 
 
+def test_experts_that_are_to_move_after_ctrl_c_move_before_weights_are_staged(
+    engine_of: Callable[[str, str], RolloutEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, done = engine_of("moe", "E2"), []
+    sampled(engine)
+    ranks: Any = engine._ranks
+    rearrange, stage = ranks.rearrange_experts, ranks.stage_weights
+    monkeypatch.setattr(ranks, "rearrange_experts", lambda *given: (done.append("moved"), rearrange(*given)))
+    monkeypatch.setattr(ranks, "stage_weights", lambda *given: (done.append("staged"), stage(*given)))
+    tensors = random_tensors(ModelConfig.from_json(engine.config.model), 5, gain=2.0)
+    with gated(engine) as gate:
+        call = in_thread(lambda: engine.generate(PROMPTS[:3], SamplingParams(max_tokens=4, ignore_eos=True)))
+        gate.began.acquire()
+        with ctrl_c_after(lambda: wait_until(lambda: bool(engine._loop._urgent))), pytest.raises(KeyboardInterrupt):
+            engine.rebalance_experts()
+        assert engine._updates.lock.locked()  # what was asked for is still to come
+        update = in_thread(lambda: engine.update_weights(tensors))
+        gate.open()
+        call()
+        assert update() == 1
+    assert done == ["moved", "staged"]
+    engine.update_weights(engine.config.model, version=0, allow_rewind=True)
+    assert differences(sampled(engine_of("moe", "1")), sampled(engine)) == NONE_DIFFER
+
+
 # -- weights -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["wait", "keep", "in_place", "abort"])
 def test_an_update_in_flight_does_what_it_does_on_one_rank(
@@ -247,6 +272,44 @@ def test_a_rank_killed_in_a_step_ends_the_engine_with_its_number_and_the_step_is
     assert segments_of(os.getpid()) == segments and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
+def test_a_rank_killed_at_any_moment_of_anything_ends_all_calls(
+    moe_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
+) -> None:
+    """While requests run, weights are staged and experts move; nothing is left of any rank."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    random, children = np.random.default_rng(seed), children_of(os.getpid())
+    options: dict[str, Any] = [
+        {"expert_parallel_size": 2, "expert_rebalance_interval": 1},
+        {"expert_parallel_size": 2, "data_parallel_size": 2, "rank_roles": ["prefill", "decode", "mixed", "decode"]},
+        {"data_parallel_size": 3, "rank_roles": ["prefill", "decode", "decode"]},
+        {"expert_parallel_size": 4},
+    ][seed % 4]
+    engine = on_ranks(moe_model, return_routing="all", **options)
+    pids = [rank["pid"] for rank in engine.describe_ranks()]
+
+    def until_it_fails(work: Callable[[], Any]) -> None:
+        while True:
+            work()
+
+    def change() -> None:
+        engine.update_weights(str(moe_model), mode=str(random.choice(["wait", "keep", "in_place", "abort"])))
+        engine.rebalance_experts()
+        engine.reset_prefix_cache()
+
+    calls = [in_thread(lambda work=work: until_it_fails(work)) for work in (lambda: sampled(engine), change)]
+    steps = int(random.integers(1, 60))
+    wait_until(lambda: engine.metrics()["steps"] >= steps)
+    victim = int(random.integers(len(pids)))
+    os.kill(pids[victim], signal.SIGKILL)
+    for call in calls:
+        with pytest.raises(EngineFailedError, match=f"rank {victim}: worker process {pids[victim]} was killed"):
+            call()
+    engine.close()
+    assert all(wait_for_end(pid) for pid in pids) and children_of(os.getpid()) == children
+    assert segments_of(os.getpid()) == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_rank_killed_between_steps_ends_the_engine_though_nobody_calls_it(tiny_model: Path) -> None:
     engine = on_ranks(tiny_model, data_parallel_size=2)
     pids = kill_rank(engine, 0)
@@ -307,6 +370,14 @@ def test_closing_while_the_window_holds_requests_ends_their_calls(tiny_model: Pa
         with pytest.raises(EngineClosedError):
             call()
     assert children_of(os.getpid()) == children and segments_of(os.getpid()) == segments
+
+
+def test_a_window_longer_than_any_clock_can_wait_ends_with_an_update(tiny_model: Path) -> None:
+    with on_ranks(tiny_model, data_parallel_size=2, batched_token_timeout=1e12) as engine:
+        call = in_thread(lambda: engine.generate([PROMPTS[0]], SamplingParams(max_tokens=3, ignore_eos=True)))
+        wait_until(lambda: engine.metrics()["refused_window"] > 0)
+        engine.update_weights(tiny_tensors(1))  # waits for the call, which it lets go
+        assert call()[0].policy_versions.tolist() == [0] * 3
 
 
 def test_options_that_do_not_fit_the_model_are_refused_before_anything_starts(

@@ -20,11 +20,17 @@ def match(manager: KVCacheManager, request: Request, epoch: int) -> list[int]:
     return manager.match(request, manager.prefix_keys(request, epoch))
 
 
+def fits(manager: KVCacheManager, request: Request, matched: list[int], reserve: int) -> bool:
+    """Whether a scheduler would admit the request and leave `reserve` blocks free."""
+    new_blocks = manager.blocks_for(request.compute_target) - len(matched)
+    return new_blocks + manager.num_unused(matched, set()) + reserve <= manager.num_free_blocks
+
+
 def admit(manager: KVCacheManager, request: Request, epoch: int = 1) -> int:
     """Admit and compute a whole request; the number of tokens that came from the cache."""
     keys = manager.prefix_keys(request, epoch)
     matched = manager.match(request, keys)
-    assert manager.can_admit(request, matched, reserve=0)
+    assert fits(manager, request, matched, reserve=0)
     manager.adopt_keys(request, keys)
     manager.share(matched)
     manager.admit(request, matched)
@@ -153,10 +159,10 @@ def test_idle_blocks_that_a_request_would_wake_count_as_taken():
     admit(manager, holder)
     request = make("b", range(33))
     matched = match(manager, request, 1)
-    assert len(matched) == 3 and not manager.can_admit(request, matched, reserve=0)  # 5 blocks are needed, 3 are free
+    assert len(matched) == 3 and not fits(manager, request, matched, reserve=0)  # 5 blocks are needed, 3 are free
     request = make("c", range(24))
     matched = match(manager, request, 1)
-    assert manager.can_admit(request, matched, reserve=0) and not manager.can_admit(request, matched, reserve=1)
+    assert fits(manager, request, matched, reserve=0) and not fits(manager, request, matched, reserve=1)
 
 
 def test_integrity_notices_a_lost_block():
@@ -182,7 +188,7 @@ def test_blocks_are_conserved_whatever_happens(actions, caching):
             request = make(str(number), [choice % 3] * 8 + list(range(choice * 5)), "g" if choice % 2 else None)
             matched = match(manager, request, 1)
             assert len(matched) * 8 < request.num_tokens
-            if manager.can_admit(request, matched, reserve=choice % 2):
+            if fits(manager, request, matched, reserve=choice % 2):
                 manager.adopt_keys(request, manager.prefix_keys(request, 1))
                 manager.share(matched)
                 manager.admit(request, matched)
@@ -191,7 +197,7 @@ def test_blocks_are_conserved_whatever_happens(actions, caching):
                 held.append(request)
         elif action == "release" and held:
             manager.release(held.pop(choice % len(held)))
-        elif action == "grow" and held and manager.can_grow():
+        elif action == "grow" and held and manager.num_free_blocks:
             manager.grow(held[choice % len(held)])
         elif action == "reset":
             manager.reset()

@@ -68,12 +68,6 @@ class Channels:
         WorkerError when the channels are closed.
         """
         with self.lock:
-            self.send(orders)
-            return self._receive(self._sequence, enough)
-
-    def send(self, orders: Sequence[Message]) -> None:
-        """Send each rank its order; unless they are waited for, the answers are dropped when they come."""
-        with self.lock:
             if self._closed:
                 raise WorkerError("the worker is closed")
             self._sequence += 1
@@ -82,6 +76,7 @@ class Channels:
                     socket.send_multipart(encode(self._sequence, order), zmq.NOBLOCK)
                 except zmq.Again:  # nobody at the other end
                     child.raise_death()
+            return self._receive(self._sequence, enough)
 
     def tell(self, message: Message) -> list[bool]:
         """Send all ranks what is not answered; says at which of the other ends there was anybody."""

@@ -73,10 +73,9 @@ class _Processes:
         except Exception:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
-        except BaseException:  # Ctrl-C: who has staged discards now, the others once they are done with it
+        except BaseException:  # Ctrl-C: once this has returned no rank is still at it, unless a second one cuts it short
             self._free_publisher()
-            self._link.staging.send([messages.Discard()] * self._size)
-            self._done(messages.Discard())
+            self._done(messages.Discard(), channels=self._link.staging)
             raise
 
     def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights:

@@ -73,7 +73,7 @@ class _Processes:
         except Exception:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
-        except BaseException:  # Ctrl-C: once this has returned no rank is still at it, unless a second one cuts it short
+        except BaseException:  # Ctrl-C: afterwards no rank is still at it, unless a second one cuts it short
             self._free_publisher()
             self._done(messages.Discard(), channels=self._link.staging)
             raise

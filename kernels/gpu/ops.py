@@ -59,7 +59,7 @@ class GpuOps:
         self._inputs: StepInputs | None = None
         self._layout: StepLayout | None = None
         self._sections: dict[str, Tensor] = {}
-        self._bucket_arrays: dict[tuple[int, ...], Tensor] = {}
+        self._bucket_arrays: dict[tuple[tuple[str, int], ...], Tensor] = {}
         self._pool: KVPool[Tensor] | None = None
 
     # -- placement -----------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class GpuOps:
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
         """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites."""
         self._inputs, self._pool, self._calls = inputs, pool, 0
-        self._layout = layout = lay_out(inputs)
+        self._layout = layout = self._lay_out(inputs)
         paddle.device.cuda.synchronize()
         staged = paddle.to_tensor(layout.flat, place=self._place)
         # Into the bucket's own array, at an address that a recorded step may keep.
@@ -128,6 +128,9 @@ class GpuOps:
             _launch(sampling.copy_kernel, (triton.cdiv(count, _VOCAB_BLOCK),), staged, flat, count, BLOCK=_VOCAB_BLOCK)
             paddle.device.cuda.synchronize()
         self._sections = {name: flat[section] for name, section in layout.sections.items()}
+
+    def _lay_out(self, inputs: StepInputs) -> StepLayout:
+        return lay_out(inputs)
 
     # -- ops -----------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Tensor) -> Tensor:
@@ -140,9 +143,9 @@ class GpuOps:
         assert self._inputs is not None and self._layout is not None and rows is self._inputs.logit_rows
         return self._rows_of(x, "rows", self._layout.num_rows)
 
-    def _rows_of(self, table: Tensor, section: str, count: int) -> Tensor:
+    def _rows_of(self, table: Tensor, section: str, count: int, dtype: str = "float32") -> Tensor:
         width = table.shape[1]
-        out = self._take(count, width)
+        out = self._take(count, width, dtype=dtype)
         _launch(
             elementwise.embedding_kernel, (count,), self._sections[section], table, out,
             WIDTH=width, BLOCK=triton.next_power_of_2(width),
@@ -221,7 +224,7 @@ class GpuOps:
     def sample(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> SampleResult:
         """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1."""
         assert self._inputs is not None and batch is self._inputs.sampling
-        logits = self.linear(hidden, lm_head)
+        logits = self._logits(hidden, lm_head)
         rows, vocab = logits.shape
         processed = self._take(rows, vocab)
         out = self._take(rows, int(sampling.NUM_RESULTS), dtype="int32")
@@ -238,16 +241,23 @@ class GpuOps:
             sampling.penalty_kernel, (rows,), processed, at["options"],
             at["history_start"], at["history_token"], at["history_count"], vocab, BLOCK=_ENTRY_BLOCK,
         )  # fmt: skip
-        _launch(sampling.sample_kernel, (rows,), logits, processed, at["options"], out, vocab, BLOCK=_VOCAB_BLOCK)
+        _launch(
+            sampling.sample_kernel, (rows,), logits, processed, at["options"], out, vocab,
+            BLOCK=_VOCAB_BLOCK, CHUNKS=triton.next_power_of_2(triton.cdiv(vocab, _VOCAB_BLOCK)),
+        )  # fmt: skip
         paddle.device.cuda.synchronize()
-        return _result(out.numpy()[: len(batch.forced)], batch.want_raw)
+        return sample_result(out.numpy()[: len(batch.forced)], batch.want_raw)
+
+    def _logits(self, hidden: Tensor, lm_head: PackedLinear) -> Tensor:
+        return self.linear(hidden, lm_head)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     kernel[grid](*args, enable_fp_fusion=False, **options)
 
 
-def _result(columns: NDArray[np.int32], want_raw: bool) -> SampleResult:
+def sample_result(columns: NDArray[np.int32], want_raw: bool) -> SampleResult:
+    """Results [R, NUM_RESULTS] of the sampling kernels as fresh arrays."""
     floats = columns.view(np.float32)
     return SampleResult(
         tokens=columns[:, int(sampling.TOKEN)].copy(),

@@ -1,0 +1,76 @@
+"""Tile shapes of the matrix products by number of rows: speed only, never bits (docs/numerics.md, GPU).
+
+A tile decides which outputs one program computes and how the operands are fetched; each output is summed over K in
+steps of 16 in sequence whatever the tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and inputs of a program's block; warps; stages of the load pipeline."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a kernel launch."""
+        return asdict(self)
+
+
+# (largest number of rows, largest N, tile); the first entry that fits serves. None: no bound.
+_Table = tuple[tuple[int | None, int | None, Tile], ...]
+
+LINEAR: _Table = (
+    (16, 8192, Tile(16, 32, 128, 4, 5)),
+    (16, None, Tile(16, 64, 128, 4, 4)),
+    (32, 8192, Tile(32, 32, 128, 4, 4)),
+    (32, None, Tile(32, 64, 128, 4, 4)),
+    (64, 8192, Tile(64, 32, 128, 4, 4)),
+    (64, None, Tile(64, 64, 128, 4, 4)),
+    (128, 8192, Tile(64, 64, 64, 4, 4)),
+    (128, None, Tile(128, 128, 64, 8, 4)),
+    (256, 8192, Tile(64, 64, 64, 4, 4)),
+    (None, None, Tile(128, 128, 64, 8, 4)),
+)
+
+SWIGLU: _Table = (
+    (16, None, Tile(16, 32, 128, 4, 4)),
+    (32, None, Tile(32, 32, 128, 4, 4)),
+    (64, None, Tile(64, 32, 128, 4, 4)),
+    (128, None, Tile(64, 64, 64, 4, 4)),
+    (None, None, Tile(128, 64, 64, 8, 4)),
+)
+
+LM_HEAD: _Table = (
+    (16, None, Tile(16, 128, 128, 4, 4)),
+    (32, None, Tile(32, 128, 128, 4, 3)),
+    (64, None, Tile(64, 128, 64, 4, 4)),
+    (None, None, Tile(128, 128, 64, 8, 4)),
+)
+
+# By the mean number of rows of an expert: one tile serves all experts of a step.
+EXPERTS: _Table = (
+    (16, None, Tile(16, 64, 128, 4, 4)),
+    (32, None, Tile(32, 64, 64, 4, 4)),
+    (64, None, Tile(64, 64, 64, 4, 4)),
+    (None, None, Tile(128, 64, 64, 8, 4)),
+)
+
+# Query rows (tokens times heads of a group) of an attention program, with warps and stages.
+DECODE_ATTENTION = Tile(16, 0, 0, 4, 3)
+PREFILL_ATTENTION = Tile(64, 0, 0, 4, 2)
+
+
+def choose(table: _Table, rows: int, outputs: int) -> Tile:
+    """The tile for `rows` rows and `outputs` columns."""
+    for most_rows, most_outputs, tile in table:
+        if (most_rows is None or rows <= most_rows) and (most_outputs is None or outputs <= most_outputs):
+            return tile
+    raise AssertionError("the last entry of a table has no bounds")

@@ -1,4 +1,4 @@
-"""Arrays for kernel tests: Paddle tensors where it can use a GPU, NumPy under Triton's interpreter (TRITON_INTERPRET=1).
+"""Arrays for kernel tests: Paddle tensors on a GPU, NumPy under Triton's interpreter (TRITON_INTERPRET=1).
 
 The interpreter knows no bfloat16 products: there every array of floats is float32 and only indexing and formulas are
 tested. Claims about bits are claims about the GPU.
@@ -20,7 +20,7 @@ FLOAT = "float32" if INTERPRETED else "bfloat16"
 
 
 class HostArray:
-    """A NumPy array with as much of a tensor's interface as Triton's interpreter uses; every copy is the same memory."""
+    """A NumPy array with what Triton's interpreter uses of a tensor; every copy is the same memory."""
 
     def __init__(self, values: NDArray[Any]) -> None:
         self.values = values

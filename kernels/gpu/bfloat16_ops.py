@@ -24,8 +24,6 @@ from zerokl.kernels.gpu.ops import GpuOps, PackedGateUp, PackedLinear, Tensor, s
 from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
-_ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
-
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
@@ -131,10 +129,10 @@ class Bfloat16Ops(GpuOps):
     def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
         """Buffers for a program per split, where a program per sequence and key head would leave the chip idle."""
         assert self._pool is not None and self._layout is not None
-        splits = triton.cdiv(self._layout.max_blocks * self._pool.block_size, paged_attention.SPLIT)
-        if splits == 1 or count * spec.num_kv_heads >= _ENOUGH_PROGRAMS:
+        context = self._layout.max_blocks * self._pool.block_size
+        if not paged_attention.splits_pay(count, spec.num_kv_heads, context):
             return None
-        shape = (tokens, spec.num_heads, splits)
+        shape = (tokens, spec.num_heads, triton.cdiv(context, paged_attention.SPLIT))
         return self._take(*shape, spec.head_dim), self._take(*shape, 2)
 
     # -- mixtures of experts -------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ SPLIT = 64
 """Keys per split: part of the definition."""
 
 LOG2_E = 1.4426950408889634
+_ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 TILE_COLUMNS = 4
 """Columns of a tile list, [tiles, 4] int32: sequence, first row, rows, position of the first row."""
 
@@ -165,6 +166,11 @@ def attention(query, pool, layer, tables, tile_list, out, spec, *, partial=None,
         merge_kernel[(tile_list.shape[0], heads)](
             buffer, state, tile_list, out, max_splits, enable_fp_fusion=False, num_warps=1, **sizes
         )
+
+
+def splits_pay(sequences, kv_heads, context):
+    """Whether single tokens of `sequences`, at up to `context` keys, leave the chip idle without a program per split."""
+    return context > SPLIT and sequences * kv_heads < _ENOUGH_PROGRAMS
 
 
 def tokens_per_tile(tile, spec):

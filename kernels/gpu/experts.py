@@ -117,8 +117,8 @@ def experts_swiglu_kernel(
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         matrix = expert.to(tl.int64) * N * K
         acc = swiglu_product(
-            x_ptr, gate_ptr + matrix, up_ptr + matrix, tl.maximum(slots, 0) // SLOTS, tl.minimum(n, N - 1), K,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            x_ptr, gate_ptr + matrix, up_ptr + matrix, 0, tl.maximum(slots, 0) // SLOTS, 0, tl.minimum(n, N - 1), K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
         )  # fmt: skip
         inside = (slots >= 0)[:, None] & (n < N)[None, :]
         tl.store(out_ptr + slots.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -134,8 +134,8 @@ def experts_linear_kernel(
     if expert >= 0:
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = product(
-            x_ptr, weight_ptr + expert.to(tl.int64) * N * K, tl.maximum(slots, 0), tl.minimum(n, N - 1), K,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+            x_ptr, weight_ptr + expert.to(tl.int64) * N * K, 0, tl.maximum(slots, 0), 0, tl.minimum(n, N - 1), K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
         )  # fmt: skip
         inside = (slots >= 0)[:, None] & (n < N)[None, :]
         tl.store(out_ptr + slots.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -17,7 +17,7 @@ from zerokl.kernels.gpu.elementwise import vexp
 from zerokl.kernels.gpu.sampling import chunk_sums, drawn_bits, join_chunks, logprob_of, mass_of, option_of
 
 CHUNK = 1024
-_CHUNKS_PER_PROGRAM = 8
+_CHUNKS_PER_PROGRAM = 4
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def settle(hidden, head, options, logits, tile_max, sums, masses, out, *, tile=N
     block = {"TILES_BLOCK": triton.next_power_of_2(columns), "CHUNK": CHUNK, "enable_fp_fusion": False}
     chunk_sums_kernel[(rows, triton.cdiv(chunks, _CHUNKS_PER_PROGRAM))](
         logits, tile_max, options, sums, masses, vocab, columns, chunks,
-        CHUNKS_PER_PROGRAM=_CHUNKS_PER_PROGRAM, **block,
+        CHUNKS_PER_PROGRAM=_CHUNKS_PER_PROGRAM, num_warps=1, **block,
     )  # fmt: skip
     settle_kernel[(rows,)](
         logits, tile_max, options, sums, masses, out, vocab, columns, chunks,

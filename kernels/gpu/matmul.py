@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zerokl.kernels.gpu import tiles
 from zerokl.kernels.gpu.elementwise import vexp
 
 _GROUP_M = 8
+_SIZES = {"bfloat16": 2, "float32": 4}
 
 
 @triton.jit
@@ -28,49 +30,58 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
-def load_block(ptr, rows, k, K, stride, EVEN_K: tl.constexpr):
-    """Entries [rows, k] of a row-major matrix; zeros past K, which add nothing to a sum."""
-    block = ptr + rows.to(tl.int64)[:, None] * stride + k[None, :]
-    if EVEN_K:
-        return tl.load(block)
-    return tl.load(block, mask=(k < K)[None, :], other=0.0)
+def load_block(matrix, first, rows, start, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr):
+    """Inputs start .. start + BLOCK_K - 1 of some rows of a row-major matrix; zeros past K, which add nothing to a sum.
+
+    With TMA `matrix` is a descriptor and the rows are those from `first` on, zeros past the last; otherwise a pointer
+    and the rows are `rows`.
+    """
+    if TMA:
+        block = matrix.load([first, start])
+    else:
+        k = start + tl.arange(0, BLOCK_K)
+        at = matrix + rows.to(tl.int64)[:, None] * K + k[None, :]
+        block = tl.load(at) if EVEN_K else tl.load(at, mask=(k < K)[None, :], other=0.0)
+    return block
 
 
 @triton.jit
 def product(
-    x_ptr, weight_ptr, rows, n, K,
+    x, weight, m, rows, n, columns, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    X_TMA: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """x[rows] weight[n]^T, float32 [BLOCK_M, BLOCK_N]."""
+    """x[rows] weight[columns]^T, float32 [BLOCK_M, BLOCK_N]; m and n are the first row and column."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = load_block(x_ptr, rows, k, K, K, EVEN_K)
-        weight = load_block(weight_ptr, n, k, K, K, EVEN_K)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+        a = load_block(x, m, rows, start, K, BLOCK_K, EVEN_K, X_TMA)
+        b = load_block(weight, n, columns, start, K, BLOCK_K, EVEN_K, TMA)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def swiglu_product(
-    x_ptr, gate_ptr, up_ptr, rows, n, K,
+    x, gate, up, m, rows, n, columns, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    X_TMA: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """silu(x gate^T) * (x up^T) of the rows, float32 [BLOCK_M, BLOCK_N]."""
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = load_block(x_ptr, rows, k, K, K, EVEN_K)
-        gate = tl.dot(x, tl.trans(load_block(gate_ptr, n, k, K, K, EVEN_K)), gate, input_precision="ieee")
-        up = tl.dot(x, tl.trans(load_block(up_ptr, n, k, K, K, EVEN_K)), up, input_precision="ieee")
-    return tl.div_rn(gate, 1.0 + vexp(-gate)) * up
+        a = load_block(x, m, rows, start, K, BLOCK_K, EVEN_K, X_TMA)
+        b = load_block(gate, n, columns, start, K, BLOCK_K, EVEN_K, TMA)
+        g = tl.dot(a, tl.trans(b), g, input_precision="ieee")
+        c = load_block(up, n, columns, start, K, BLOCK_K, EVEN_K, TMA)
+        u = tl.dot(a, tl.trans(c), u, input_precision="ieee")
+    return tl.div_rn(g, 1.0 + vexp(-g)) * u
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, max_ptr, M, N, K,
-    HAS_BIAS: tl.constexpr, TILE_MAX: tl.constexpr, EVEN_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
+    HAS_BIAS: tl.constexpr, TILE_MAX: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[M, N] = x[M, K] weight[N, K]^T + bias; with TILE_MAX also the largest entry of each row in each tile."""
@@ -79,8 +90,9 @@ def linear_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns past the end repeat the last one: loads need no mask, and the results are not stored.
     acc = product(
-        x_ptr, weight_ptr, tl.minimum(m, M - 1), tl.minimum(n, N - 1), K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
-    )
+        x, weight, tile_m * BLOCK_M, tl.minimum(m, M - 1), tile_n * BLOCK_N, tl.minimum(n, N - 1), K,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, TMA,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -93,8 +105,8 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_kernel(
-    x_ptr, gate_ptr, up_ptr, out_ptr, M, N, K,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x, gate, up, out_ptr, M, N, K,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[M, N] = silu(x gate^T) * (x up^T), gate and up [N, K]."""
@@ -102,8 +114,9 @@ def swiglu_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = swiglu_product(
-        x_ptr, gate_ptr, up_ptr, tl.minimum(m, M - 1), tl.minimum(n, N - 1), K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K
-    )
+        x, gate, up, tile_m * BLOCK_M, tl.minimum(m, M - 1), tile_n * BLOCK_N, tl.minimum(n, N - 1), K,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, TMA,
+    )  # fmt: skip
     inside = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -126,10 +139,12 @@ def linear_with_tile_max(x, weight, out, tile_max, *, tile):
 
 def _launch_linear(x, weight, bias, out, tile_max, rows, n, k, tile):
     grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
+    tma = serves_tma(tile, x, k)
     linear_kernel[grid](
-        x, weight, x if bias is None else bias, out, out if tile_max is None else tile_max, rows, n, k,
-        HAS_BIAS=bias is not None, TILE_MAX=tile_max is not None, EVEN_K=k % tile.BLOCK_K == 0, GROUP_M=_GROUP_M,
-        enable_fp_fusion=False, **tile.options(),
+        operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(weight, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
+        out if bias is None else bias, out, out if tile_max is None else tile_max, rows, n, k,
+        HAS_BIAS=bias is not None, TILE_MAX=tile_max is not None, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma,
+        GROUP_M=_GROUP_M, enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
 
 
@@ -138,7 +153,37 @@ def swiglu(x, gate, up, out, *, tile=None):
     (rows, k), n = x.shape, gate.shape[0]
     tile = tile or tiles.choose(tiles.SWIGLU, rows, n)
     grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
+    tma = serves_tma(tile, x, k)
     swiglu_kernel[grid](
-        x, gate, up, out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, GROUP_M=_GROUP_M,
-        enable_fp_fusion=False, **tile.options(),
+        operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(gate, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
+        operand(up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma), out, rows, n, k,
+        EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
+
+
+class _Dtype(str):
+    """A type's name with its size, as Triton's descriptors ask for it; Paddle's types have no size."""
+
+    __slots__ = ("itemsize",)
+
+
+class _Base:
+    """A tensor under a descriptor: everything but the type is the tensor's."""
+
+    def __init__(self, tensor):
+        self._tensor = tensor
+        self.dtype = _Dtype(str(tensor.dtype).rpartition(".")[2])
+        self.dtype.itemsize = _SIZES[self.dtype]
+
+    def __getattr__(self, name):
+        return getattr(self._tensor, name)
+
+
+def serves_tma(tile, x, k):
+    """Whether `tile` wants the bulk copy engine and rows of x [M, k] start at multiples of 16 bytes, as it needs."""
+    return tile.tma and k * _SIZES[str(x.dtype).rpartition(".")[2]] % 16 == 0
+
+
+def operand(matrix, rows, k, block_rows, block_k, tma):
+    """What a kernel takes for a row-major [rows, k] matrix: the tensor, or its descriptor for blocks of that shape."""
+    return TensorDescriptor(_Base(matrix), [rows, k], [k, 1], [block_rows, block_k]) if tma else matrix

@@ -42,24 +42,34 @@ def merge(m, total, acc, m_i, total_i, acc_i):
 def one_split(
     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position, scale,
     ROWS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(maximum [ROWS], sum [ROWS], weighted values [ROWS, SIZE_BLOCK]) of the keys start .. start + SPLIT - 1."""
+    """(maximum [ROWS], sum [ROWS], weighted values [ROWS, SIZE_BLOCK]) of the keys start .. start + SPLIT - 1.
+
+    WHOLE says that every row sees all of them.
+    """
     j = start + tl.arange(0, SPLIT)
     d = tl.arange(0, SIZE_BLOCK)
-    seen = j < length
+    seen = (j < length) | WHOLE
     block = first_block + tl.load(table_ptr + j // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
     at = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + j % BLOCK_SIZE)[:, None] * SIZE + d[None, :]
-    mask = seen[:, None]
-    if SIZE != SIZE_BLOCK:
-        mask = mask & (d < SIZE)[None, :]
-    keys = tl.load(keys_ptr + at, mask=mask, other=0.0)
-    values = tl.load(values_ptr + at, mask=mask, other=0.0)
+    if WHOLE and SIZE == SIZE_BLOCK:
+        keys = tl.load(keys_ptr + at)
+        values = tl.load(values_ptr + at)
+    else:
+        mask = seen[:, None] & (d < SIZE)[None, :]
+        keys = tl.load(keys_ptr + at, mask=mask, other=0.0)
+        values = tl.load(values_ptr + at, mask=mask, other=0.0)
     score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-    visible = j[None, :] <= position[:, None]
-    score = tl.where(visible, score, _NOTHING)
-    m_i = tl.max(score, axis=1)
-    weight = tl.where(visible, tl.exp2(score - m_i[:, None]), 0.0).to(values.dtype)
+    if WHOLE:
+        m_i = tl.max(score, axis=1)
+        weight = tl.exp2(score - m_i[:, None])
+    else:
+        visible = j[None, :] <= position[:, None]
+        score = tl.where(visible, score, _NOTHING)
+        m_i = tl.max(score, axis=1)
+        weight = tl.where(visible, tl.exp2(score - m_i[:, None]), 0.0)
+    weight = weight.to(values.dtype)
     return m_i, row_sums_by_dot(weight, ROWS, SPLIT), tl.dot(weight, values, input_precision="ieee")
 
 
@@ -98,7 +108,7 @@ def attention_kernel(
             if split * SPLIT < length:
                 m, total, acc = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, split * SPLIT, length, position,
-                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT,
+                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
                 )  # fmt: skip
                 at = row * max_splits + split
                 tl.store(partial_ptr + at[:, None] * SIZE + d[None, :], acc, mask=mask)
@@ -108,10 +118,17 @@ def attention_kernel(
             m = tl.full((ROWS,), _NOTHING, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, SIZE_BLOCK), tl.float32)
-            for start in range(0, length, SPLIT):
+            whole = (first + 1) // SPLIT * SPLIT
+            for start in range(0, whole, SPLIT):
                 m_i, total_i, acc_i = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position,
-                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT,
+                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, True,
+                )  # fmt: skip
+                m, total, acc = merge(m, total, acc, m_i, total_i, acc_i)
+            for start in range(whole, length, SPLIT):
+                m_i, total_i, acc_i = one_split(
+                    query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position,
+                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
                 )  # fmt: skip
                 m, total, acc = merge(m, total, acc, m_i, total_i, acc_i)
             out = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)).to(out_ptr.dtype.element_ty)

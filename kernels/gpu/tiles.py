@@ -11,48 +11,60 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows, columns and inputs of a program's block; warps; stages of the load pipeline."""
+    """Rows, columns and inputs of a program's block; warps; stages of the load pipeline.
+
+    With `tma` blocks are fetched by the bulk copy engine (where rows start at multiples of 16 bytes).
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a kernel launch."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "tma"}
 
 
 # (largest number of rows, largest N, tile); the first entry that fits serves. None: no bound.
 _Table = tuple[tuple[int | None, int | None, Tile], ...]
 
 LINEAR: _Table = (
-    (16, 8192, Tile(16, 32, 128, 4, 5)),
-    (16, None, Tile(16, 64, 128, 4, 4)),
-    (32, 8192, Tile(32, 32, 128, 4, 4)),
-    (32, None, Tile(32, 64, 128, 4, 4)),
-    (64, 8192, Tile(64, 32, 128, 4, 4)),
-    (64, None, Tile(64, 64, 128, 4, 4)),
-    (128, 8192, Tile(64, 64, 64, 4, 4)),
-    (128, None, Tile(128, 128, 64, 8, 4)),
-    (256, 8192, Tile(64, 64, 64, 4, 4)),
-    (None, None, Tile(128, 128, 64, 8, 4)),
+    (16, 8192, Tile(16, 32, 256, 4, 4)),
+    (16, None, Tile(16, 64, 256, 4, 3)),
+    (32, 4096, Tile(32, 16, 256, 4, 4)),
+    (32, None, Tile(32, 32, 256, 4, 3)),
+    (64, 2048, Tile(64, 16, 128, 4, 4)),
+    (64, None, Tile(64, 32, 128, 4, 4)),
+    (128, 2048, Tile(64, 32, 128, 4, 4)),
+    (128, 4096, Tile(64, 64, 128, 4, 4)),
+    (128, None, Tile(64, 64, 64, 4, 5)),
+    (256, 2048, Tile(64, 64, 128, 4, 4)),
+    (256, 4096, Tile(64, 64, 64, 4, 5)),
+    (256, None, Tile(128, 128, 64, 8, 4)),
+    (None, 2048, Tile(128, 128, 64, 8, 4)),
+    (None, None, Tile(256, 128, 64, 8, 3)),
 )
 
 SWIGLU: _Table = (
-    (16, None, Tile(16, 32, 128, 4, 4)),
-    (32, None, Tile(32, 32, 128, 4, 4)),
-    (64, None, Tile(64, 32, 128, 4, 4)),
-    (128, None, Tile(64, 64, 64, 4, 4)),
-    (None, None, Tile(128, 64, 64, 8, 4)),
+    (16, None, Tile(16, 32, 128, 4, 5)),
+    (32, None, Tile(32, 64, 128, 4, 4)),
+    (64, 4096, Tile(64, 32, 128, 4, 4)),
+    (64, None, Tile(64, 64, 128, 4, 4)),
+    (128, 4096, Tile(64, 64, 64, 4, 5)),
+    (256, 4096, Tile(128, 64, 128, 8, 3)),
+    (128, None, Tile(128, 64, 128, 8, 3)),
+    (None, None, Tile(128, 128, 64, 8, 4)),
 )
 
 LM_HEAD: _Table = (
-    (16, None, Tile(16, 128, 128, 4, 4)),
-    (32, None, Tile(32, 128, 128, 4, 3)),
-    (64, None, Tile(64, 128, 64, 4, 4)),
-    (None, None, Tile(128, 128, 64, 8, 4)),
+    (16, None, Tile(16, 128, 128, 4, 3)),
+    (32, None, Tile(32, 64, 128, 4, 4)),
+    (64, None, Tile(64, 64, 64, 4, 5)),
+    (128, None, Tile(128, 64, 64, 4, 4)),
+    (None, None, Tile(128, 256, 64, 8, 3)),
 )
 
 # By the mean number of rows of an expert: one tile serves all experts of a step.
@@ -60,11 +72,11 @@ EXPERTS: _Table = (
     (16, None, Tile(16, 64, 128, 4, 4)),
     (32, None, Tile(32, 64, 64, 4, 4)),
     (64, None, Tile(64, 64, 64, 4, 4)),
-    (None, None, Tile(128, 64, 64, 8, 4)),
+    (None, None, Tile(64, 128, 64, 4, 4)),
 )
 
 # Query rows (tokens times heads of a group) of an attention program, with warps and stages.
-DECODE_ATTENTION = Tile(16, 0, 0, 4, 3)
+DECODE_ATTENTION = Tile(16, 0, 0, 4, 2)
 PREFILL_ATTENTION = Tile(64, 0, 0, 4, 2)
 
 

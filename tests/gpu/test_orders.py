@@ -21,18 +21,18 @@ if rig.INTERPRETED:
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from zerokl.kernels.gpu import matmul, paged_attention  # noqa: E402
+from zerokl.kernels.gpu import matmul, paged_attention, tiles  # noqa: E402
 from zerokl.kernels.gpu.reductions import row_sums_by_dot  # noqa: E402
 from zerokl.kernels.gpu.tiles import Tile  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 REFERENCE = Tile(16, 16, 16, 1, 1)  # one warp, one step of 16 at a time: the order itself
-TILES = [
-    Tile(16, 64, 128, 4, 4), Tile(16, 64, 64, 1, 4), Tile(16, 128, 64, 2, 3), Tile(32, 64, 64, 4, 4),
-    Tile(64, 64, 16, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 128, 32, 8, 4), Tile(128, 64, 64, 4, 3),
-    Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3),
-]  # fmt: skip
+TILES = sorted(
+    {tile for table in (tiles.LINEAR, tiles.SWIGLU, tiles.LM_HEAD, tiles.EXPERTS) for _, _, tile in table}
+    | {Tile(16, 64, 64, 1, 4), Tile(16, 128, 64, 2, 3), Tile(64, 64, 16, 4, 3), Tile(64, 128, 32, 8, 4)},
+    key=str,
+)
 # Without tensor cores every step holds whole tiles in registers: smaller ones.
 FLOAT32_TILES = [Tile(16, 32, 32, 4, 2), Tile(32, 32, 16, 4, 2), Tile(64, 64, 16, 8, 2), Tile(16, 16, 64, 2, 1)]
 
@@ -55,7 +55,8 @@ def test_matrix_products_have_one_order(n: int, k: int) -> None:
     x, w = rig.put(rig.normal(1, 384, k, scale=3.0)), rig.put(rig.normal(2, n, k))
     expected = product(x, w, REFERENCE)
     exact = rig.get(x).astype(np.float64) @ rig.get(w).astype(np.float64).T
-    assert rig.relative_error(rig.get(expected), exact) < 1e-6
+    # Tensor cores cut off what they add instead of rounding it, so the error grows with K.
+    assert rig.relative_error(rig.get(expected), exact) < 2e-9 * k + 1e-6
     for tile in TILES:
         assert differing(product(x, w, tile), expected) == 0, tile
 
@@ -151,22 +152,23 @@ def test_another_split_of_the_keys_is_another_order() -> None:
 
 
 @triton.jit
-def row_sums_kernel(x_ptr, by_dot_ptr, plain_ptr, ROWS: tl.constexpr, N: tl.constexpr):
+def row_sums_kernel(x_ptr, y_ptr, out_ptr, ROWS: tl.constexpr, N: tl.constexpr, BY_DOT: tl.constexpr):
     i, j = tl.arange(0, ROWS), tl.arange(0, N)
-    x = tl.load(x_ptr + i[:, None] * N + j[None, :])
-    # The product gives x the layout that attention weights have.
-    x = tl.dot(x, (j[:, None] == j[None, :]).to(x.dtype))
-    tl.store(by_dot_ptr + i, row_sums_by_dot(x.to(tl.bfloat16), ROWS, N))
-    tl.store(plain_ptr + i, tl.sum(x, axis=1))
+    # A product, so that x has the layout of attention weights, and sums that have to be rounded.
+    x = tl.dot(tl.load(x_ptr + i[:, None] * N + j[None, :]), tl.load(y_ptr + j[:, None] * N + j[None, :]))
+    if BY_DOT:
+        tl.store(out_ptr + i, row_sums_by_dot(x.to(tl.bfloat16), ROWS, N))
+    else:
+        tl.store(out_ptr + i, tl.sum(x, axis=1))
 
 
-def test_row_sums_by_products_do_not_depend_on_warps_and_plain_sums_do() -> None:
+@pytest.mark.parametrize("by_dot", [True, False])
+def test_row_sums_by_products_do_not_depend_on_warps_and_plain_sums_do(by_dot: bool) -> None:
     """The control is `tl.sum`: its order is that of the threads that share a row."""
-    x = rig.put(np.abs(rig.normal(8, 16, 64)))
-    sums = {}
+    x, y = rig.put(rig.normal(8, 128, 128)), rig.put(rig.normal(9, 128, 128))
+    results = []
     for warps in (1, 2, 4, 8):
-        by_dot, plain = rig.empty(16, dtype="float32"), rig.empty(16, dtype="float32")
-        row_sums_kernel[(1,)](x, by_dot, plain, ROWS=16, N=64, num_warps=warps)
-        sums[warps] = rig.get(by_dot), rig.get(plain)
-    assert all(np.array_equal(sums[1][0], by_dot) for by_dot, _ in sums.values())
-    assert any(not np.array_equal(sums[1][1], plain) for _, plain in sums.values())
+        out = rig.empty(128, dtype="float32")
+        row_sums_kernel[(1,)](x, y, out, ROWS=128, N=128, BY_DOT=by_dot, num_warps=warps)
+        results.append(rig.get(out))
+    assert all(np.array_equal(results[0], sums) for sums in results) == by_dot

@@ -79,7 +79,7 @@ def place_kernel(
     num_tiles = tl.cdiv(tl.load(counts_ptr + i, mask=i < X, other=0), BLOCK_M)
     first_tile = tl.sum(tl.where(i < expert, num_tiles, 0), axis=0)
     own_tiles = tl.sum(tl.where(i == expert, num_tiles, 0), axis=0)
-    for tile in range(0, own_tiles):
+    for tile in range(own_tiles):
         tl.store(tile_expert_ptr + first_tile + tile, expert)
     if expert == X - 1:
         for tile in range(first_tile + own_tiles, max_tiles):

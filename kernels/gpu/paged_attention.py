@@ -79,12 +79,13 @@ def attention_kernel(
     scale, first_block, max_blocks, max_splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, PARTIAL: tl.constexpr, SKIP_MASKS: tl.constexpr,
 ):  # fmt: skip
     """One program per (tile of query tokens, key head), or with PARTIAL per (tile, key head, split).
 
     The rows of a program are its tokens times the query heads of its key head. PARTIAL writes each split's state to
-    `partial` [T, H, max_splits, SIZE] and `state` [T, H, max_splits, 2] for `merge_kernel`.
+    `partial` [T, H, max_splits, SIZE] and `state` [T, H, max_splits, 2] for `merge_kernel`. SKIP_MASKS takes the splits
+    that every row sees without masks: faster where there is much to compute, not where memory is waited for.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     tile_ptr = tiles_ptr + tl.program_id(0) * 4
@@ -118,7 +119,7 @@ def attention_kernel(
             m = tl.full((ROWS,), _NOTHING, tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, SIZE_BLOCK), tl.float32)
-            whole = (first + 1) // SPLIT * SPLIT
+            whole = (first + 1) // SPLIT * SPLIT if SKIP_MASKS else 0
             for start in range(0, whole, SPLIT):
                 m_i, total_i, acc_i = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position,
@@ -150,7 +151,7 @@ def merge_kernel(
         total = tl.zeros((1,), tl.float32)
         acc = tl.zeros((1, SIZE_BLOCK), tl.float32)
         one = tl.arange(0, 1)
-        for split in range(0, tl.cdiv(length, SPLIT)):
+        for split in range(tl.cdiv(length, SPLIT)):
             at = row * max_splits + split
             m_i = tl.load(state_ptr + at * 2 + one)
             total_i = tl.load(state_ptr + at * 2 + 1 + one)
@@ -176,7 +177,7 @@ def attention(query, pool, layer, tables, tile_list, out, spec, *, partial=None,
         query, pool.keys, pool.values, tables, tile_list, out, buffer, state,
         spec.scale * LOG2_E, layer * pool.keys.shape[1], tables.shape[1], max_splits,
         KV_HEADS=kv_heads, GROUP_BLOCK=triton.next_power_of_2(heads // kv_heads), BLOCK_SIZE=pool.block_size,
-        ROWS=tile.BLOCK_M, PARTIAL=partial is not None, enable_fp_fusion=False,
+        ROWS=tile.BLOCK_M, PARTIAL=partial is not None, SKIP_MASKS=tile.BLOCK_M > 16, enable_fp_fusion=False,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **sizes,
     )  # fmt: skip
     if partial is not None:

@@ -1,4 +1,4 @@
-"""Every kernel of the bfloat16 path at decode and prefill sizes, with its floor: bytes over bandwidth or FLOPs over peak.
+"""The bfloat16 kernels at decode and prefill sizes, each beside its floor: bytes over bandwidth or FLOPs over peak.
 
 python benchmarks/gpu_kernels.py [--json] [--models A B C] [--rows 1 8 32 128 256 2048]
 
@@ -130,9 +130,7 @@ def attention_cases(
         ),
     )  # fmt: skip
     tile = tile or (tiles.PREFILL_ATTENTION if prefill else tiles.DECODE_ATTENTION)
-    lists = attention_tiles(
-        starts, np.full(sequences, context, np.int32), paged_attention.tokens_per_tile(tile, spec)
-    )
+    lists = attention_tiles(starts, np.full(sequences, context, np.int32), paged_attention.tokens_per_tile(tile, spec))
     tile_list, table, out = bench.ints(lists[prefill]), bench.ints(table_rows), bench.empty(rows, heads * size)
     partial = None
     if not prefill and paged_attention.splits_pay(sequences, kv, context):
@@ -153,14 +151,14 @@ def head_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None) -
     hidden, head = bench.normal(rows, shape.hidden), bench.normal(vocab, shape.hidden, scale=0.05)
     options = bench.ints(sampling_options(neutral_sampling(rows), rows))
     logits = bench.empty(rows, vocab, dtype="float32")
-    columns = lm_head.num_tiles(rows, vocab) if tile is None else -(-vocab // tile.BLOCK_N)
+    columns = lm_head.num_tiles(rows, vocab, "bfloat16") if tile is None else -(-vocab // tile.BLOCK_N)
     tile_max = bench.empty(rows, columns, dtype="float32")
     sums, masses = bench.empty(rows, chunks, 2, dtype="float32"), bench.empty(rows, chunks, dtype="int64")
     out = bench.empty(rows, int(sampling.NUM_RESULTS), dtype="int32")
     # The floor has no logits in memory: a kernel that keeps them on the chip could do without.
     return Case(
         "lm_head+draw", 2.0 * (vocab + rows) * shape.hidden, 2.0 * rows * vocab * shape.hidden, 1,
-        lambda i: lm_head.settle(hidden, head, options, logits, tile_max, sums, masses, out, tile=tile),
+        lambda _: lm_head.settle(hidden, head, options, logits, tile_max, sums, masses, out, tile=tile),
     )  # fmt: skip
 
 
@@ -171,7 +169,7 @@ def mixture_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None
     x, logits = bench.normal(rows, e), bench.normal(rows, x_count, dtype="float32")
     gate, up, down = (bench.normal(x_count, *s) for s in ((f, e), (f, e), (e, f)))
     ids, weights = bench.empty(rows, k, dtype="int32"), bench.empty(rows, k, dtype="float32")
-    tile = tile or experts.expert_tile(rows * k, x_count)
+    tile = tile or experts.expert_tile(rows * k, x_count, "bfloat16")
     num_tiles = experts.num_tiles(rows * k, x_count, tile.BLOCK_M)
     counts, tile_expert = bench.empty(x_count, dtype="int32"), bench.empty(num_tiles, dtype="int32")
     order = bench.empty(num_tiles * tile.BLOCK_M, dtype="int32")

@@ -1,4 +1,4 @@
-"""Timing of kernels on a GPU: launches recorded as a CUDA graph, events around its replays, and the machine's ceilings."""
+"""Timing of kernels on a GPU: a CUDA graph of launches, events around its replays, and the machine's ceilings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Bench:
     def __init__(self) -> None:
         driver.activate()
         self._stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-        triton.runtime.driver.active.get_current_stream = lambda device: int(self._stream)
+        triton.runtime.driver.active.get_current_stream = lambda _: int(self._stream)
         self._events = [check(runtime.cudaEventCreate()) for _ in range(2)]
         self.name = paddle.device.cuda.get_device_name()
         self.bandwidth = next(rate for kind, rate in BANDWIDTH.items() if kind in self.name)

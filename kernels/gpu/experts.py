@@ -2,8 +2,8 @@
 # Kernel functions are Triton's language in Python's syntax: types do not apply.
 """Mixture of experts: router in float32, rows sorted by expert, one grouped product, sums in slot order.
 
-Letters as in `zerokl.kernels.experts`. A slot is an entry of the choice [T, k], numbered token * k + place. Sorting only
-places rows in tiles; every result is written back at its slot, so bits depend on the token's row and choice alone.
+Letters as in `zerokl.kernels.experts`. A slot is an entry of the choice [T, k], numbered token * k + place. Sorting
+only places rows in tiles; every result is written back at its slot, so bits depend on the token's row and choice alone.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zerokl.kernels.experts import RouterSpec
 from zerokl.kernels.gpu import tiles
-from zerokl.kernels.gpu.elementwise import vexp
+from zerokl.kernels.gpu.elementwise import Tensor, vexp
 from zerokl.kernels.gpu.matmul import product, swiglu_product
 from zerokl.kernels.gpu.reductions import fold_sum
+from zerokl.kernels.gpu.tiles import Tile
 
 _SORT_BLOCK = 1024
 
@@ -25,7 +27,7 @@ def choose_kernel(
     X: tl.constexpr, X_BLOCK: tl.constexpr, SLOTS: tl.constexpr, SLOTS_BLOCK: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, NORMALISE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; with GIVEN the ids are taken as they are."""
+    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; with GIVEN the ids are not chosen."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, X_BLOCK)
     slots = tl.arange(0, SLOTS_BLOCK)
@@ -73,7 +75,7 @@ def place_kernel(
     ids_ptr, counts_ptr, sorted_ptr, tile_expert_ptr, num_slots, max_tiles,
     X: tl.constexpr, X_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Give each expert tiles of BLOCK_M places: its slots in `sorted`, -1 beyond them; each tile's expert, -1 for none."""
+    """Places of each expert, whole tiles: its slots in `sorted`, then -1; the expert of each tile, -1 for none."""
     expert = tl.program_id(0)
     i = tl.arange(0, X_BLOCK)
     num_tiles = tl.cdiv(tl.load(counts_ptr + i, mask=i < X, other=0), BLOCK_M)
@@ -160,7 +162,10 @@ def combine_kernel(
     tl.store(out_ptr + token * WIDTH + column, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def choose_experts(logits, correction, spec, ids, weights, *, given=None):
+def choose_experts(
+    logits: Tensor, correction: Tensor | None, spec: RouterSpec, ids: Tensor, weights: Tensor,
+    *, given: Tensor | None = None,
+) -> None:  # fmt: skip
     """ids [T, k] int32 and weights [T, k] float32 from router logits [T, X] float32; see `RouterSpec`.
 
     correction [X] float32 or None; `given` [T, k] int32 takes the place of the choice.
@@ -174,17 +179,19 @@ def choose_experts(logits, correction, spec, ids, weights, *, given=None):
     )  # fmt: skip
 
 
-def num_tiles(num_slots, num_experts, block_m):
+def num_tiles(num_slots: int, num_experts: int, block_m: int) -> int:
     """Most tiles that a step can need, which is the number that are launched."""
     return min(num_slots, triton.cdiv(num_slots, block_m) + num_experts)
 
 
-def expert_tile(num_slots, num_experts):
+def expert_tile(num_slots: int, num_experts: int, dtype: str) -> Tile:
     """The tile of the grouped products of a step."""
-    return tiles.choose(tiles.EXPERTS, triton.cdiv(num_slots, num_experts), 0)
+    return tiles.choose(tiles.EXPERTS, triton.cdiv(num_slots, num_experts), 0, dtype)
 
 
-def sort_slots(ids, num_experts, counts, order, tile_expert, tile):
+def sort_slots(
+    ids: Tensor, num_experts: int, counts: Tensor, order: Tensor, tile_expert: Tensor, tile: Tile
+) -> None:
     """Places of the slots ids [T, k] in tiles of `tile.BLOCK_M`.
 
     Written, int32: counts [X], order [num_tiles * BLOCK_M], and the expert of each tile, tile_expert [num_tiles].
@@ -197,7 +204,10 @@ def sort_slots(ids, num_experts, counts, order, tile_expert, tile):
     )  # fmt: skip
 
 
-def mixture(x, gate, up, down, ids, weights, order, tile_expert, inner, outputs, shared, out, *, tile):
+def mixture(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, order: Tensor, tile_expert: Tensor,
+    inner: Tensor, outputs: Tensor, shared: Tensor | None, out: Tensor, *, tile: Tile,
+) -> None:  # fmt: skip
     """out [T, E] from x [T, E], the sorted slots and the experts' gate, up [X, F, E] and down [X, E, F].
 
     Written on the way: inner [T k, F] in the type of x, outputs [T k, E] float32. shared [T, E] or None.

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from zerokl.kernels.gpu import matmul, sampling, tiles
-from zerokl.kernels.gpu.elementwise import vexp
+from zerokl.kernels.gpu.elementwise import Tensor, vexp
 from zerokl.kernels.gpu.sampling import chunk_sums, drawn_bits, join_chunks, logprob_of, mass_of, option_of
+from zerokl.kernels.gpu.tiles import Tile
+from zerokl.kernels.ops import SamplingBatch
 
 CHUNK = 1024
 _CHUNKS_PER_PROGRAM = 4
@@ -120,32 +122,35 @@ def settle_kernel(
             tl.store(result + column, 0x7FC00000)  # NaN
 
 
-def serves(batch):
+def serves(batch: SamplingBatch) -> bool:
     """Whether `settle` gives what `sampling.sample_kernel` would: no bias, penalty or truncation in any row."""
     penalties = (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
     truncated = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
     raw = (batch.temperature != 1) & (batch.temperature != 0) & batch.want_raw
-    return not len(batch.bias_token) and not (penalties | truncated | raw).any()
+    return not len(batch.bias_token) and not bool((penalties | truncated | raw).any())
 
 
-def num_tiles(rows, vocab):
+def num_tiles(rows: int, vocab: int, dtype: str) -> int:
     """Column tiles of the head's product: the width of `tile_max` for `settle`."""
-    return triton.cdiv(vocab, tiles.choose(tiles.LM_HEAD, rows, vocab).BLOCK_N)
+    return triton.cdiv(vocab, tiles.choose(tiles.LM_HEAD, rows, vocab, dtype).BLOCK_N)
 
 
-def num_chunks(vocab):
+def num_chunks(vocab: int) -> int:
     """Chunks of a row of logits."""
     return triton.cdiv(vocab, CHUNK)
 
 
-def settle(hidden, head, options, logits, tile_max, sums, masses, out, *, tile=None):
+def settle(
+    hidden: Tensor, head: Tensor, options: Tensor, logits: Tensor, tile_max: Tensor, sums: Tensor, masses: Tensor,
+    out: Tensor, *, tile: Tile | None = None,
+) -> None:  # fmt: skip
     """Results of every row of hidden [R, E] under head [V, E], without copies to the host.
 
     Written: logits [R, V] float32, tile_max [R, num_tiles] float32, sums [R, num_chunks, 2] float32, masses
     [R, num_chunks] int64, out [R, NUM_RESULTS] int32. options [R, NUM_OPTIONS] int32; `serves` must hold.
     """
     rows, vocab = logits.shape
-    tile = tile or tiles.choose(tiles.LM_HEAD, rows, vocab)
+    tile = tile or tiles.choose(tiles.LM_HEAD, rows, vocab, matmul.dtype_of(hidden))
     columns, chunks = triton.cdiv(vocab, tile.BLOCK_N), num_chunks(vocab)
     matmul.linear_with_tile_max(hidden, head, logits, tile_max, tile=tile)
     block = {"TILES_BLOCK": triton.next_power_of_2(columns), "CHUNK": CHUNK, "enable_fp_fusion": False}

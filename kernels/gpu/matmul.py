@@ -8,12 +8,15 @@ the row alone. Weights keep their Hugging Face layout [outputs, inputs].
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zerokl.kernels.gpu import tiles
-from zerokl.kernels.gpu.elementwise import vexp
+from zerokl.kernels.gpu.elementwise import Tensor, vexp
+from zerokl.kernels.gpu.tiles import Tile
 
 _GROUP_M = 8
 _SIZES = {"bfloat16": 2, "float32": 4}
@@ -121,17 +124,19 @@ def swiglu_kernel(
     tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def linear(x, weight, bias, out, *, tile=None):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, tile: Tile | None = None
+) -> None:
     """out [M, N] = x [M, K] weight [N, K]^T + bias [N] (or None), rounded once to the type of `out`.
 
     x and weight are of one type, bfloat16 or float32; bias is float32. `tile` overrides the table.
     """
     (rows, k), n = x.shape, weight.shape[0]
-    tile = tile or tiles.choose(tiles.LINEAR, rows, n)
+    tile = tile or tiles.choose(tiles.LINEAR, rows, n, dtype_of(x))
     _launch_linear(x, weight, bias, out, None, rows, n, k, tile)
 
 
-def linear_with_tile_max(x, weight, out, tile_max, *, tile):
+def linear_with_tile_max(x: Tensor, weight: Tensor, out: Tensor, tile_max: Tensor, *, tile: Tile) -> None:
     """`linear` that also writes the largest output of every row in every column tile: [M, ceil(N / BLOCK_N)]."""
     (rows, k), n = x.shape, weight.shape[0]
     _launch_linear(x, weight, None, out, tile_max, rows, n, k, tile)
@@ -148,10 +153,10 @@ def _launch_linear(x, weight, bias, out, tile_max, rows, n, k, tile):
     )  # fmt: skip
 
 
-def swiglu(x, gate, up, out, *, tile=None):
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, out: Tensor, *, tile: Tile | None = None) -> None:
     """out [M, F] = silu(x gate^T) * (x up^T), gate and up [F, K], rounded once to the type of `out`."""
     (rows, k), n = x.shape, gate.shape[0]
-    tile = tile or tiles.choose(tiles.SWIGLU, rows, n)
+    tile = tile or tiles.choose(tiles.SWIGLU, rows, n, dtype_of(x))
     grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
     tma = serves_tma(tile, x, k)
     swiglu_kernel[grid](
@@ -159,6 +164,11 @@ def swiglu(x, gate, up, out, *, tile=None):
         operand(up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma), out, rows, n, k,
         EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """The name of a tensor's type: "bfloat16", "float32"."""
+    return str(tensor.dtype).rpartition(".")[2]
 
 
 class _Dtype(str):
@@ -172,18 +182,18 @@ class _Base:
 
     def __init__(self, tensor):
         self._tensor = tensor
-        self.dtype = _Dtype(str(tensor.dtype).rpartition(".")[2])
+        self.dtype = _Dtype(dtype_of(tensor))
         self.dtype.itemsize = _SIZES[self.dtype]
 
     def __getattr__(self, name):
         return getattr(self._tensor, name)
 
 
-def serves_tma(tile, x, k):
+def serves_tma(tile: Tile, x: Tensor, k: int) -> bool:
     """Whether `tile` wants the bulk copy engine and rows of x [M, k] start at multiples of 16 bytes, as it needs."""
-    return tile.tma and k * _SIZES[str(x.dtype).rpartition(".")[2]] % 16 == 0
+    return tile.tma and k * _SIZES[dtype_of(x)] % 16 == 0
 
 
-def operand(matrix, rows, k, block_rows, block_k, tma):
+def operand(matrix: Tensor, rows: int, k: int, block_rows: int, block_k: int, tma: bool) -> Any:
     """What a kernel takes for a row-major [rows, k] matrix: the tensor, or its descriptor for blocks of that shape."""
     return TensorDescriptor(_Base(matrix), [rows, k], [k, 1], [block_rows, block_k]) if tma else matrix

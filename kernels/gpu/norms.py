@@ -7,7 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.reductions import fold_sum
+from zerokl.kernels.ops import AttentionSpec, KVPool
 
 
 @triton.jit
@@ -87,7 +89,9 @@ def qkv_to_cache_kernel(
         tl.store(out + high, b.to(keys_ptr.dtype.element_ty), mask=written)
 
 
-def rms_norm(x, weight, eps, out, *, delta=None, num_warps=4):
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, *, delta: Tensor | None = None, num_warps: int = 4
+) -> None:
     """out [T, E] = RMSNorm of x [T, E] times weight [E] (float32); with `delta` [T, E], x += delta first, in place."""
     rows, width = x.shape
     rms_norm_kernel[(rows,)](
@@ -96,7 +100,10 @@ def rms_norm(x, weight, eps, out, *, delta=None, num_warps=4):
     )  # fmt: skip
 
 
-def qkv_to_cache(qkv, q_norm, k_norm, rope, positions, slots, pool, layer, query, spec):
+def qkv_to_cache(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, rope: Tensor, positions: Tensor, slots: Tensor,
+    pool: KVPool[Tensor], layer: int, query: Tensor, spec: AttentionSpec,
+) -> None:  # fmt: skip
     """Queries of qkv [T, (H + 2 KV) D] to query [T, H D], keys and values to the pool, normed and rotated.
 
     `pool.keys` and `pool.values` are [layers, blocks, KV, block size, D]; norms [D] float32 or None.

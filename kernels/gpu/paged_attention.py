@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 
 from zerokl.kernels.gpu import tiles
+from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.reductions import row_sums_by_dot
+from zerokl.kernels.gpu.tiles import Tile
+from zerokl.kernels.ops import AttentionSpec, KVPool
 
 SPLIT = 64
 """Keys per split: part of the definition."""
@@ -41,10 +44,10 @@ def merge(m, total, acc, m_i, total_i, acc_i):
 @triton.jit
 def one_split(
     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position, scale,
-    ROWS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(maximum [ROWS], sum [ROWS], weighted values [ROWS, SIZE_BLOCK]) of the keys start .. start + SPLIT - 1.
+    """(maximum [M], sum [M], weighted values [M, SIZE_BLOCK]) of the keys start .. start + SPLIT - 1.
 
     WHOLE says that every row sees all of them.
     """
@@ -70,7 +73,7 @@ def one_split(
         m_i = tl.max(score, axis=1)
         weight = tl.where(visible, tl.exp2(score - m_i[:, None]), 0.0)
     weight = weight.to(values.dtype)
-    return m_i, row_sums_by_dot(weight, ROWS, SPLIT), tl.dot(weight, values, input_precision="ieee")
+    return m_i, row_sums_by_dot(weight, SPLIT), tl.dot(weight, values, input_precision="ieee")
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def attention_kernel(
             if split * SPLIT < length:
                 m, total, acc = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, split * SPLIT, length, position,
-                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
+                    scale, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
                 )  # fmt: skip
                 at = row * max_splits + split
                 tl.store(partial_ptr + at[:, None] * SIZE + d[None, :], acc, mask=mask)
@@ -123,13 +126,13 @@ def attention_kernel(
             for start in range(0, whole, SPLIT):
                 m_i, total_i, acc_i = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position,
-                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, True,
+                    scale, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, True,
                 )  # fmt: skip
                 m, total, acc = merge(m, total, acc, m_i, total_i, acc_i)
             for start in range(whole, length, SPLIT):
                 m_i, total_i, acc_i = one_split(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, start, length, position,
-                    scale, ROWS, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
+                    scale, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
                 )  # fmt: skip
                 m, total, acc = merge(m, total, acc, m_i, total_i, acc_i)
             out = tl.div_rn(acc, tl.broadcast_to(total[:, None], acc.shape)).to(out_ptr.dtype.element_ty)
@@ -161,7 +164,10 @@ def merge_kernel(
         tl.store(out_ptr + row * SIZE + d[None, :], out, mask=(d < SIZE)[None, :])
 
 
-def attention(query, pool, layer, tables, tile_list, out, spec, *, partial=None, tile=None, split=SPLIT):
+def attention(
+    query: Tensor, pool: KVPool[Tensor], layer: int, tables: Tensor, tile_list: Tensor, out: Tensor,
+    spec: AttentionSpec, *, partial: tuple[Tensor, Tensor] | None = None, tile: Tile = tiles.DECODE_ATTENTION, split: int = SPLIT,
+) -> None:  # fmt: skip
     """Attention of the rows that `tile_list` names: query and out [T, H D], the pool as in `norms.qkv_to_cache`.
 
     tables [S, max blocks] int32. A tile holds at most `tokens_per_tile(tile, spec)` tokens of one sequence; a tile of
@@ -169,7 +175,6 @@ def attention(query, pool, layer, tables, tile_list, out, spec, *, partial=None,
     split has a program of its own; tiles must then hold one token each, at positions below max splits * SPLIT.
     """
     heads, kv_heads, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    tile = tile or tiles.DECODE_ATTENTION
     buffer, state = (out, out) if partial is None else partial
     max_splits = 1 if partial is None else buffer.shape[2]
     sizes = {"HEADS": heads, "SIZE": size, "SIZE_BLOCK": max(16, triton.next_power_of_2(size)), "SPLIT": split}
@@ -186,11 +191,11 @@ def attention(query, pool, layer, tables, tile_list, out, spec, *, partial=None,
         )
 
 
-def splits_pay(sequences, kv_heads, context):
-    """Whether single tokens of `sequences`, at up to `context` keys, leave the chip idle without a program per split."""
+def splits_pay(sequences: int, kv_heads: int, context: int) -> bool:
+    """Whether single tokens of `sequences`, at up to `context` keys, leave the chip idle but for programs per split."""
     return context > SPLIT and sequences * kv_heads < _ENOUGH_PROGRAMS
 
 
-def tokens_per_tile(tile, spec):
+def tokens_per_tile(tile: Tile, spec: AttentionSpec) -> int:
     """Query tokens that a program of this tile takes."""
     return tile.BLOCK_M // triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)

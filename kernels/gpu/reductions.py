@@ -22,8 +22,8 @@ def fold_sum(x, N: tl.constexpr):
 
 
 @triton.jit
-def row_sums_by_dot(x, ROWS: tl.constexpr, N: tl.constexpr):
-    """Sums [ROWS] in float32 of the rows of x [ROWS, N], as a matrix product with ones: the order of `tl.dot`.
+def row_sums_by_dot(x, N: tl.constexpr):
+    """Sums [M] in float32 of the rows of x [M, N], as a matrix product with ones: the order of `tl.dot`.
 
     A plain `tl.sum` over an axis that several warps share has another order for every number of warps.
     """

@@ -9,10 +9,12 @@ the row each: slow and simple.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 
-from zerokl.kernels.gpu.elementwise import vexp
+from zerokl.kernels.gpu.elementwise import Tensor, vexp
 from zerokl.kernels.gpu.reductions import fold_sum
 
 # Columns of the options array, [R, NUM_OPTIONS] int32; floats by their bits.
@@ -37,6 +39,9 @@ POLICY_LOGPROB = tl.constexpr(2)
 ENTROPY = tl.constexpr(3)
 RAW_LOGPROB = tl.constexpr(4)
 NUM_RESULTS = tl.constexpr(8)
+
+_VOCAB_BLOCK = 1024  # the fixed partition of a row of logits
+_ENTRY_BLOCK = 64
 
 
 @triton.jit
@@ -78,6 +83,7 @@ def penalty_kernel(logits_ptr, options_ptr, start_ptr, token_ptr, count_ptr, V, 
 
 @triton.jit
 def option_of(options_ptr, row, column: tl.constexpr):
+    """An option of a row that is a float."""
     return tl.load(options_ptr + row * NUM_OPTIONS + column).to(tl.float32, bitcast=True)
 
 
@@ -193,6 +199,7 @@ def _first_equal(row_ptr, V, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def logprob_of(x, best, total):
+    """x - best - log(total) in float64, rounded once."""
     return ((x - best).to(tl.float64) - tl.log(total)).to(tl.float32)
 
 
@@ -277,3 +284,28 @@ def sample_kernel(logits_ptr, processed_ptr, options_ptr, out_ptr, V, BLOCK: tl.
         tl.store(result + TOKEN, -1)
         for column in tl.static_range(1, 5):
             tl.store(result + column, 0x7FC00000)  # NaN
+
+
+def copy(x: Tensor, out: Tensor, count: int) -> None:
+    """The first `count` entries of x to out, of one type."""
+    copy_kernel[(triton.cdiv(count, _VOCAB_BLOCK),)](x, out, count, BLOCK=_VOCAB_BLOCK)
+
+
+def sample(logits: Tensor, processed: Tensor, sections: Mapping[str, Tensor], out: Tensor) -> None:
+    """Results [R, NUM_RESULTS] int32 of logits [R, V] float32 under any options.
+
+    `sections` are those of `step_arrays.lay_out`; processed [R, V] takes the logits after bias and penalties.
+    """
+    rows, vocab = logits.shape
+    copy(logits, processed, rows * vocab)
+    bias_kernel[(rows,)](
+        processed, sections["bias_start"], sections["bias_token"], sections["bias_value"], vocab, BLOCK=_ENTRY_BLOCK
+    )
+    penalty_kernel[(rows,)](
+        processed, sections["options"], sections["history_start"], sections["history_token"],
+        sections["history_count"], vocab, BLOCK=_ENTRY_BLOCK, enable_fp_fusion=False,
+    )  # fmt: skip
+    sample_kernel[(rows,)](
+        logits, processed, sections["options"], out, vocab, BLOCK=_VOCAB_BLOCK,
+        CHUNKS=triton.next_power_of_2(triton.cdiv(vocab, _VOCAB_BLOCK)), enable_fp_fusion=False,
+    )  # fmt: skip

@@ -75,13 +75,18 @@ EXPERTS: _Table = (
     (None, None, Tile(64, 128, 64, 4, 4)),
 )
 
+# Products of float32 run outside the tensor cores, a fused step at a time: a small tile that fits the registers.
+FLOAT32 = Tile(16, 32, 32, 4, 3)
+
 # Query rows (tokens times heads of a group) of an attention program, with warps and stages.
 DECODE_ATTENTION = Tile(16, 0, 0, 4, 2)
 PREFILL_ATTENTION = Tile(64, 0, 0, 4, 2)
 
 
-def choose(table: _Table, rows: int, outputs: int) -> Tile:
-    """The tile for `rows` rows and `outputs` columns."""
+def choose(table: _Table, rows: int, outputs: int, dtype: str) -> Tile:
+    """The tile for `rows` rows and `outputs` columns of operands of type `dtype`."""
+    if dtype == "float32":
+        return FLOAT32
     for most_rows, most_outputs, tile in table:
         if (most_rows is None or rows <= most_rows) and (most_outputs is None or outputs <= most_outputs):
             return tile

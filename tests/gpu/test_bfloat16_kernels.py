@@ -39,9 +39,7 @@ def rows_differ(run: Callable[[int], Arrays]) -> int:
     everything = run(MANY)
     assert not any(np.isnan(values).any() for values in everything if values.dtype.kind == "f")
     return sum(
-        int((part != whole[: len(part)]).sum())
-        for m in SOME
-        for part, whole in zip(run(m), everything, strict=True)
+        int((part != whole[: len(part)]).sum()) for m in SOME for part, whole in zip(run(m), everything, strict=True)
     )
 
 
@@ -169,7 +167,7 @@ def sampling_batch(rows: int) -> SamplingBatch:
 def run_head(rows: int) -> tuple[NDArray[np.int32], NDArray[np.float32], Any]:
     hidden, head = rig.normal(1, HEAD_ROWS, 64)[:rows], rig.normal(2, VOCAB, 64, scale=0.3)
     logits, chunks = rig.empty(rows, VOCAB, dtype="float32"), lm_head.num_chunks(VOCAB)
-    tile_max = rig.empty(rows, lm_head.num_tiles(rows, VOCAB), dtype="float32")
+    tile_max = rig.empty(rows, lm_head.num_tiles(rows, VOCAB, rig.FLOAT), dtype="float32")
     sums, masses = rig.empty(rows, chunks, 2, dtype="float32"), rig.empty(rows, chunks, dtype="int64")
     out = rig.empty(rows, int(sampling.NUM_RESULTS), dtype="int32")
     options = rig.put(sampling_options(sampling_batch(rows), rows))
@@ -214,7 +212,7 @@ def test_rows_without_a_distribution_are_named() -> None:
     chunks = lm_head.num_chunks(VOCAB)
     lm_head.settle(
         rig.put(hidden), rig.put(head), rig.put(sampling_options(sampling_batch(3), 3)),
-        rig.empty(3, VOCAB, dtype="float32"), rig.empty(3, lm_head.num_tiles(3, VOCAB), dtype="float32"),
+        rig.empty(3, VOCAB, dtype="float32"), rig.empty(3, lm_head.num_tiles(3, VOCAB, rig.FLOAT), dtype="float32"),
         rig.empty(3, chunks, 2, dtype="float32"), rig.empty(3, chunks, dtype="int64"), out,
     )  # fmt: skip
     tokens = rig.get(out)[:, int(sampling.TOKEN)]
@@ -236,7 +234,7 @@ def run_mixture(m: int, given: NDArray[np.int32] | None = None) -> Arrays:
         rig.put(logits, "float32"), rig.put(correction, "float32"), ROUTER, ids, weights,
         given=None if given is None else rig.put(given[:m]),
     )  # fmt: skip
-    tile = experts.expert_tile(m * SLOTS, EXPERTS)
+    tile = experts.expert_tile(m * SLOTS, EXPERTS, rig.FLOAT)
     num_tiles = experts.num_tiles(m * SLOTS, EXPERTS, tile.BLOCK_M)
     counts, tile_expert = rig.empty(EXPERTS, dtype="int32"), rig.empty(num_tiles, dtype="int32")
     order = rig.empty(num_tiles * tile.BLOCK_M, dtype="int32")
@@ -277,4 +275,4 @@ def test_a_token_of_a_mixture_does_not_know_the_others() -> None:
 
 def test_tables_end_with_a_tile_for_everything() -> None:
     for table in (tiles.LINEAR, tiles.SWIGLU, tiles.LM_HEAD, tiles.EXPERTS):
-        assert tiles.choose(table, 10**6, 10**6) is table[-1][2]
+        assert tiles.choose(table, 10**6, 10**6, "bfloat16") is table[-1][2]

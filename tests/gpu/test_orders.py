@@ -157,7 +157,7 @@ def row_sums_kernel(x_ptr, y_ptr, out_ptr, ROWS: tl.constexpr, N: tl.constexpr, 
     # A product, so that x has the layout of attention weights, and sums that have to be rounded.
     x = tl.dot(tl.load(x_ptr + i[:, None] * N + j[None, :]), tl.load(y_ptr + j[:, None] * N + j[None, :]))
     if BY_DOT:
-        tl.store(out_ptr + i, row_sums_by_dot(x.to(tl.bfloat16), ROWS, N))
+        tl.store(out_ptr + i, row_sums_by_dot(x.to(tl.bfloat16), N))
     else:
         tl.store(out_ptr + i, tl.sum(x, axis=1))
 

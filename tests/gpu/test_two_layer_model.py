@@ -24,7 +24,7 @@ if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count(
 
 from zerokl.kernels.dispatch import get_ops  # noqa: E402
 from zerokl.kernels.gpu import paged_attention  # noqa: E402
-from zerokl.kernels.gpu.bfloat16_ops import Bfloat16Ops  # noqa: E402
+from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
 from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward  # noqa: E402
@@ -45,17 +45,17 @@ MIXTURES = {
     "ernie_moe": tiny_moe_config("Ernie4_5_MoeForCausalLM", vocab_size=VOCAB),
 }
 ALL_MODELS = MODELS | MIXTURES
-CASES = [("gpu", name) for name in MODELS] + [("bfloat16", name) for name in ALL_MODELS]
+CASES = [(device, name) for device in ("gpu", "bfloat16") for name in ALL_MODELS]
 Rows = dict[str, NDArray[Any]]
 
 
 class Model:
-    """A tiny model on a device, with a KV pool; "bfloat16" is the GPU's other op table."""
+    """A tiny model on a device, with a KV pool; "bfloat16" is the GPU with another type."""
 
     def __init__(self, device: str, content: dict[str, Any], block_size: int = 16) -> None:
         config = ModelConfig.from_json(content)
         self.spec = DecoderSpec.from_config(config)
-        self.ops: Any = Bfloat16Ops() if device == "bfloat16" else get_ops(device)
+        self.ops: Any = GpuOps(dtype="bfloat16") if device == "bfloat16" else get_ops(device)
         self.block_size = block_size
         rope = self.ops.tensor(rope_table(config.rope, config.head_dim, 256))
         self.params = build_params(self.ops, config, tensors_of(config), rope, keep=self.ops.tensor)
@@ -146,10 +146,10 @@ def in_pieces(
     return [{name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]} for parts in results]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_agrees_with_the_float64_reference(name: str) -> None:
-    expected = in_pieces(Model("reference", MODELS[name]), 1000, together=True)
-    got = in_pieces(Model("gpu", MODELS[name]), 1000, together=True)
+    expected = in_pieces(Model("reference", ALL_MODELS[name]), 1000, together=True)
+    got = in_pieces(Model("gpu", ALL_MODELS[name]), 1000, together=True)
     for rows, expected_rows in zip(got, expected, strict=True):
         np.testing.assert_array_equal(rows["tokens"], expected_rows["tokens"])
         np.testing.assert_allclose(rows["hidden"], expected_rows["hidden"], rtol=0, atol=3e-5)

@@ -189,9 +189,7 @@ def expert_tile(num_slots: int, num_experts: int, dtype: str) -> Tile:
     return tiles.choose(tiles.EXPERTS, triton.cdiv(num_slots, num_experts), 0, dtype)
 
 
-def sort_slots(
-    ids: Tensor, num_experts: int, counts: Tensor, order: Tensor, tile_expert: Tensor, tile: Tile
-) -> None:
+def sort_slots(ids: Tensor, num_experts: int, counts: Tensor, order: Tensor, tile_expert: Tensor, tile: Tile) -> None:
     """Places of the slots ids [T, k] in tiles of `tile.BLOCK_M`.
 
     Written, int32: counts [X], order [num_tiles * BLOCK_M], and the expert of each tile, tile_expert [num_tiles].

@@ -124,9 +124,7 @@ def swiglu_kernel(
     tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, tile: Tile | None = None
-) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, tile: Tile | None = None) -> None:
     """out [M, N] = x [M, K] weight [N, K]^T + bias [N] (or None), rounded once to the type of `out`.
 
     x and weight are of one type, bfloat16 or float32; bias is float32. `tile` overrides the table.

@@ -166,7 +166,8 @@ def merge_kernel(
 
 def attention(
     query: Tensor, pool: KVPool[Tensor], layer: int, tables: Tensor, tile_list: Tensor, out: Tensor,
-    spec: AttentionSpec, *, partial: tuple[Tensor, Tensor] | None = None, tile: Tile = tiles.DECODE_ATTENTION, split: int = SPLIT,
+    spec: AttentionSpec, *, partial: tuple[Tensor, Tensor] | None = None,
+    tile: Tile = tiles.DECODE_ATTENTION, split: int = SPLIT,
 ) -> None:  # fmt: skip
     """Attention of the rows that `tile_list` names: query and out [T, H D], the pool as in `norms.qkv_to_cache`.
 

@@ -22,6 +22,15 @@ def fold_sum(x, N: tl.constexpr):
 
 
 @triton.jit
+def fold_rows(x, M: tl.constexpr, N: tl.constexpr):
+    """`fold_sum` of each row of [M, N]."""
+    for step in tl.static_range(20):
+        if (N >> step) > 1:
+            x = tl.sum(tl.reshape(x, (M, 2, N >> (step + 1))), axis=1)
+    return tl.sum(x, axis=1)
+
+
+@triton.jit
 def row_sums_by_dot(x, N: tl.constexpr):
     """Sums [M] in float32 of the rows of x [M, N], as a matrix product with ones: the order of `tl.dot`.
 

@@ -71,10 +71,10 @@ def run_swiglu(m: int) -> Arrays:
     return (rig.get(out),)
 
 
-def run_norm(m: int) -> Arrays:
+def run_norm(m: int, warps: int | None = None) -> Arrays:
     x, delta, weight = rig.normal(1, MANY, WIDTH)[:m], rig.normal(2, MANY, WIDTH)[:m], rig.normal(3, WIDTH)
     residual, out = rig.put(x, "float32"), rig.empty(m, WIDTH)
-    norms.rms_norm(residual, rig.put(weight, "float32"), 1e-6, out, delta=rig.put(delta))
+    norms.rms_norm(residual, rig.put(weight, "float32"), 1e-6, out, delta=rig.put(delta), num_warps=warps)
     return rig.get(out), rig.get(residual)
 
 
@@ -92,14 +92,16 @@ def test_swiglu_against_float64() -> None:
 
 def test_norm_against_float64_and_in_the_stated_order() -> None:
     x, delta, weight = rig.normal(1, MANY, WIDTH), rig.normal(2, MANY, WIDTH), rig.normal(3, WIDTH)
-    out, residual = run_norm(MANY)
+    _, residual = run_norm(MANY)
     np.testing.assert_array_equal(residual, x + delta)
     folded = np.zeros((MANY, 1 << (WIDTH - 1).bit_length()), np.float32)
     folded[:, :WIDTH] = residual * residual
     while folded.shape[1] > 1:
         folded = folded[:, : folded.shape[1] // 2] + folded[:, folded.shape[1] // 2 :]
     scale = np.float32(1) / np.sqrt(folded / np.float32(WIDTH) + np.float32(1e-6))
-    np.testing.assert_array_equal(out, rig.rounded((residual * scale) * weight))
+    expected = rig.rounded((residual * scale) * weight)
+    for warps in (None, 1, 8):
+        np.testing.assert_array_equal(run_norm(MANY, warps)[0], expected)
 
 
 @pytest.mark.skipif(rig.INTERPRETED, reason="the interpreter has a library's products, whose bits follow the tile")

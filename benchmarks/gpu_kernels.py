@@ -76,10 +76,10 @@ def swiglu_case(bench: Bench, rows: int, n: int, k: int, tile: Tile | None = Non
     """Gate and up, [n, k] each."""
     copies = copies_past_cache(4 * n * k)
     x, out = bench.normal(rows, k), bench.empty(rows, n)
-    gate, up = ([bench.normal(n, k) for _ in range(copies)] for _ in range(2))
+    gate_up = [bench.normal(2 * n, k) for _ in range(copies)]
     return Case(
         "gate_up", 2.0 * (2 * n * k + rows * (n + k)), 4.0 * rows * n * k, copies,
-        lambda i: matmul.swiglu(x, gate[i], up[i], out, tile=tile),
+        lambda i: matmul.swiglu(x, gate_up[i], out, tile=tile),
     )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def mixture_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None
     x_count, k, f, e = shape.experts, shape.top_k, shape.inner, shape.hidden
     spec = RouterSpec(top_k=k, normalise=True, norm_min=0.0, index=0)
     x, logits = bench.normal(rows, e), bench.normal(rows, x_count, dtype="float32")
-    gate, up, down = (bench.normal(x_count, *s) for s in ((f, e), (f, e), (e, f)))
+    gate_up, down = (bench.normal(x_count, *s) for s in ((2 * f, e), (e, f)))
     ids, weights = bench.empty(rows, k, dtype="int32"), bench.empty(rows, k, dtype="float32")
     tile = tile or experts.expert_tile(rows * k, x_count, "bfloat16")
     num_tiles = experts.num_tiles(rows * k, x_count, tile.BLOCK_M)
@@ -179,7 +179,7 @@ def mixture_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None
     def launch(_: int) -> None:
         experts.choose_experts(logits, None, spec, ids, weights)
         experts.sort_slots(ids, x_count, counts, order, tile_expert, tile)
-        experts.mixture(x, gate, up, down, ids, weights, order, tile_expert, inner, outputs, None, out, tile=tile)
+        experts.mixture(x, gate_up, down, ids, weights, order, tile_expert, inner, outputs, None, out, tile=tile)
 
     touched = x_count * (1 - (1 - k / x_count) ** rows)
     return Case("mixture", 6.0 * touched * e * f + 4.0 * rows * e, 6.0 * rows * k * e * f, 1, launch)

@@ -88,8 +88,7 @@ def sweep(bench: Bench, op: str, name: str, shape: Shape, rows: int) -> None:
         for part, (n, k) in shapes.items():
             try_all(bench, f"{label} {part}", candidates(rows), _linear(bench, rows, n, k))
     elif op == "swiglu" and not shape.experts:
-        narrow = [t for t in candidates(rows) if t.BLOCK_M * t.BLOCK_N <= 128 * 128]
-        try_all(bench, label, narrow, lambda tile: swiglu_case(bench, rows, shape.inner, e, tile))
+        try_all(bench, label, candidates(rows), lambda tile: swiglu_case(bench, rows, shape.inner, e, tile))
     elif op == "head" and rows <= 512:
         try_all(bench, label, candidates(rows), lambda tile: head_case(bench, shape, rows, tile))
     elif op == "mixture" and shape.experts:

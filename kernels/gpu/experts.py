@@ -14,7 +14,7 @@ import triton.language as tl
 from zerokl.kernels.experts import RouterSpec
 from zerokl.kernels.gpu import tiles
 from zerokl.kernels.gpu.elementwise import Tensor, vexp
-from zerokl.kernels.gpu.matmul import product, swiglu_product
+from zerokl.kernels.gpu.matmul import product, swiglu_of
 from zerokl.kernels.gpu.reductions import fold_sum
 from zerokl.kernels.gpu.tiles import Tile
 
@@ -109,21 +109,22 @@ def _tile_rows(sorted_ptr, tile_expert_ptr, N, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def experts_swiglu_kernel(
-    x_ptr, gate_ptr, up_ptr, sorted_ptr, tile_expert_ptr, out_ptr, N, K,
+    x_ptr, weight_ptr, sorted_ptr, tile_expert_ptr, out_ptr, N, K,
     SLOTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[slot] = silu(x[token] gate^T) * (x[token] up^T) with the slot's expert; gate and up [X, F, E]."""
+    """out[slot] = silu(x[token] gate^T) * (x[token] up^T) with the slot's expert; weight [X, N, K] as in `swiglu`."""
     expert, slots, column = _tile_rows(sorted_ptr, tile_expert_ptr, N, BLOCK_M, BLOCK_N)
     if expert >= 0:
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        matrix = expert.to(tl.int64) * N * K
-        acc = swiglu_product(
-            x_ptr, gate_ptr + matrix, up_ptr + matrix, 0, tl.maximum(slots, 0) // SLOTS, 0, tl.minimum(n, N - 1), K,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
+        acc = product(
+            x_ptr, weight_ptr + expert.to(tl.int64) * N * K, 0, tl.maximum(slots, 0) // SLOTS, 0,
+            tl.minimum(n, N - 1), K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, False, False,
         )  # fmt: skip
-        inside = (slots >= 0)[:, None] & (n < N)[None, :]
-        tl.store(out_ptr + slots.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+        y = swiglu_of(acc, BLOCK_M, BLOCK_N).to(out_ptr.dtype.element_ty)
+        f = column * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        inside = (slots >= 0)[:, None] & (f < N // 2)[None, :]
+        tl.store(out_ptr + slots.to(tl.int64)[:, None] * (N // 2) + f[None, :], y, mask=inside)
 
 
 @triton.jit
@@ -203,18 +204,18 @@ def sort_slots(ids: Tensor, num_experts: int, counts: Tensor, order: Tensor, til
 
 
 def mixture(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, order: Tensor, tile_expert: Tensor,
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, order: Tensor, tile_expert: Tensor,
     inner: Tensor, outputs: Tensor, shared: Tensor | None, out: Tensor, *, tile: Tile,
 ) -> None:  # fmt: skip
-    """out [T, E] from x [T, E], the sorted slots and the experts' gate, up [X, F, E] and down [X, E, F].
+    """out [T, E] from x [T, E], the sorted slots and the experts' gate_up [X, 2 F, E] and down [X, E, F].
 
     Written on the way: inner [T k, F] in the type of x, outputs [T k, E] float32. shared [T, E] or None.
     """
-    (tokens, slots), (_, width, k) = ids.shape, gate.shape
+    (tokens, slots), (_, k, width) = ids.shape, down.shape
     grid = tile_expert.shape[0]
     options = {"enable_fp_fusion": False, **tile.options()}
-    experts_swiglu_kernel[(grid * triton.cdiv(width, tile.BLOCK_N),)](
-        x, gate, up, order, tile_expert, inner, width, k, SLOTS=slots, EVEN_K=k % tile.BLOCK_K == 0, **options
+    experts_swiglu_kernel[(grid * triton.cdiv(2 * width, tile.BLOCK_N),)](
+        x, gate_up, order, tile_expert, inner, 2 * width, k, SLOTS=slots, EVEN_K=k % tile.BLOCK_K == 0, **options
     )
     experts_linear_kernel[(grid * triton.cdiv(k, tile.BLOCK_N),)](
         inner, down, order, tile_expert, outputs, k, width, EVEN_K=width % tile.BLOCK_K == 0, **options

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zerokl.kernels.gpu import tiles
-from zerokl.kernels.gpu.elementwise import Tensor, vexp
+from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.tiles import Tile
 
 _GROUP_M = 8
@@ -64,21 +64,13 @@ def product(
 
 
 @triton.jit
-def swiglu_product(
-    x, gate, up, m, rows, n, columns, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    X_TMA: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """silu(x gate^T) * (x up^T) of the rows, float32 [BLOCK_M, BLOCK_N]."""
-    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        a = load_block(x, m, rows, start, K, BLOCK_K, EVEN_K, X_TMA)
-        b = load_block(gate, n, columns, start, K, BLOCK_K, EVEN_K, TMA)
-        g = tl.dot(a, tl.trans(b), g, input_precision="ieee")
-        c = load_block(up, n, columns, start, K, BLOCK_K, EVEN_K, TMA)
-        u = tl.dot(a, tl.trans(c), u, input_precision="ieee")
-    return tl.div_rn(g, 1.0 + vexp(-g)) * u
+def swiglu_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """silu(gate) * up [BLOCK_M, BLOCK_N / 2] of products whose columns are gate and up in turn.
+
+    2^x and the quotient are the hardware's: the library's own exp and a rounded division take longer than the products.
+    """
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+    return gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -108,20 +100,22 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_kernel(
-    x, gate, up, out_ptr, M, N, K,
+    x, weight, out_ptr, M, N, K,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[M, N] = silu(x gate^T) * (x up^T), gate and up [N, K]."""
+    """out[M, N / 2] = silu(x gate^T) * (x up^T), the rows of weight [N, K] being those of gate and up in turn."""
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = swiglu_product(
-        x, gate, up, tile_m * BLOCK_M, tl.minimum(m, M - 1), tile_n * BLOCK_N, tl.minimum(n, N - 1), K,
+    acc = product(
+        x, weight, tile_m * BLOCK_M, tl.minimum(m, M - 1), tile_n * BLOCK_N, tl.minimum(n, N - 1), K,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA, TMA,
     )  # fmt: skip
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    y = swiglu_of(acc, BLOCK_M, BLOCK_N).to(out_ptr.dtype.element_ty)
+    f = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    inside = (m < M)[:, None] & (f < N // 2)[None, :]
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * (N // 2) + f[None, :], y, mask=inside)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, tile: Tile | None = None) -> None:
@@ -151,16 +145,19 @@ def _launch_linear(x, weight, bias, out, tile_max, rows, n, k, tile):
     )  # fmt: skip
 
 
-def swiglu(x: Tensor, gate: Tensor, up: Tensor, out: Tensor, *, tile: Tile | None = None) -> None:
-    """out [M, F] = silu(x gate^T) * (x up^T), gate and up [F, K], rounded once to the type of `out`."""
-    (rows, k), n = x.shape, gate.shape[0]
+def swiglu(x: Tensor, gate_up: Tensor, out: Tensor, *, tile: Tile | None = None) -> None:
+    """out [M, F] = silu(x gate^T) * (x up^T), rounded once to the type of `out`.
+
+    gate_up [2 F, K] holds the rows of gate and up in turn: both sums of an output are neighbours in one tile.
+    """
+    (rows, k), n = x.shape, gate_up.shape[0]
     tile = tile or tiles.choose(tiles.SWIGLU, rows, n, dtype_of(x))
     grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
     tma = serves_tma(tile, x, k)
     swiglu_kernel[grid](
-        operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(gate, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
-        operand(up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma), out, rows, n, k,
-        EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, enable_fp_fusion=False, **tile.options(),
+        operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(gate_up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
+        out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, enable_fp_fusion=False,
+        **tile.options(),
     )  # fmt: skip
 
 

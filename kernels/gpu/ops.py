@@ -39,18 +39,16 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class PackedGateUp:
-    """The two input matrices of a SwiGLU block, [F, E] each."""
+    """The rows of the two input matrices of a SwiGLU block in turn, [2 F, E]."""
 
-    gate: Tensor
-    up: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PackedExperts:
-    """The experts of a mixture on top of each other: gate and up [X, F, E], down [X, E, F]."""
+    """The experts of a mixture on top of each other: gate and up [X, 2 F, E] as in `PackedGateUp`, down [X, E, F]."""
 
-    gate: Tensor
-    up: Tensor
+    gate_up: Tensor
     down: Tensor
 
 
@@ -119,13 +117,14 @@ class GpuOps:
 
     def pack_gate_up(self, gate: Any, up: Any) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
-        return PackedGateUp(self._matrix(gate), self._matrix(up))
+        return PackedGateUp(self._matrix(_in_turn(gate, up)))
 
     def pack_experts(self, count: int, experts: Iterable[tuple[Any, Any, Any]]) -> PackedExperts:
         """See `Ops.pack_experts`."""
-        parts = list(experts)
+        parts = [(_in_turn(gate, up), down) for gate, up, down in experts]
         assert len(parts) == count, f"{count} experts were promised, {len(parts)} came"
-        return PackedExperts(*(self._matrix(np.stack([expert[part] for expert in parts])) for part in range(3)))
+        gate_ups, downs = zip(*parts, strict=True)
+        return PackedExperts(self._matrix(np.stack(gate_ups)), self._matrix(np.stack(downs)))
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
@@ -186,8 +185,8 @@ class GpuOps:
 
     def swiglu_linear(self, x: Tensor, weight: PackedGateUp) -> Tensor:
         """See `Ops.swiglu_linear`: [T, E] -> [T, F]."""
-        out = self._take(x.shape[0], weight.gate.shape[0])
-        matmul.swiglu(x, weight.gate, weight.up, out)
+        out = self._take(x.shape[0], weight.weight.shape[0] // 2)
+        matmul.swiglu(x, weight.weight, out)
         return out
 
     def attention(
@@ -236,7 +235,7 @@ class GpuOps:
 
     def moe(self, x: Tensor, routing: Routing[Tensor], experts: PackedExperts, shared: Tensor | None) -> Tensor:
         """See `Ops.moe`."""
-        (tokens, slots), (count, width, k) = routing.experts.shape, experts.gate.shape
+        (tokens, slots), (count, k, width) = routing.experts.shape, experts.down.shape
         tile = mixtures.expert_tile(tokens * slots, count, self._dtype)
         num_tiles = mixtures.num_tiles(tokens * slots, count, tile.BLOCK_M)
         counts, tile_expert, order = (
@@ -246,7 +245,7 @@ class GpuOps:
         inner, outputs = self._take(tokens * slots, width), self._take(tokens * slots, k, dtype="float32")
         out = self._take(tokens, k)
         mixtures.mixture(
-            x, experts.gate, experts.up, experts.down, routing.experts, routing.weights, order, tile_expert,
+            x, experts.gate_up, experts.down, routing.experts, routing.weights, order, tile_expert,
             inner, outputs, shared, out, tile=tile,
         )  # fmt: skip
         return out
@@ -277,6 +276,10 @@ class GpuOps:
         sums = self._take(rows, chunks, 2, dtype="float32")
         masses = self._take(rows, chunks, dtype="int64")
         heads.settle(hidden, head, self._sections["options"], logits, tile_max, sums, masses, out)
+
+
+def _in_turn(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
 
 
 def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:

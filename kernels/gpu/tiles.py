@@ -48,15 +48,16 @@ LINEAR: _Table = (
     (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
 )
 
+# N counts the columns of gate and up together.
 SWIGLU: _Table = (
-    (16, None, Tile(16, 32, 128, 4, 5)),
-    (32, None, Tile(32, 64, 128, 4, 4)),
-    (64, 4096, Tile(64, 32, 128, 4, 4, tma=True)),
-    (64, None, Tile(64, 64, 128, 4, 4, tma=True)),
-    (128, 4096, Tile(64, 64, 128, 4, 4, tma=True)),
-    (256, 4096, Tile(128, 64, 128, 8, 3, tma=True)),
-    (128, None, Tile(128, 64, 128, 8, 3, tma=True)),
-    (None, None, Tile(128, 128, 64, 8, 4, tma=True)),
+    (16, None, Tile(16, 64, 128, 4, 5)),
+    (32, None, Tile(32, 32, 256, 4, 3)),
+    (64, 8192, Tile(64, 32, 128, 4, 4, tma=True)),
+    (64, None, Tile(64, 64, 128, 4, 3, tma=True)),
+    (128, 8192, Tile(64, 64, 64, 4, 5)),
+    (128, None, Tile(128, 64, 64, 8, 4, tma=True)),
+    (256, 8192, Tile(128, 128, 64, 8, 4, tma=True)),
+    (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
 )
 
 LM_HEAD: _Table = (
@@ -70,8 +71,7 @@ LM_HEAD: _Table = (
 # By the mean number of rows of an expert: one tile serves all experts of a step.
 EXPERTS: _Table = (
     (16, None, Tile(16, 64, 128, 4, 4)),
-    (32, None, Tile(32, 64, 64, 4, 4)),
-    (64, None, Tile(64, 64, 64, 4, 4)),
+    (32, None, Tile(32, 64, 128, 4, 4)),
     (None, None, Tile(64, 128, 64, 4, 4)),
 )
 

@@ -67,8 +67,13 @@ def run_swiglu(m: int) -> Arrays:
     x = rig.normal(1, MANY, WIDTH)[:m]
     gate, up = (rig.normal(seed, OUTPUTS, WIDTH, scale=WIDTH**-0.5) for seed in (2, 3))
     out = rig.empty(m, OUTPUTS)
-    matmul.swiglu(rig.put(x), rig.put(gate), rig.put(up), out)
+    matmul.swiglu(rig.put(x), rig.put(in_turn(gate, up)), out)
     return (rig.get(out),)
+
+
+def in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
+    """Rows of gate and up in turn."""
+    return np.stack([gate, up], axis=-2).reshape(*gate.shape[:-2], -1, gate.shape[-1])
 
 
 def run_norm(m: int, warps: int | None = None) -> Arrays:
@@ -243,7 +248,7 @@ def run_mixture(m: int, given: NDArray[np.int32] | None = None) -> Arrays:
     experts.sort_slots(ids, EXPERTS, counts, order, tile_expert, tile)
     out = rig.empty(m, width)
     experts.mixture(
-        rig.put(x), rig.put(gate), rig.put(up), rig.put(down), ids, weights, order, tile_expert,
+        rig.put(x), rig.put(in_turn(gate, up)), rig.put(down), ids, weights, order, tile_expert,
         rig.empty(m * SLOTS, INNER), rig.empty(m * SLOTS, width, dtype="float32"), rig.put(x), out, tile=tile,
     )  # fmt: skip
     np.testing.assert_array_equal(rig.get(counts), np.bincount(rig.get(ids).reshape(-1), minlength=EXPERTS))

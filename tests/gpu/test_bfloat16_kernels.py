@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 rig.require_device()
 
 from zerokl.kernels.experts import RouterSpec  # noqa: E402
-from zerokl.kernels.gpu import experts, lm_head, matmul, norms, sampling, tiles  # noqa: E402
+from zerokl.kernels.gpu import experts, lm_head, matmul, norms, sampling  # noqa: E402
 from zerokl.kernels.gpu.step_arrays import sampling_options  # noqa: E402
 from zerokl.kernels.ops import SamplingBatch, neutral_sampling  # noqa: E402
 from zerokl.kernels.reference import moe as reference_moe  # noqa: E402
@@ -278,8 +278,3 @@ def test_mixture_against_the_definition(replayed: bool) -> None:
 
 def test_a_token_of_a_mixture_does_not_know_the_others() -> None:
     assert rows_differ(run_mixture) == 0
-
-
-def test_tables_end_with_a_tile_for_everything() -> None:
-    for table in (tiles.LINEAR, tiles.SWIGLU, tiles.LM_HEAD, tiles.EXPERTS):
-        assert tiles.choose(table, 10**6, 10**6, "bfloat16") is table[-1][2]

@@ -27,7 +27,7 @@ def choose_kernel(
     X: tl.constexpr, X_BLOCK: tl.constexpr, SLOTS: tl.constexpr, SLOTS_BLOCK: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, NORMALISE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; with GIVEN the ids are not chosen."""
+    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; given ids are not chosen."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, X_BLOCK)
     slots = tl.arange(0, SLOTS_BLOCK)
@@ -43,12 +43,12 @@ def choose_kernel(
     weights = tl.zeros((SLOTS_BLOCK,), tl.float32)
     total = tl.zeros((), tl.float32)
     for slot in tl.static_range(SLOTS):
+        best = tl.max(tl.where(taken, float("-inf"), score), axis=0)
+        expert = tl.min(tl.where((score == best) & (taken == 0), i, X - 1), axis=0)
         if GIVEN:
-            expert = tl.load(given_ptr + token * SLOTS + slot)
-        else:
-            best = tl.max(tl.where(taken, float("-inf"), score), axis=0)
-            expert = tl.min(tl.where((score == best) & (taken == 0), i, X - 1), axis=0)
-            taken = taken | (i == expert)
+            given = tl.load(given_ptr + token * SLOTS + slot)
+            expert = tl.where(given < 0, expert, given)
+        taken = taken | (i == expert)
         weight = tl.sum(tl.where(i == expert, p, 0.0), axis=0)  # one term is not 0: exact
         total += weight
         chosen = tl.where(slots == slot, expert, chosen)
@@ -169,7 +169,7 @@ def choose_experts(
 ) -> None:  # fmt: skip
     """ids [T, k] int32 and weights [T, k] float32 from router logits [T, X] float32; see `RouterSpec`.
 
-    correction [X] float32 or None; `given` [T, k] int32 takes the place of the choice.
+    correction [X] float32 or None; `given` [T, k] int32 takes the place of the choice, but for rows of -1.
     """
     tokens, experts = logits.shape
     choose_kernel[(tokens,)](

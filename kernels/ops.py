@@ -156,7 +156,10 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class KVPool(Generic[Array]):
-    """Paged keys and values of every layer. Layouts favour the CPU kernels: keys transposed inside a block."""
+    """Paged keys and values of every layer. Layouts favour the CPU kernels: keys transposed inside a block.
+
+    On a GPU both are [layers, num_blocks, KV, B, D] in the type of its op table.
+    """
 
     keys: Array
     """[layers, num_blocks, KV, D, B] float32"""

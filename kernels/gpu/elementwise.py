@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Kernel functions are Triton's language in Python's syntax: types do not apply.
-"""Triton kernels that handle one row per program, and the library's exp.
+"""Copies of rows, and the library's exp.
 
 A program sees its own row only, so a row's bits cannot depend on the batch. Kernels are launched with
 enable_fp_fusion=False: a multiply and an add are fused only where the source says fma (docs/numerics.md, rule 1).
@@ -8,8 +8,12 @@ enable_fp_fusion=False: a multiply and an add are fused only where the source sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+Tensor = Any  # paddle.Tensor, or anything else with shape, dtype and data_ptr()
 
 
 @triton.jit
@@ -38,37 +42,17 @@ def vexp(x):
 
 
 @triton.jit
-def embedding_kernel(ids_ptr, table_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = table[ids[row]]; also row gathering. One program per row."""
+def gather_kernel(table_ptr, ids_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row] = table[ids[row]]. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(ids_ptr + row).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     x = tl.load(table_ptr + source * WIDTH + column, mask=inside)
-    tl.store(out_ptr + row * WIDTH + column, x, mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x / sqrt(mean(x^2) + eps) * weight. One program per row."""
-    row = tl.program_id(0).to(tl.int64) * WIDTH
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    x = tl.load(x_ptr + row + column, mask=inside, other=0.0)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x), WIDTH * 1.0) + eps))
-    weight = tl.load(weight_ptr + column, mask=inside)
-    tl.store(out_ptr + row + column, (x * scale) * weight, mask=inside)
-
-
-@triton.jit
-def add_rms_norm_kernel(residual_ptr, delta_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """residual += delta, in place; out = its RMSNorm. One program per row."""
-    row = tl.program_id(0).to(tl.int64) * WIDTH
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    x = tl.load(residual_ptr + row + column, mask=inside, other=0.0)
-    x += tl.load(delta_ptr + row + column, mask=inside, other=0.0)
-    tl.store(residual_ptr + row + column, x, mask=inside)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x), WIDTH * 1.0) + eps))
-    weight = tl.load(weight_ptr + column, mask=inside)
-    tl.store(out_ptr + row + column, (x * scale) * weight, mask=inside)
+def gather(table: Tensor, ids: Tensor, out: Tensor) -> None:
+    """out [R, E] = rows ids [R] of the table [N, E], in the type of `out`."""
+    rows, width = out.shape
+    gather_kernel[(rows,)](table, ids, out, WIDTH=width, BLOCK=triton.next_power_of_2(width))

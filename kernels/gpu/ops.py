@@ -1,36 +1,37 @@
-"""The op table on Paddle's GPU tensors: float32, by plain Triton kernels.
+"""The op table on Paddle's GPU tensors, in bfloat16 on tensor cores or in float32, by Triton kernels.
 
 One copy to the device opens a step (`begin_step`: metadata and sampling options together), one copy back closes it
 (end of `sample`); nothing between waits for the host. Rows are padded to the step's bucket; what padding rows hold is
-arbitrary.
+arbitrary. Which tensor has which type, and the order of every sum, is said in docs/numerics.md.
 Paddle serves memory and copies alone: no Paddle operator computes anything here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import paddle
 import triton
 from numpy.typing import NDArray
 
-from zerokl.kernels.gpu import attention, driver, elementwise, linear, sampling
+from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
+from zerokl.kernels.gpu import driver, elementwise, matmul, norms, paged_attention, sampling, tiles
+from zerokl.kernels.gpu import experts as mixtures
+from zerokl.kernels.gpu import lm_head as heads
+from zerokl.kernels.gpu.attention_tiles import attention_tiles
+from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
-from zerokl.kernels.ops import KV_SPLIT, AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
+from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
-Tensor = Any  # paddle.Tensor; Paddle's annotations do not cover what is used here
-
-_VOCAB_BLOCK = 1024  # the fixed partition of a row of logits
-_ENTRY_BLOCK = 64
-_TILE = {"BLOCK_M": linear.BLOCK_M, "BLOCK_N": linear.BLOCK_N, "BLOCK_K": linear.BLOCK_K}
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """Matrices on top of each other, [N, K], and their biases [N]."""
+    """Matrices on top of each other, [N, K], and their biases [N] in float32."""
 
     weight: Tensor
     bias: Tensor | None
@@ -38,49 +39,65 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class PackedGateUp:
-    """The two input matrices of a SwiGLU block, [F, E] each."""
+    """The rows of the two input matrices of a SwiGLU block in turn, [2 F, E]."""
 
-    gate: Tensor
-    up: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The experts of a mixture on top of each other: gate and up [X, 2 F, E] as in `PackedGateUp`, down [X, E, F]."""
+
+    gate_up: Tensor
+    down: Tensor
 
 
 class GpuOps:
     """`zerokl.kernels.ops.Ops[paddle.Tensor]` on one GPU. Weights are given as NumPy arrays.
 
+    `dtype` is the type of matrices, activations, keys and values; the residual stream and sums are float32 either way.
     Results live in buffers found by their place in the order of the step's calls: no op of a step writes what an
-    earlier one returned, and a later step with the same shapes has the same addresses. Not for several threads.
-    Raises RuntimeError where there is no usable GPU.
+    earlier one returned, and a later step with the same shapes has the same addresses. Serves pools of one
+    `AttentionSpec`; not for several threads. Raises RuntimeError where there is no usable GPU.
     """
 
-    def __init__(self, device: int = 0) -> None:
+    _attention_spec: AttentionSpec
+
+    def __init__(self, device: int = 0, dtype: Dtype = "float32") -> None:
         self._place = driver.activate(device)
+        self._dtype = dtype
         self._buffers: dict[tuple[int, tuple[int, ...], str], Tensor] = {}
         self._calls = 0
         self._inputs: StepInputs | None = None
         self._layout: StepLayout | None = None
         self._sections: dict[str, Tensor] = {}
-        self._bucket_arrays: dict[tuple[int, ...], Tensor] = {}
+        self._bucket_arrays: dict[tuple[tuple[str, int], ...], Tensor] = {}
         self._pool: KVPool[Tensor] | None = None
 
     # -- placement -----------------------------------------------------------------------------------------------------
     def tensor(self, values: NDArray[np.float32]) -> Tensor:
-        """A float32 copy of `values` on the device."""
+        """A copy on the device: matrices in the table's type, vectors and angle tables in float32."""
+        return self._matrix(values) if values.ndim == 2 and len(values) > 1 else self._place_float32(values)
+
+    def _matrix(self, values: NDArray[np.float32]) -> Tensor:
+        if self._dtype == "float32":
+            return self._place_float32(values)
+        return paddle.to_tensor(_bfloat16_bits(values), place=self._place)
+
+    def _place_float32(self, values: NDArray[np.float32]) -> Tensor:
         return paddle.to_tensor(np.ascontiguousarray(values, np.float32), place=self._place)
 
     def kv_pool(self, num_layers: int, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVPool[Tensor]:
-        """An uninitialised pool; nothing is read before it was written."""
-        heads, size = spec.num_kv_heads, spec.head_dim
-        return KVPool(
-            keys=paddle.empty([num_layers, num_blocks, heads, size, block_size], "float32"),
-            values=paddle.empty([num_layers, num_blocks, heads, block_size, size], "float32"),
-            block_size=block_size,
-        )
+        """An uninitialised pool, keys and values [layers, blocks, KV, B, D]; nothing is read before it was written."""
+        self._attention_spec = spec
+        shape = [num_layers, num_blocks, spec.num_kv_heads, block_size, spec.head_dim]
+        return KVPool(paddle.empty(shape, self._dtype), paddle.empty(shape, self._dtype), block_size)
 
-    def _take(self, *shape: int, dtype: str = "float32") -> Tensor:
-        key = (self._calls, shape, dtype)
+    def _take(self, *shape: int, dtype: str | None = None) -> Tensor:
+        key = (self._calls, shape, dtype or self._dtype)
         self._calls += 1
         if key not in self._buffers:
-            self._buffers[key] = paddle.empty(list(shape), dtype)
+            self._buffers[key] = paddle.empty(list(shape), key[2])
         return self._buffers[key]
 
     # -- packing -------------------------------------------------------------------------------------------------------
@@ -95,100 +112,81 @@ class GpuOps:
         bias = None
         if any(part is not None for part in biases):
             parts = [np.zeros(len(w), np.float32) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            bias = self.tensor(np.concatenate(parts))
-        return PackedLinear(self.tensor(np.concatenate(weights)), bias)
+            bias = self._place_float32(np.concatenate(parts))
+        return PackedLinear(self._matrix(np.concatenate(weights)), bias)
 
     def pack_gate_up(self, gate: Any, up: Any) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
-        return PackedGateUp(self.tensor(gate), self.tensor(up))
+        return PackedGateUp(self._matrix(_in_turn(gate, up)))
 
-    def pack_experts(self, count: int, experts: Any) -> Any:
-        """Not available: raises NotImplementedError, so that a mixture of experts fails when it is loaded."""
-        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
-
-    def route(self, x: Any, params: Any, spec: Any) -> Any:
-        """Not available, as `pack_experts`."""
-        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
-
-    def moe(self, x: Any, routing: Any, experts: Any, shared: Any) -> Any:
-        """Not available, as `pack_experts`."""
-        raise NotImplementedError("mixtures of experts run on the CPU only (device='cpu')")
+    def pack_experts(self, count: int, experts: Iterable[tuple[Any, Any, Any]]) -> PackedExperts:
+        """See `Ops.pack_experts`."""
+        parts = [(_in_turn(gate, up), down) for gate, up, down in experts]
+        assert len(parts) == count, f"{count} experts were promised, {len(parts)} came"
+        gate_ups, downs = zip(*parts, strict=True)
+        return PackedExperts(self._matrix(np.stack(gate_ups)), self._matrix(np.stack(downs)))
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
         """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites."""
         self._inputs, self._pool, self._calls = inputs, pool, 0
-        self._layout = layout = lay_out(inputs)
+        per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
+        singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
+        self._layout = layout = lay_out(inputs, single_tiles=singles, chunk_tiles=chunks)
         paddle.device.cuda.synchronize()
         staged = paddle.to_tensor(layout.flat, place=self._place)
         # Into the bucket's own array, at an address that a recorded step may keep.
-        count = layout.flat.size
         flat = self._bucket_arrays.setdefault(layout.key(), staged)
         if flat is not staged:
-            _launch(sampling.copy_kernel, (triton.cdiv(count, _VOCAB_BLOCK),), staged, flat, count, BLOCK=_VOCAB_BLOCK)
+            sampling.copy(staged, flat, layout.flat.size)
             paddle.device.cuda.synchronize()
         self._sections = {name: flat[section] for name, section in layout.sections.items()}
 
+    def _chunk_tile(self) -> tiles.Tile:
+        return tiles.PREFILL_ATTENTION if self._dtype == "bfloat16" else tiles.DECODE_ATTENTION
+
     # -- ops -----------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Tensor) -> Tensor:
-        """Rows of the table: [T] -> [T, E]."""
+        """Rows of the table, widened to the float32 residual: [T] -> [T, E]."""
         assert self._inputs is not None and self._layout is not None and token_ids is self._inputs.token_ids
-        return self._rows_of(table, "token_ids", self._layout.num_tokens)
+        out = self._take(self._layout.num_tokens, table.shape[1], dtype="float32")
+        elementwise.gather(table, self._sections["token_ids"], out)
+        return out
 
     def gather_rows(self, x: Tensor, rows: NDArray[np.int32]) -> Tensor:
         """Some rows of x: [T, E], [R] -> [R, E]."""
         assert self._inputs is not None and self._layout is not None and rows is self._inputs.logit_rows
-        return self._rows_of(x, "rows", self._layout.num_rows)
-
-    def _rows_of(self, table: Tensor, section: str, count: int) -> Tensor:
-        width = table.shape[1]
-        out = self._take(count, width)
-        _launch(
-            elementwise.embedding_kernel, (count,), self._sections[section], table, out,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+        out = self._take(self._layout.num_rows, x.shape[1])
+        elementwise.gather(x, self._sections["rows"], out)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See `Ops.rms_norm`."""
-        rows, width = x.shape
-        out = self._take(rows, width)
-        _launch(
-            elementwise.rms_norm_kernel, (rows,), x, weight, out, eps,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+        """See `Ops.rms_norm`; x is float32."""
+        out = self._take(*x.shape)
+        norms.rms_norm(x, weight, eps, out)
         return out
 
     def add_rms_norm(self, residual: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `Ops.add_rms_norm`; the sum takes the place of `residual`."""
-        rows, width = residual.shape
-        out = self._take(rows, width)
-        _launch(
-            elementwise.add_rms_norm_kernel, (rows,), residual, delta, weight, out, eps,
-            WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+        """See `Ops.add_rms_norm`; the float32 sum takes the place of `residual`."""
+        out = self._take(*residual.shape)
+        norms.rms_norm(residual, weight, eps, out, delta=delta)
         return residual, out
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[T, K] -> [T, sum N_i], biases added."""
-        (rows, k), n = x.shape, weight.weight.shape[0]
-        out = self._take(rows, n)
-        grid = (triton.cdiv(rows, linear.BLOCK_M), triton.cdiv(n, linear.BLOCK_N))
-        bias = weight.weight if weight.bias is None else weight.bias
-        _launch(
-            linear.linear_kernel, grid, x, weight.weight, bias, out, rows, n,
-            K=k, HAS_BIAS=weight.bias is not None, **_TILE,
-        )  # fmt: skip
-        return out
+        return self._product(x, weight, self._dtype)
 
     qkv_linear = linear
 
+    def _product(self, x: Tensor, weight: PackedLinear, dtype: str) -> Tensor:
+        out = self._take(x.shape[0], weight.weight.shape[0], dtype=dtype)
+        matmul.linear(x, weight.weight, weight.bias, out)
+        return out
+
     def swiglu_linear(self, x: Tensor, weight: PackedGateUp) -> Tensor:
         """See `Ops.swiglu_linear`: [T, E] -> [T, F]."""
-        (rows, k), n = x.shape, weight.gate.shape[0]
-        out = self._take(rows, n)
-        grid = (triton.cdiv(rows, linear.BLOCK_M), triton.cdiv(n, linear.BLOCK_N))
-        _launch(linear.swiglu_linear_kernel, grid, x, weight.gate, weight.up, out, rows, n, K=k, **_TILE)
+        out = self._take(x.shape[0], weight.weight.shape[0] // 2)
+        matmul.swiglu(x, weight.weight, out)
         return out
 
     def attention(
@@ -197,57 +195,100 @@ class GpuOps:
         """See `Ops.attention`."""
         assert self._pool is not None and self._layout is not None, "attention before begin_step"
         pool, at = self._pool, self._sections
-        tokens, heads, size = qkv.shape[0], spec.num_heads, spec.head_dim
-        query, out = self._take(tokens, heads * size), self._take(tokens, heads * size)
-        first_block = layer * pool.keys.shape[1]
-        sizes = {"HEADS": heads, "KV_HEADS": spec.num_kv_heads, "SIZE": size, "BLOCK_SIZE": pool.block_size}
-        q_norm = qkv if params.q_norm is None else params.q_norm
-        k_norm = qkv if params.k_norm is None else params.k_norm
-        _launch(
-            attention.qkv_to_cache_kernel, (tokens, heads + 2 * spec.num_kv_heads),
-            qkv, q_norm, k_norm, spec.norm_eps, at["positions"], rope, at["slots"],
-            pool.keys, pool.values, query, first_block,
-            HALF_BLOCK=triton.next_power_of_2(size // 2), INTERLEAVED=spec.rotary_layout == "interleaved",
-            HAS_NORM=params.q_norm is not None, **sizes,
-        )  # fmt: skip
-        _launch(
-            attention.attention_kernel, (tokens, heads),
-            query, pool.keys, pool.values, at["tables"], at["positions"], at["sequences"], out,
-            spec.scale, first_block, self._layout.max_blocks,
-            SIZE_BLOCK=triton.next_power_of_2(size), SPLIT=KV_SPLIT, **sizes,
+        query, out = (self._take(qkv.shape[0], spec.num_heads * spec.head_dim) for _ in range(2))
+        norms.qkv_to_cache(
+            qkv, params.q_norm, params.k_norm, rope, at["positions"], at["slots"], pool, layer, query, spec
+        )
+        tables = at["tables"].reshape([-1, self._layout.max_blocks])
+        for section, tile in (("single_tiles", tiles.DECODE_ATTENTION), ("chunk_tiles", self._chunk_tile())):
+            count = self._layout.num_entries(section) // paged_attention.TILE_COLUMNS
+            if count:
+                partial = self._partial(qkv.shape[0], count, spec) if section == "single_tiles" else None
+                tile_list = at[section].reshape([count, paged_attention.TILE_COLUMNS])
+                paged_attention.attention(
+                    query, pool, layer, tables, tile_list, out, spec, partial=partial, tile=tile
+                )  # fmt: skip
+        return out
+
+    def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
+        """Buffers for a program per split, where a program per sequence and key head would leave the chip idle."""
+        assert self._pool is not None and self._layout is not None
+        context = self._layout.max_blocks * self._pool.block_size
+        if not paged_attention.splits_pay(count, spec.num_kv_heads, context):
+            return None
+        shape = (tokens, spec.num_heads, triton.cdiv(context, paged_attention.SPLIT))
+        return self._take(*shape, spec.head_dim, dtype="float32"), self._take(*shape, 2, dtype="float32")
+
+    # -- mixtures of experts -------------------------------------------------------------------------------------------
+    def route(self, x: Tensor, params: MoeParams[Tensor], spec: RouterSpec) -> Routing[Tensor]:
+        """See `Ops.route`; ids [T, k] int32 and weights stay on the device."""
+        assert self._inputs is not None, "route before begin_step"
+        logits = self._product(x, params.router, "float32")
+        shape = (x.shape[0], spec.top_k)
+        ids, weights = self._take(*shape, dtype="int32"), self._take(*shape, dtype="float32")
+        given = None
+        if self._inputs.routing is not None:
+            size = shape[0] * shape[1]
+            given = self._sections["routing"][spec.index * size : (spec.index + 1) * size]
+        mixtures.choose_experts(logits, params.correction, spec, ids, weights, given=given)
+        return Routing(ids, weights)
+
+    def moe(self, x: Tensor, routing: Routing[Tensor], experts: PackedExperts, shared: Tensor | None) -> Tensor:
+        """See `Ops.moe`."""
+        (tokens, slots), (count, k, width) = routing.experts.shape, experts.down.shape
+        tile = mixtures.expert_tile(tokens * slots, count, self._dtype)
+        num_tiles = mixtures.num_tiles(tokens * slots, count, tile.BLOCK_M)
+        counts, tile_expert, order = (
+            self._take(size, dtype="int32") for size in (count, num_tiles, num_tiles * tile.BLOCK_M)
+        )
+        mixtures.sort_slots(routing.experts, count, counts, order, tile_expert, tile)
+        inner, outputs = self._take(tokens * slots, width), self._take(tokens * slots, k, dtype="float32")
+        out = self._take(tokens, k)
+        mixtures.mixture(
+            x, experts.gate_up, experts.down, routing.experts, routing.weights, order, tile_expert,
+            inner, outputs, shared, out, tile=tile,
         )  # fmt: skip
         return out
 
+    # -- sampling ------------------------------------------------------------------------------------------------------
     def sample(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> SampleResult:
-        """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1."""
+        """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1.
+
+        A batch without penalties and truncation needs one pass over the logits.
+        """
         assert self._inputs is not None and batch is self._inputs.sampling
-        logits = self.linear(hidden, lm_head)
-        rows, vocab = logits.shape
-        processed = self._take(rows, vocab)
-        out = self._take(rows, int(sampling.NUM_RESULTS), dtype="int32")
-        at = self._sections
-        _launch(
-            sampling.copy_kernel, (triton.cdiv(rows * vocab, _VOCAB_BLOCK),), logits, processed, rows * vocab,
-            BLOCK=_VOCAB_BLOCK,
-        )  # fmt: skip
-        _launch(
-            sampling.bias_kernel, (rows,), processed, at["bias_start"], at["bias_token"], at["bias_value"], vocab,
-            BLOCK=_ENTRY_BLOCK,
-        )  # fmt: skip
-        _launch(
-            sampling.penalty_kernel, (rows,), processed, at["options"],
-            at["history_start"], at["history_token"], at["history_count"], vocab, BLOCK=_ENTRY_BLOCK,
-        )  # fmt: skip
-        _launch(sampling.sample_kernel, (rows,), logits, processed, at["options"], out, vocab, BLOCK=_VOCAB_BLOCK)
+        out = self._take(hidden.shape[0], int(sampling.NUM_RESULTS), dtype="int32")
+        if heads.serves(batch):
+            self._settle(hidden, lm_head.weight, out)
+        else:
+            logits = self._product(hidden, lm_head, "float32")
+            processed = self._take(*logits.shape, dtype="float32")
+            sampling.sample(logits, processed, self._sections, out)
         paddle.device.cuda.synchronize()
-        return _result(out.numpy()[: len(batch.forced)], batch.want_raw)
+        return _sample_result(out.numpy()[: len(batch.forced)], batch.want_raw)
+
+    def _settle(self, hidden: Tensor, head: Tensor, out: Tensor) -> None:
+        rows, vocab = hidden.shape[0], head.shape[0]
+        chunks = heads.num_chunks(vocab)
+        logits, tile_max = (
+            self._take(rows, width, dtype="float32") for width in (vocab, heads.num_tiles(rows, vocab, self._dtype))
+        )
+        sums = self._take(rows, chunks, 2, dtype="float32")
+        masses = self._take(rows, chunks, dtype="int64")
+        heads.settle(hidden, head, self._sections["options"], logits, tile_max, sums, masses, out)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    kernel[grid](*args, enable_fp_fusion=False, **options)
+def _in_turn(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
 
 
-def _result(columns: NDArray[np.int32], want_raw: bool) -> SampleResult:
+def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 rounded to nearest even, as bits: Paddle takes uint16 for bfloat16. NaNs may change."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _sample_result(columns: NDArray[np.int32], want_raw: bool) -> SampleResult:
     floats = columns.view(np.float32)
     return SampleResult(
         tokens=columns[:, int(sampling.TOKEN)].copy(),

@@ -37,16 +37,22 @@ class StepLayout:
     """Of the bucket, padding included."""
     max_blocks: int
 
-    def key(self) -> tuple[int, ...]:
+    def num_entries(self, section: str) -> int:
+        """Entries of a section, 0 if the step has none of that name."""
+        here = self.sections.get(section, slice(0, 0))
+        return int(here.stop - here.start)
+
+    def key(self) -> tuple[tuple[str, int], ...]:
         """Equal for the steps of a bucket."""
-        return tuple(section.stop for section in self.sections.values())
+        return tuple((name, section.stop) for name, section in self.sections.items())
 
 
-def lay_out(inputs: StepInputs) -> StepLayout:
+def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
     """The flat array of a step.
 
-    Sections are token_ids, positions, slots, sequences (of each token, -1 for none), tables, rows, options, and the
-    history and bias entries of the rows.
+    Sections are token_ids, positions, slots, sequences (of each token, -1 for none), tables, rows, options, the history
+    and bias entries of the rows, routing [M, T, k] where it is given, and `lists`, each [n, columns] padded by zeros;
+    an empty one has no section.
     """
     tokens, rows = bucket(len(inputs.token_ids)), bucket(len(inputs.logit_rows))
     counts = np.diff(inputs.seq_starts)
@@ -61,12 +67,16 @@ def lay_out(inputs: StepInputs) -> StepLayout:
         "tables": tables,
         "rows": _padded(inputs.logit_rows, rows, 0),
         **_sampling_sections(inputs.sampling, rows),
+        **{name: _padded_rows(values, bucket(len(values))) for name, values in lists.items() if len(values)},
     }
+    if inputs.routing is not None:
+        sections["routing"] = np.stack([_padded_rows(ids, tokens) for ids in inputs.routing])
     flat, slices = _join(sections)
     return StepLayout(flat=flat, sections=slices, num_tokens=tokens, num_rows=rows, max_blocks=max_blocks)
 
 
-def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
+def sampling_options(batch: SamplingBatch, rows: int) -> Ints:
+    """Options [rows, NUM_OPTIONS] in the columns of `zerokl.kernels.gpu.sampling`, rows past the batch zeros."""
     options = np.zeros((rows, int(columns.NUM_OPTIONS)), np.int32)
     used = options[: len(batch.forced)]
     for column, values in (
@@ -84,9 +94,13 @@ def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any
         used[:, int(column)] = values.view(np.int32)
     used[:, int(columns.SEED_LOW)] = (batch.seed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
     used[:, int(columns.SEED_HIGH)] = (batch.seed >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    return options
+
+
+def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
     history, bias = bucket(len(batch.history_token)), bucket(len(batch.bias_token))
     return {
-        "options": options,
+        "options": sampling_options(batch, rows),
         "history_start": _padded(batch.history_start, rows + 1, len(batch.history_token)),
         "history_token": _padded(batch.history_token, history, 0),
         "history_count": _padded(batch.history_count, history, 0),
@@ -98,6 +112,12 @@ def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any
 
 def _padded(values: NDArray[Any], length: int, fill: int) -> Ints:
     out = np.full(length, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _padded_rows(values: NDArray[Any], rows: int) -> Ints:
+    out = np.zeros((rows, *values.shape[1:]), np.int32)
     out[: len(values)] = values
     return out
 

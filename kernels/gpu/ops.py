@@ -128,7 +128,12 @@ class GpuOps:
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
-        """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites."""
+        """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites.
+
+        Raises ValueError for given gate weights: only expert ids can be given here.
+        """
+        if inputs.routing_weights is not None:
+            raise ValueError("routing_weights must be None on a GPU, which replays expert ids alone")
         self._inputs, self._pool, self._calls = inputs, pool, 0
         per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
         singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <optional>
@@ -130,16 +131,44 @@ void matmul(const In<2>& a, const In<2>& b, const Out<2>& out, bool trans_a, boo
 // hint; the rest that does not fill one stays on small pages.
 constexpr size_t HUGE_PAGE = size_t{2} << 20, CACHE_LINE = 64;
 
-nb::ndarray<nb::numpy, float, nb::ndim<1>> aligned_empty(int64_t floats) {
-  expect_at_least("floats", floats, 1);
-  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+using Block = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
+
+Block heap_block(size_t floats) {
   void* data = nullptr;
-  if (posix_memalign(&data, bytes < HUGE_PAGE ? CACHE_LINE : HUGE_PAGE, bytes)) throw std::bad_alloc();
+  if (posix_memalign(&data, CACHE_LINE, floats * sizeof(float))) throw std::bad_alloc();
+  return Block(data, {floats}, nb::capsule(data, [](void* memory) noexcept { std::free(memory); }));
+}
+
+#if defined(__linux__)
+struct Mapping {
+  void* start;
+  size_t bytes;
+};
+
+// Mapped and not from the heap, which would keep a freed block if it had found room for it between others.
+Block mapped_block(size_t floats) {
+  const size_t bytes = floats * sizeof(float) + HUGE_PAGE;
+  void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (start == MAP_FAILED) throw std::bad_alloc();
+  nb::capsule owner(new Mapping{start, bytes}, [](void* memory) noexcept {
+    auto* mapping = static_cast<Mapping*>(memory);
+    munmap(mapping->start, mapping->bytes);
+    delete mapping;
+  });
+  auto* data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(start) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 #if defined(MADV_HUGEPAGE)
-  if (bytes >= HUGE_PAGE) madvise(data, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+  madvise(data, floats * sizeof(float) / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
 #endif
-  nb::capsule owner(data, [](void* memory) noexcept { std::free(memory); });
-  return nb::ndarray<nb::numpy, float, nb::ndim<1>>(data, {static_cast<size_t>(floats)}, owner);
+  return Block(data, {floats}, owner);
+}
+#endif
+
+Block aligned_empty(int64_t floats) {
+  expect_at_least("floats", floats, 1);
+#if defined(__linux__)
+  if (static_cast<size_t>(floats) * sizeof(float) >= HUGE_PAGE) return mapped_block(static_cast<size_t>(floats));
+#endif
+  return heap_block(static_cast<size_t>(floats));
 }
 
 using Clock = std::chrono::steady_clock;

@@ -97,8 +97,8 @@ class Rig:
         wait_until(is_done)
         assert self.dispatcher.facts()["server_clients"] == 0
         assert not self.dispatcher._deadlines and not self.ledger._requests
+        wait_until(lambda: self.jobs._uploads.nbytes == 0)
         self.jobs.close()
-        assert self.jobs._uploads.nbytes == 0
 
 
 @pytest.fixture(scope="module")

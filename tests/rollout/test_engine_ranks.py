@@ -174,7 +174,10 @@ def test_experts_that_are_to_move_after_ctrl_c_move_before_weights_are_staged(
     with gated(engine) as gate:
         call = in_thread(lambda: engine.generate(PROMPTS[:3], SamplingParams(max_tokens=4, ignore_eos=True)))
         gate.began.acquire()
-        with ctrl_c_after(lambda: wait_until(lambda: bool(engine._loop._urgent))), pytest.raises(KeyboardInterrupt):
+        with (
+            ctrl_c_after(lambda: wait_until(lambda: engine._loop._inbox.num_urgent > 0)),
+            pytest.raises(KeyboardInterrupt),
+        ):
             engine.rebalance_experts()
         assert engine._updates.lock.locked()  # what was asked for is still to come
         update = in_thread(lambda: engine.update_weights(tensors))

@@ -25,7 +25,7 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker import FolderWeights
+from zerokl.rollout.weight_source import FolderWeights
 from zerokl.weight_sync import WeightPublisher
 
 PROMPTS = [list(range(1 + index, 4 + index + 9 * (index % 4))) for index in range(9)]

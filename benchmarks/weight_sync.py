@@ -40,7 +40,8 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import num_parameters
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.worker import FolderWeights, TensorWeights, WeightSource, Worker, make_worker
+from zerokl.rollout.weight_source import FolderWeights, TensorWeights, WeightSource
+from zerokl.rollout.worker import Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
 SEQUENCES, WARM_STEPS = 8, 8

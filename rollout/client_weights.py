@@ -21,7 +21,7 @@ from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import SleepTag, sleep_level, sleep_tags
 from zerokl.rollout.validation import check_bool
-from zerokl.rollout.worker import FolderWeights, SharedWeights, TensorWeights, as_array, weight_source
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, as_array, weight_source
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine_weights import Source

@@ -16,7 +16,7 @@ from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.worker import SharedWeights, WeightSource
+from zerokl.rollout.weight_source import SharedWeights, WeightSource
 
 POLICY = "policy"
 """Name of the live weight set."""

@@ -40,8 +40,9 @@ from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.submission import Result, Submission
 from zerokl.rollout.text import Tokenizer
+from zerokl.rollout.weight_source import FolderWeights
 from zerokl.rollout.weight_updates import WeightUpdates
-from zerokl.rollout.worker import FolderWeights, Worker, make_worker
+from zerokl.rollout.worker import Worker, make_worker
 
 
 class RolloutEngine(WeightMethods, PauseMethods):

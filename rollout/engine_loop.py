@@ -13,18 +13,19 @@ import contextlib
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
-from zerokl.rollout.errors import EngineAsleepError, EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.loop_inbox import LoopInbox
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.pause import GenerationPause, PauseMode
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
+from zerokl.rollout.running_calls import RunningCalls
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepResult
@@ -57,31 +58,17 @@ class EngineLoop:
         self._ranks = ranks
         self._after_step = after_step
         self._clock = clock
-        self._stop_strings = stop_strings
         self._block_size = block_size
-        self._check_awake = check_awake
         self._routing = routing
-        self._wake = threading.Condition()
-        # Guarded by _wake, as are _num_changes, _closing, _ended and _open:
-        self._inbox: deque[Call | Exclusive] = deque()
-        self._num_changes = 0
-        """Changes in the inbox."""
-        self._urgent: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._closing = False
-        self._ended: Literal["failed", "closed"] | None = None
-        self._open: dict[str, Call] = {}
-        """Abort id -> call, from submission to resolution."""
-        # The loop thread's own:
-        self._running: dict[str, Call] = {}
-        """Request id -> call, for the scheduler's requests."""
+        self._inbox = LoopInbox(check_awake, clock)
+        self._calls = RunningCalls(scheduler, self._inbox, stop_strings, check_awake)
         self._draining: Exclusive | None = None
         self._pause = GenerationPause()
         self._watchers: tuple[Callable[[], None], ...] = ()
+        self._watchers_lock = threading.RLock()
         self._hold: Hold | None = None
         """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
-        self.cause: BaseException | None = None
-        """What made the engine fail."""
         self._thread = threading.Thread(target=self._run, name="zerokl-engine-loop", daemon=True)
 
     # -- any thread ---------------------------------------------------------------------------------------------------
@@ -92,11 +79,16 @@ class EngineLoop:
     @property
     def state(self) -> EngineState:
         """What the loop is about."""
-        if self._ended is not None:
-            return self._ended
+        if self._inbox.ended is not None:
+            return self._inbox.ended
         if self._pause.holds_calls and (self._pause.is_frozen or not self._scheduler.num_unfinished):
             return "paused"
         return "draining" if self._draining is not None or self._pause.holds_calls else "running"
+
+    @property
+    def cause(self) -> BaseException | None:
+        """What made the engine fail; None while it has not."""
+        return self._inbox.cause
 
     @property
     def num_held(self) -> int:
@@ -108,28 +100,11 @@ class EngineLoop:
 
         Raises ValueError if an id is in use, EngineAsleepError, EngineFailedError or EngineClosedError.
         """
-        with self._wake:
-            self.check_alive()
-            if isinstance(item, Call):
-                self._check_awake()
-                item.arrival_time = self._clock()
-                taken = next((name for name in item.groups if name in self._open), None)
-                if taken is not None:
-                    raise ValueError(f"request_ids: {taken!r} is the id of a request in flight")
-                self._open.update(dict.fromkeys(item.groups, item))
-            self._inbox.append(item)
-            self._num_changes += isinstance(item, Exclusive)
-            self._wake.notify()
+        self._inbox.submit(item)
 
     def at_boundary(self, action: Callable[[], Result]) -> Future[Result]:
         """Run a short action on the loop thread before its next step, ahead of all that is queued."""
-        future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()
-        with self._wake:
-            self.check_alive()
-            self._urgent.append((action, future))
-            self._wake.notify()
-        return future
+        return self._inbox.at_boundary(action)
 
     def fail(self, error: WorkerError) -> None:
         """End the loop with this error, if it runs; returns at once."""
@@ -142,7 +117,7 @@ class EngineLoop:
 
     def abort(self, ids: Collection[str] | None) -> Future[int]:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
-        return self.at_boundary(lambda: self._abort(ids))
+        return self.at_boundary(lambda: self._calls.abort(ids))
 
     def pause(self, mode: PauseMode) -> Future[None]:
         """Pause generation before the next step; resolves once the pause holds. See `GenerationPause`."""
@@ -162,11 +137,11 @@ class EngineLoop:
 
     def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
         """Have `watcher` called on the loop thread after each step, quick and without raising; returns what ends it."""
-        with self._wake:
+        with self._watchers_lock:
             self._watchers = (*self._watchers, watcher)
 
         def end() -> None:
-            with self._wake:
+            with self._watchers_lock:
                 self._watchers = tuple(other for other in self._watchers if other is not watcher)
 
         return end
@@ -177,25 +152,20 @@ class EngineLoop:
 
     def close(self) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._inbox.close()
         # A forgotten engine may be collected by the loop thread itself.
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def check_alive(self) -> None:
         """Raise EngineFailedError or EngineClosedError where the loop has ended, or is about to be."""
-        if self._ended == "failed":
-            raise EngineFailedError(f"the engine has failed: {self.cause!r}") from self.cause
-        if self._ended == "closed" or self._closing:
-            raise EngineClosedError("the engine is closed")
+        self._inbox.check_alive()
 
     # -- the loop thread ----------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._run_urgent()
+                self._inbox.run_urgent()
                 self._take_inbox()
                 if self._scheduler.num_unfinished and not self._pause.is_frozen:
                     self._step()
@@ -210,63 +180,37 @@ class EngineLoop:
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""
-        with self._wake:
-            while not self._has_work():
-                left = None if self._hold is None else self._hold.until - self._clock()
-                self._wake.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
-            self._hold = None
-            return not self._closing
+        until = None if self._hold is None else self._hold.until
+        goes_on = self._inbox.wait(self._has_work, until)
+        self._hold = None
+        return goes_on
 
     def _has_work(self) -> bool:
-        if self._closing or self._urgent:
-            return True
         unfinished = self._scheduler.num_unfinished > 0
         if unfinished and self._pause.is_frozen:  # a change that is draining stands still too
-            return self._num_changes > 0 and self._draining is None
-        if self._draining is not None or (self._num_changes if self._pause.holds_calls else self._inbox):
+            return self._inbox.num_changes > 0 and self._draining is None
+        if self._draining is not None or (self._inbox.num_changes if self._pause.holds_calls else self._inbox):
             return True
         if self._hold is not None:
             return self._clock() >= self._hold.until
         return unfinished
 
-    def _run_urgent(self) -> None:
-        while self._urgent:
-            action, future = self._urgent[0]
-            settle(future, action)
-            self._urgent.popleft()
-
     def _take_inbox(self) -> None:
         while True:
             if self._draining is not None and not self._apply_change():
                 return
-            item = self._next_item()
+            item = self._inbox.take(only_changes=self._pause.holds_calls)
             if item is None:
                 return
             if isinstance(item, Call):
-                self._add(item)
+                self._calls.add(item)
             else:
                 self._begin_change(item)
-
-    def _next_item(self) -> Call | Exclusive | None:
-        """The next one of the inbox; during a pause its calls stay there."""
-        with self._wake:
-            if self._pause.holds_calls:
-                items = (item for item in self._inbox if isinstance(item, Exclusive))
-                change = next(items, None) if self._num_changes else None
-                if change is not None:
-                    self._inbox.remove(change)
-                    self._num_changes -= 1
-                return change
-            item = self._inbox.popleft() if self._inbox else None
-            self._num_changes -= isinstance(item, Exclusive)
-            return item
 
     def _begin_pause(self, mode: PauseMode, holds: Future[None]) -> None:
         self._pause.begin(mode, holds)
         if mode == "abort":
-            with self._wake:
-                names = [name for name, call in self._open.items() if call.requests[0].kind == "generate"]
-            self._abort(names)
+            self._calls.abort_generating()
 
     def _begin_change(self, change: Exclusive) -> None:
         self._draining = change
@@ -297,23 +241,6 @@ class EngineLoop:
         self._draining = None
         return True
 
-    def _add(self, call: Call) -> None:
-        added: list[Request] = []
-        try:
-            self._check_awake()
-            for request in call.requests:
-                self._scheduler.add(request, call.arrival_time)
-                added.append(request)
-        except (ValueError, EngineAsleepError) as error:  # weights were dropped or put away since the call was checked
-            for request in added:
-                self._scheduler.abort(request.request_id)
-            self._close_call(call)
-            call.future.set_exception(error)
-            return
-        self._running.update((request.request_id, call) for request in added)
-        for name in call.aborted:
-            self._abort_group(call.groups[name])
-
     def _step(self) -> None:
         start = time.perf_counter()
         # While a change or a pause waits for those in flight nobody else is let in: nothing is worth waiting for.
@@ -338,78 +265,18 @@ class EngineLoop:
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""
-        call = self._running.pop(request.request_id)
-        text = self._stop_strings.take_text(request)
-        if text is not None:
-            call.texts[request.request_id] = text
-        call.num_left -= 1
-        if not call.num_left:
-            self._close_call(call)
-            if call.error is None:
-                call.future.set_result(None)
-            else:
-                call.future.set_exception(call.error)
+        self._calls.deliver(request)
 
     def refuse(self, request: Request, error: Exception) -> None:
         """End the call of a request that is in flight, with an error."""
-        call = self._running[request.request_id]
-        call.error = error
-        for group in call.groups.values():
-            self._abort_group(group)
-
-    def _close_call(self, call: Call) -> None:
-        with self._wake:
-            for name in call.groups:
-                del self._open[name]
-
-    def _abort(self, ids: Collection[str] | None) -> int:
-        with self._wake:
-            wanted = [
-                (name, self._open[name]) for name in (ids if ids is not None else self._open) if name in self._open
-            ]
-        num_aborted = 0
-        for name, call in wanted:
-            group = call.groups[name]
-            if any(request.request_id in self._running for request in group):
-                num_aborted += self._abort_group(group)
-            elif not any(request.is_finished for request in group):
-                call.aborted.add(name)
-                num_aborted += len(group)
-        self._take_up_aborted()
-        return num_aborted
-
-    def _abort_group(self, group: list[Request]) -> int:
-        aborted = [self._scheduler.abort(request.request_id) for request in group]
-        finished = [request for request in aborted if request is not None]
-        for request in finished:
-            self.deliver(request)
-        return len(finished)
-
-    def _take_up_aborted(self) -> None:
-        """Answer held calls that were aborted as a whole: they need not wait for a change before them."""
-        with self._wake:
-            items = list(self._inbox)
-            done = [item for item in items if isinstance(item, Call) and len(item.aborted) == len(item.groups)]
-            if done:
-                self._inbox = deque(item for item in items if item not in done)
-        for call in done:
-            self._add(call)
+        self._calls.refuse(request, error)
 
     def _end(self, state: Literal["failed", "closed"], error: BaseException | None) -> None:
-        with self._wake:
-            self.cause = error
-            self._ended = state
-            futures: list[Future[Any]] = [call.future for call in set(self._open.values())]
-            changes = [item for item in self._inbox if isinstance(item, Exclusive)]
-            if self._draining is not None:
-                changes.append(self._draining)
-            futures += [future for _, future in self._urgent]
-            futures += self._pause.take_waiters()
-            self._inbox.clear()
-            self._num_changes = 0
-            self._urgent.clear()
-            self._open.clear()
-        self._draining = None
+        futures, changes = self._inbox.end(state, error)
+        if self._draining is not None:
+            changes.append(self._draining)
+            self._draining = None
+        futures += self._pause.take_waiters()
         futures += [change.future for change in changes if not gave_up(change.future)]
         for future in futures:
             future.set_exception(ending_error(state, error))

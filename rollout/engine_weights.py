@@ -16,8 +16,8 @@ from zerokl.rollout.hooks import Hook, HookName, OnHookError
 from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import Sleep, SleepTag, sleep_level, sleep_tags
+from zerokl.rollout.weight_source import weight_source
 from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
-from zerokl.rollout.worker import weight_source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -10,7 +10,7 @@ from typing import Any
 from zerokl.kernels.communicator import CommunicatorError, PeerLostError
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.worker import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights
 from zerokl.weight_sync.errors import (
     ChecksumError,
     IncompleteUpdateError,

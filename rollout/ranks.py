@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.worker import WeightSource, Worker, make_worker
+from zerokl.rollout.weight_source import WeightSource
+from zerokl.rollout.worker import Worker, make_worker
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig

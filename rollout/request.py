@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zerokl.kernels.ops import SampleResult
+from zerokl.rollout.result_columns import ResultColumns
 from zerokl.rollout.results import Origin, ResultArrays, enlarged
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
@@ -30,7 +31,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-class Request:
+class Request(ResultColumns):
     """A sequence to continue (generate) or whose given tokens are to be rated (score).
 
     Both are one thing to the scheduler: `num_computed_tokens` catches up with `compute_target`, and from position
@@ -120,7 +121,12 @@ class Request:
             sample_index=sample_index,
             eos_token_ids=eos_token_ids,
         )
+        self._begin_tokens(tokens, num_prompt_tokens)
+        self._begin_progress()
+        self._begin_blocks()
 
+    def _begin_tokens(self, tokens: NDArray[np.int32], num_prompt_tokens: int) -> None:
+        sampling_params, kind = self.sampling_params, self.kind
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = len(tokens)
         self.num_output_tokens = 0
@@ -136,6 +142,7 @@ class Request:
         self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
         self.routing: RolloutRouting | None = None
 
+    def _begin_progress(self) -> None:
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -158,6 +165,7 @@ class Request:
         self.num_overtaken = 0
         self.in_flight_step = -1
 
+    def _begin_blocks(self) -> None:
         self.block_table: NDArray[np.int32] = np.zeros(0, np.int32)
         self.num_blocks = 0
         self.num_published_blocks = 0
@@ -248,52 +256,6 @@ class Request:
     def output_token_ids(self) -> NDArray[np.int32]:
         """[num_output_tokens] int32 view: sampled tokens, or the forced tokens scored so far."""
         return self._tokens[self.num_prompt_tokens : self.num_prompt_tokens + self.num_output_tokens]
-
-    @property
-    def logprobs(self) -> NDArray[np.float32]:
-        """[num_output_tokens] view, under the distribution sampled from."""
-        return self.results.logprobs[: self.num_output_tokens]
-
-    @property
-    def policy_logprobs(self) -> NDArray[np.float32]:
-        """[num_output_tokens] view, under softmax(logits / temperature)."""
-        return self.results.policy_logprobs[: self.num_output_tokens]
-
-    @property
-    def entropy(self) -> NDArray[np.float32]:
-        """[num_output_tokens] view, nats, of softmax(logits / temperature)."""
-        return self.results.entropy[: self.num_output_tokens]
-
-    @property
-    def raw_logprobs(self) -> NDArray[np.float32] | None:
-        """[num_output_tokens] view, under softmax(logits); None unless asked for."""
-        raw = self.results.raw_logprobs
-        return None if raw is None else raw[: self.num_output_tokens]
-
-    @property
-    def policy_versions(self) -> NDArray[np.int64]:
-        """[num_output_tokens] view: version of the weights that gave each result."""
-        return self.results.versions[: self.num_output_tokens]
-
-    @property
-    def steps(self) -> NDArray[np.int64]:
-        """[num_output_tokens] view: number of the step that gave each result."""
-        return self.results.steps[: self.num_output_tokens]
-
-    @property
-    def phases(self) -> NDArray[np.uint8]:
-        """[num_output_tokens] view: DECODE where the forward computed one token, itself sampled; else PREFILL."""
-        return self.results.phases[: self.num_output_tokens]
-
-    @property
-    def cached_lens(self) -> NDArray[np.int32]:
-        """[num_output_tokens] view: tokens of which that forward found keys and values in the prefix cache."""
-        return self.results.cached_lens[: self.num_output_tokens]
-
-    @property
-    def ranks(self) -> NDArray[np.int16]:
-        """[num_output_tokens] view: rank that computed each result."""
-        return self.results.ranks[: self.num_output_tokens]
 
     @property
     def next_row(self) -> int:

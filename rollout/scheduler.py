@@ -6,7 +6,6 @@ What a step computes is decided in `zerokl.rollout.planning`; here are the reque
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 
 from zerokl.kernels.ops import SampleResult
@@ -17,9 +16,10 @@ from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin
+from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
-from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, Refusal, StepPlan
+from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Scheduler:
         self._last_turn: dict[str, int] = {}
         self._step = 0
         self._num_arrivals = 0
-        self._counts: Counter[str] = Counter()
+        self._meter = SchedulerMeter(self._residents)
 
     # -- weight sets -------------------------------------------------------------------------------
     def set_weights(self, name: str, *, epoch: int, version: int, keep_running: bool = False) -> None:
@@ -202,8 +202,7 @@ class Scheduler:
                     leaders.append(request)
                 if entry.num_rows and self._record(request, plan, entry, sampled, tokens[entry.first_row]):
                     finished.append(request)
-            self._counts["computed_tokens"] += rank_plan.num_tokens
-            self._counts["result_rows"] += rank_plan.num_rows
+            self._meter.count_results(rank_plan.num_tokens, rank_plan.num_rows)
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished
@@ -228,25 +227,11 @@ class Scheduler:
 
     def metrics(self) -> dict[str, int]:
         """Gauges and counters since the start; refusals are counted per step and cause."""
-        gauges: Counter[str] = Counter(steps=self._step, waiting=self.num_waiting)
-        for rank in self.rank_metrics():
-            gauges.update(rank)
-        names = ["computed_tokens", "cached_tokens", "result_rows", "admissions", "preemptions", "handovers"]
-        names += [f"refused_{refusal.value}" for refusal in Refusal]
-        names += ["finished_stop", "finished_length", "finished_abort"]
-        return dict(gauges) | {name: self._counts[name] for name in names}
+        return self._meter.metrics(steps=self._step, waiting=self.num_waiting)
 
     def rank_metrics(self) -> list[dict[str, int]]:
         """Gauges of each rank: the requests that run there and its KV blocks."""
-        return [
-            {
-                "running": running.size,
-                "free_blocks": kv_cache.num_free_blocks,
-                "cached_blocks": kv_cache.num_cached_blocks,
-                "total_blocks": kv_cache.num_blocks,
-            }
-            for running, kv_cache in zip(self._residents.running, self._residents.kv_caches, strict=True)
-        ]
+        return self._meter.rank_metrics()
 
     def check_integrity(self) -> None:
         """Assert on each rank that no KV block is lost, held twice or held by nobody."""
@@ -255,7 +240,7 @@ class Scheduler:
     # -- carrying out a decision -------------------------------------------------------------------
     def _commit(self, decision: Decision) -> StepPlan | Hold:
         for refusal, request_id in decision.refusals:
-            self._counts[f"refused_{refusal.value}"] += 1
+            self._meter.count_refusal(refusal)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("step %d: refused for %s: %s", self._step + 1, refusal.name, request_id or "all that wait")
         if decision.policy is None:
@@ -291,7 +276,7 @@ class Scheduler:
             self._residents.grow(number, rank.grown)
         for move in decision.moves:
             self._residents.move(move)
-            self._counts["handovers"] += 1
+            self._meter.count_handover()
         for outcome in decision.outcomes:
             if isinstance(outcome, Join):
                 self._start_running(outcome)
@@ -305,15 +290,14 @@ class Scheduler:
         self._queue.note_joined(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
-        self._counts["admissions"] += 1
-        self._counts["cached_tokens"] += request.num_computed_tokens
+        self._meter.count_admission(request.num_computed_tokens)
 
     def _preempt(self, request: Request) -> None:
         self._residents.stop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._queue.add_front(request)
-        self._counts["preemptions"] += 1
+        self._meter.count_preemption()
 
     def _shareable_tokens(self, request: Request) -> int:
         return self._residents.kv_caches[0].shareable_tokens(request)
@@ -324,4 +308,4 @@ class Scheduler:
     def _finish(self, request: Request, end: End) -> None:
         request.finish(end.finish_reason, end.reason)
         del self.requests[request.request_id]
-        self._counts[f"finished_{end.finish_reason}"] += 1
+        self._meter.count_finish(end.finish_reason)

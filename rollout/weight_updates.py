@@ -17,7 +17,7 @@ from zerokl.rollout.in_flight import InFlightOptions, InFlightRequests
 if TYPE_CHECKING:
     from zerokl.rollout.engine_loop import EngineLoop
     from zerokl.rollout.sleep import Sleep
-    from zerokl.rollout.worker import WeightSource
+    from zerokl.rollout.weight_source import WeightSource
 
 
 class WeightUpdates:

@@ -19,9 +19,9 @@ import msgpack  # type: ignore[import-untyped]
 
 from zerokl.rollout import messages
 from zerokl.rollout.messages import Message
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights
 from zerokl.rollout.wire_arrays import Payload, WireError, check_types
 from zerokl.rollout.wire_steps import order_fields, read_order, read_result, result_fields
-from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync.disk import PublishedFile
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import PublishedWeights

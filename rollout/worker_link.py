@@ -20,7 +20,7 @@ from zerokl.rollout import messages
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import Failed, Message, exception_of, is_consequence
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.worker import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
 from zerokl.rollout.worker_channels import Channels, WorkerDiedError, WorkerLink
 from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
 

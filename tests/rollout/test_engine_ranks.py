@@ -25,7 +25,7 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker import FolderWeights
+from zerokl.rollout.weight_source import FolderWeights
 from zerokl.weight_sync import WeightPublisher
 
 PROMPTS = [list(range(1 + index, 4 + index + 9 * (index % 4))) for index in range(9)]
@@ -174,7 +174,10 @@ def test_experts_that_are_to_move_after_ctrl_c_move_before_weights_are_staged(
     with gated(engine) as gate:
         call = in_thread(lambda: engine.generate(PROMPTS[:3], SamplingParams(max_tokens=4, ignore_eos=True)))
         gate.began.acquire()
-        with ctrl_c_after(lambda: wait_until(lambda: bool(engine._loop._urgent))), pytest.raises(KeyboardInterrupt):
+        with (
+            ctrl_c_after(lambda: wait_until(lambda: engine._loop._inbox.num_urgent > 0)),
+            pytest.raises(KeyboardInterrupt),
+        ):
             engine.rebalance_experts()
         assert engine._updates.lock.locked()  # what was asked for is still to come
         update = in_thread(lambda: engine.update_weights(tensors))

@@ -40,7 +40,7 @@ def steps(worker: GatedWorker, count: int) -> None:
 def paused(engine: RolloutEngine, worker: GatedWorker, mode: str) -> None:
     """Pause while a step waits at the gate, and let that step pass."""
     pause = in_thread(lambda: engine.pause_generation(mode))
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     worker.gate.release()
     pause()
 
@@ -95,7 +95,7 @@ def test_wait_lets_requests_finish_and_holds_later_ones(gated: tuple[RolloutEngi
     call = in_thread(lambda: engine.generate("abc", LONG))
     steps(worker, 2)
     pause = in_thread(engine.pause_generation)
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     worker.gate.release()
     worker.began.acquire()
     assert engine.health()["state"] == "draining"
@@ -118,7 +118,7 @@ def test_abort_ends_requests_in_flight_and_held_ones_but_not_scores(gated: tuple
     score = in_thread(lambda: engine.score([[1, 2, 3]]))
     wait_until(lambda: engine.health()["num_held"] == 1)
     pause = in_thread(lambda: engine.pause_generation("abort"))
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     worker.open()
     pause()
     assert [rollout.finish_reason for rollout in call()] == ["abort", "abort"]
@@ -133,11 +133,11 @@ def test_who_waits_for_a_pause_hears_of_its_end(tiny_model: Path) -> None:
         call = in_thread(lambda: engine.generate("abc", LONG))
         worker.began.acquire()
         pauses = [in_thread(engine.pause_generation) for _ in range(2)]
-        wait_until(lambda: len(engine._loop._urgent) == 2)
+        wait_until(lambda: engine._loop._inbox.num_urgent == 2)
         worker.gate.release()
         worker.began.acquire()
         resumed = in_thread(engine.resume_generation)
-        wait_until(lambda: bool(engine._loop._urgent))
+        wait_until(lambda: engine._loop._inbox.num_urgent > 0)
         worker.open()
         resumed()
         for pause in pauses:

@@ -24,7 +24,8 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.ranks import OneRank, make_ranks
 from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.worker import FolderWeights, LocalWorker, TensorWeights
+from zerokl.rollout.weight_source import FolderWeights, TensorWeights
+from zerokl.rollout.worker import LocalWorker
 from zerokl.rollout.worker_link import RankProcesses, WorkerDiedError, _refuse
 
 CONTENT = tiny_config("LlamaForCausalLM")

@@ -62,8 +62,9 @@ def test_an_aborted_call_goes_on_with_the_same_bits(tiny_model: Path) -> None:
         for _ in range(6):
             worker.began.acquire()
             worker.gate.release()
+        worker.began.acquire()  # the abort finds a step at the gate
         aborted = in_thread(engine.abort_all)
-        wait_until(lambda: bool(engine._loop._urgent))
+        wait_until(lambda: engine._loop._inbox.num_urgent > 0)
         worker.open()
         aborted()
         parts = call()

@@ -19,7 +19,8 @@ from zerokl.rollout.models.packed_tensors import PackedTensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker, make_worker
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
+from zerokl.rollout.worker import LocalWorker, Worker, make_worker
 from zerokl.weight_sync import PublishedShards, WeightPublisher, publish_file
 from zerokl.weight_sync.errors import ParentMismatchError
 

@@ -18,7 +18,8 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
+from zerokl.rollout.worker import LocalWorker
 from zerokl.rollout.worker_link import RemoteWorker
 from zerokl.weight_sync import PublishedFile, WeightPublisher, publish_file
 

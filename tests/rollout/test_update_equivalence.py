@@ -17,7 +17,8 @@ from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineFailedError, WorkerError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker import LocalWorker, WeightSource
+from zerokl.rollout.weight_source import WeightSource
+from zerokl.rollout.worker import LocalWorker
 from zerokl.weight_sync import WeightPublisher
 
 PROMPTS = [list(range(20)), [7, 8, 9]]

@@ -36,6 +36,7 @@ from zerokl.rollout.messages import (
     failure_of,
 )
 from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights
 from zerokl.rollout.wire import PROTOCOL_VERSION, WireError, decode, encode
 from zerokl.rollout.wire_steps import (
     LOAD_ARRAYS,
@@ -45,7 +46,6 @@ from zerokl.rollout.wire_steps import (
     SAMPLING_ARRAYS,
     STEP_ARRAYS,
 )
-from zerokl.rollout.worker import FolderWeights, SharedWeights
 from zerokl.weight_sync import ChecksumError, Manifest, PublishedWeights
 from zerokl.weight_sync.manifest import plan_layout
 

@@ -26,7 +26,8 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.worker import FolderWeights, LocalWorker, SharedWeights, TensorWeights, Worker
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
+from zerokl.rollout.worker import LocalWorker, Worker
 from zerokl.rollout.worker_link import RemoteTraceback, RemoteWorker, WorkerDiedError
 from zerokl.weight_sync import ChecksumError, WeightPublisher
 
@@ -316,7 +317,7 @@ import numpy as np
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import random_tensors
-from zerokl.rollout.worker import SharedWeights
+from zerokl.rollout.weight_source import SharedWeights
 from zerokl.rollout.worker_link import RemoteWorker
 from zerokl.weight_sync import WeightPublisher
 worker = RemoteWorker(EngineConfig(model=sys.argv[1], num_blocks=8, max_model_len=128, num_threads=1))

@@ -150,7 +150,7 @@ def test_aborts_come_back_with_tokens_and_can_be_resumed(gated: Any, tiny_model:
         worker.began.acquire()
         worker.gate.release()
     abort = in_thread(lambda: client.abort(["x", "y"]))
-    wait_until(lambda: bool(gated[0]._loop._urgent))
+    wait_until(lambda: gated[0]._loop._inbox.num_urgent > 0)
     worker.open()
     assert abort() == 2
     parts = call()
@@ -170,7 +170,7 @@ def test_a_cancelled_task_aborts_its_requests(gated: Any) -> None:
             await task
 
     asyncio.run(main())
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     worker.open()
     wait_until(lambda: engine.metrics()["finished_abort"] == 1)
 
@@ -184,7 +184,7 @@ def test_deadlines_end_calls_with_what_they_have(gated: Any) -> None:
         hasty.score([[1, 2, 3]])
     with pytest.raises(TimeoutError, match="pause_generation"):
         hasty.pause_generation()
-    wait_until(lambda: len(engine._loop._urgent) >= 1)
+    wait_until(lambda: engine._loop._inbox.num_urgent >= 1)
     worker.open()
     assert call()[0].finish_reason == "abort"
     client.resume_generation()
@@ -196,9 +196,9 @@ def test_a_pause_that_is_lifted_raises(gated: Any) -> None:
     call = in_thread(lambda: client.generate("a", LONG))
     worker.began.acquire()
     pause = in_thread(client.pause_generation)
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     resume = in_thread(client.resume_generation)
-    wait_until(lambda: len(engine._loop._urgent) == 2)
+    wait_until(lambda: engine._loop._inbox.num_urgent == 2)
     worker.open()
     resume()
     with pytest.raises(PauseLiftedError):

@@ -66,7 +66,7 @@ def test_a_call_in_flight_may_finish_at_sigterm_or_comes_back_aborted(gated: Any
     worker.began.acquire()
     server.stop(drain_seconds=0.2)
     wait_until(lambda: refuses(client))
-    wait_until(lambda: bool(engine._loop._urgent))
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
     worker.open()
     (rollout,) = call()
     assert rollout.finish_reason == "abort" and len(rollout.token_ids) < 60

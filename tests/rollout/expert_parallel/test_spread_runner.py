@@ -22,7 +22,8 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config, tiny_moe_config
 from zerokl.rollout.step_order import BlockMove, StepOrder, StepResult
-from zerokl.rollout.worker import LocalWorker, SharedWeights
+from zerokl.rollout.weight_source import SharedWeights
+from zerokl.rollout.worker import LocalWorker
 from zerokl.weight_sync import WeightPublisher
 from zerokl.weight_sync.errors import ChecksumError, ParentMismatchError
 

@@ -27,6 +27,12 @@ class PackedExperts:
     inner_size: int
     """F"""
 
+    def in_slots(self, slots: list[int]) -> PackedExperts:
+        """Expert slots[i] of these in slot i; a copy, unless that is each where it is."""
+        if slots == list(range(len(self.gate_up))):
+            return self
+        return PackedExperts(self.gate_up[slots], self.down[slots], self.inner_size)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:

@@ -176,6 +176,9 @@ class RankExperts:
 
     def weights(self, mixture: int, packed: Any) -> SpreadWeights:
         """See `ExpertShare.weights`."""
+        held = self.placement.held(mixture, self.rank)
+        distinct = list(dict.fromkeys(held))
+        packed = packed.in_slots([distinct.index(expert) for expert in held])
         return SpreadWeights(packed, self.placement.expert_map(mixture, self.rank))
 
     def packed(self, weights: SpreadWeights) -> Any:

@@ -125,7 +125,7 @@ class ExpertShare(Protocol):
         ...
 
     def weights(self, mixture: int, packed: Any) -> Any:
-        """The operand of `Ops.moe`, from what `pack_experts` made of those held."""
+        """The operand of `Ops.moe`, from what `pack_experts` made of those held, each of them once."""
         ...
 
     def packed(self, weights: Any) -> Any:
@@ -243,7 +243,8 @@ class _PartBuilder:
         return self._ops.pack_gate_up(self._tensors[gate], self._tensors[up]) if old is None else old
 
     def experts(self, owner: Any, prefix: str, mixture: int, num_experts: int) -> Any:
-        names = [expert_tensors(prefix, expert) for expert in self._share.held(mixture, num_experts)]
+        held = dict.fromkeys(self._share.held(mixture, num_experts))  # a tensor is read once: replicas are copied
+        names = [expert_tensors(prefix, expert) for expert in held]
         old = self._old(owner, "experts", list(chain.from_iterable(names)))
         if old is not None:
             return old

@@ -281,7 +281,7 @@ def test_a_rank_killed_at_any_moment_of_anything_ends_all_calls(
 ) -> None:
     """While requests run, weights are staged and experts move; nothing is left of any rank."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    random, children = np.random.default_rng(seed), children_of(os.getpid())
+    random, children, segments = np.random.default_rng(seed), children_of(os.getpid()), segments_of(os.getpid())
     options: dict[str, Any] = [
         {"expert_parallel_size": 2, "expert_rebalance_interval": 1},
         {"expert_parallel_size": 2, "data_parallel_size": 2, "rank_roles": ["prefill", "decode", "mixed", "decode"]},
@@ -310,7 +310,7 @@ def test_a_rank_killed_at_any_moment_of_anything_ends_all_calls(
             call()
     engine.close()
     assert all(wait_for_end(pid) for pid in pids) and children_of(os.getpid()) == children
-    assert segments_of(os.getpid()) == [] and list(tmp_path.iterdir()) == []
+    assert segments_of(os.getpid()) == segments and list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_killed_between_steps_ends_the_engine_though_nobody_calls_it(tiny_model: Path) -> None:

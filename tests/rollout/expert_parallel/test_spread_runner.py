@@ -14,6 +14,7 @@ from ranks_rig import communicators, each
 
 from zerokl.kernels.communicator import CommunicatorError
 from zerokl.kernels.ops import SampleResult
+from zerokl.kernels.row_stream import ArrayRows
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.expert_parallel import rearrange as rearranging
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
@@ -99,6 +100,34 @@ def test_ranks_give_the_bits_of_one(family: str, redundant: int) -> None:
                     np.testing.assert_array_equal(got.expert_tokens, want.expert_tokens)
                     assert got.expert_tokens.shape == (len(config.moe.layers), config.moe.num_experts)
                     assert (got.expert_tokens.sum(axis=1) == length * config.moe.top_k).all()
+
+
+class OnceReadable(dict[str, ArrayRows]):
+    """Tensors as they arrive from a publication: streams that have an end."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: rows.shape for name, rows in self.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expert_that_a_rank_holds_twice_is_read_once(family: str) -> None:
+    config, tensors = moe_config(family), random_tensors(moe_config(family), 1)
+    assert config.moe is not None
+    orders = [order(0, 12), order(1, 5)]
+    expected = alone(config, tensors, orders)
+    count = config.moe.num_experts
+    twice = np.sort([*range(count), *range(4)])  # replicas side by side, on one rank
+    placement = np.repeat(twice.reshape(1, 2, -1), len(config.moe.layers), axis=0).astype(np.int32)
+    with runners(config, 2, 2, random_tensors(config, 2), 4) as made:
+        each(2, lambda rank: made[rank].rearrange_experts(placement))
+
+        def restage(rank: int) -> None:
+            made[rank].stage(OnceReadable({name: ArrayRows(array, name) for name, array in tensors.items()}))
+            made[rank].commit()
+
+        each(2, restage)
+        for got, want in zip(run(made, orders), expected, strict=True):
+            assert_same(got.sampled, want.sampled)
 
 
 def nbytes(tree: Any) -> int:

@@ -35,10 +35,12 @@ def plan(snapshot: Snapshot, budgets: SchedulerConfig, now: float) -> Decision:
     decision = Decision(policy=None, ranks=[])
     for policy in snapshot.turns:
         _serve_running(snapshot, decision, drafts, policy)
-        tried = Admissions(snapshot, budgets, decision, policy, [draft.fork() for draft in drafts])
+        deadline = _window_end(snapshot, budgets, policy, now)
+        # Only what may be put off is tried on copies.
+        apart = drafts if deadline is None else [draft.fork() for draft in drafts]
+        tried = Admissions(snapshot, budgets, decision, policy, apart)
         tried.run()
-        deadline = _window_end(snapshot, budgets, policy)
-        if deadline is not None and now < deadline and tried.could_take_more:
+        if deadline is not None and tried.could_take_more:
             decision.refusals.append((Refusal.WINDOW, None))
             decision.hold_until = min(deadline, decision.hold_until or deadline)
         else:
@@ -56,12 +58,14 @@ def plan(snapshot: Snapshot, budgets: SchedulerConfig, now: float) -> Decision:
     return decision
 
 
-def _window_end(snapshot: Snapshot, budgets: SchedulerConfig, policy: str) -> float | None:
-    """When the requests that wait stop waiting for others; None if they need not wait at all."""
+def _window_end(snapshot: Snapshot, budgets: SchedulerConfig, policy: str, now: float) -> float | None:
+    """When the requests that wait stop waiting for others; None if they need not, or no longer."""
     if len(snapshot.running) == 1 or budgets.batched_token_timeout == 0:
         return None
     since = snapshot.queue.gathers_since(policy)
-    return None if since is None else since + budgets.batched_token_timeout
+    if since is None or now >= since + budgets.batched_token_timeout:
+        return None
+    return since + budgets.batched_token_timeout
 
 
 def _serve_running(snapshot: Snapshot, decision: Decision, drafts: list[RankDraft], policy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class FilesCall(PendingCall):
         return value, {name: part.tobytes() for name, part in zip(names, parts, strict=True)}
 
 
-class ListCall(PendingCall):
+class ListCall(PendingCall, ABC):
     """A call whose result comes in pieces of a list."""
 
     def __init__(self, kind: str, body: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> None:
@@ -78,9 +79,9 @@ class ListCall(PendingCall):
             raise ProtocolError(f"{message.kind} from {message.body['first']} on, expected {len(self._items)}")
         self._items += self.items_of(message)
 
+    @abstractmethod
     def items_of(self, message: Message) -> list[Any]:
         """The items of one piece."""
-        raise NotImplementedError
 
     def result(self, message: Message) -> list[Any]:
         """See PendingCall."""

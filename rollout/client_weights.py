@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -30,19 +31,19 @@ _PIECE_BYTES = 4 << 20
 _PIECES_IN_FLIGHT = 4
 
 
-class ClientWeightMethods(HotSwapping):
+class ClientWeightMethods(HotSwapping, ABC):
     """The part of `RolloutClient` that changes weights."""
 
     _hooks: UpdateHooks
     _uploads: itertools.count[int]
 
+    @abstractmethod
     def _call(self, kind: str, **body: Any) -> Any:
         """Make a call and wait for its value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _start(self, call: PendingCall) -> PendingCall:
         """Send a call."""
-        raise NotImplementedError
 
     def update_weights(
         self,

@@ -120,7 +120,7 @@ class RolloutEngine(WeightMethods, PauseMethods):
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
         ranks.watch(self._loop.fail)
-        self._finalizer = weakref.finalize(self, self._loop.close)
+        self._finalizer = weakref.finalize(self, _forget, self._loop)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
     def generate(
@@ -356,3 +356,11 @@ def _budgets(config: EngineConfig) -> SchedulerConfig:
         batched_token_timeout=config.batched_token_timeout,
         roles=tuple(config.rank_roles),
     )
+
+
+def _forget(loop: EngineLoop) -> None:
+    """End the loop of an engine that was collected, or at exit, which is the main thread's and waits for it.
+
+    Any other thread may be one that the loop waits for to end, such as the one that watches the ranks.
+    """
+    loop.close(wait=threading.current_thread() is threading.main_thread())

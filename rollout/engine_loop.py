@@ -150,11 +150,11 @@ class EngineLoop:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
         return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.seconds}
 
-    def close(self) -> None:
-        """End the thread after its current step, failing what is in flight. Idempotent; returns once it has ended."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread after its current step, failing what is in flight. Idempotent; waits until it has ended."""
         self._inbox.close()
-        # A forgotten engine may be collected by the loop thread itself.
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        # A callback of a call may close its engine, on the loop's own thread.
+        if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def check_alive(self) -> None:

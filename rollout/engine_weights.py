@@ -69,7 +69,7 @@ class WeightMethods(HotSwapping):
         read where they are.
 
         Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
-        version then goes on serving, as it does when the wait is interrupted by Ctrl-C.
+        version then goes on serving, as it does where Ctrl-C comes before the commit has begun.
         """
         return self.prepare_update(
             source,

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zerokl.kernels.communicator import CommunicatorError, PeerLostError
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.named_errors import COMMON_ERRORS, NamedErrors
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights
-from zerokl.weight_sync.errors import (
-    ChecksumError,
-    IncompleteUpdateError,
-    ManifestError,
-    ParentMismatchError,
-    SegmentBusyError,
-    SegmentMissingError,
-    SegmentTruncatedError,
-    UpdateInProgressError,
-    VersionOrderError,
-)
 
 _TRACEBACK_CHARS = 16_384
 
@@ -150,7 +139,7 @@ class Failed:
     """The request raised; the worker goes on."""
 
     error: str
-    """Name of a class in the allow-list of `exception_of`."""
+    """Name of a class in the list of `exception_of`."""
     text: str
     traceback: str
     """For people."""
@@ -177,50 +166,31 @@ Message = (
     | Failed
 )
 
-_ERROR_CLASSES: tuple[type[Exception], ...] = (
-    ChecksumError,
-    CommunicatorError,
-    FileNotFoundError,
-    FloatingPointError,
-    IncompleteUpdateError,
-    ManifestError,
-    MemoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    OSError,
-    ParentMismatchError,
-    PeerLostError,
-    PermissionError,
-    RuntimeError,
-    SegmentBusyError,
-    SegmentMissingError,
-    SegmentTruncatedError,
-    TypeError,
-    UpdateInProgressError,
-    ValueError,
-    VersionOrderError,
-    WorkerError,
+_ERRORS = NamedErrors(
+    (
+        *COMMON_ERRORS,
+        CommunicatorError,
+        FileNotFoundError,
+        FloatingPointError,
+        NotADirectoryError,
+        PeerLostError,
+        PermissionError,
+        WorkerError,
+    )
 )
-_ERRORS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in _ERROR_CLASSES}
-"""Exceptions that keep their class on the way; any other arrives as its nearest base in this table, or RuntimeError."""
 
 
 def failure_of(error: Exception) -> Failed:
     """The exception as a message."""
-    known = next((kind.__name__ for kind in type(error).__mro__ if _ERRORS.get(kind.__name__) is kind), None)
-    text = str(error) or type(error).__name__
-    return Failed(
-        error=known or "RuntimeError",
-        text=text if known else f"{type(error).__name__}: {text}",
-        traceback="".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:],
-    )
+    name, text = _ERRORS.describe(error)
+    return Failed(error=name, text=text, traceback="".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:])
 
 
 def exception_of(failed: Failed) -> Exception:
-    """The message as an exception to raise; a class that is not in the allow-list becomes RuntimeError."""
-    kind = _ERRORS.get(failed.error, RuntimeError)
+    """The message as an exception to raise; a class that is not in the list becomes RuntimeError."""
     # The rank that is lost stands in the text.
-    return (CommunicatorError if kind is PeerLostError else kind)(failed.text)
+    lost = failed.error == PeerLostError.__name__
+    return _ERRORS.make(CommunicatorError.__name__ if lost else failed.error, failed.text)
 
 
 def is_consequence(failed: Failed) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,14 @@ class ProtocolError(ValueError):
         """Number of the call whose message it was, where that could be read."""
 
 
-class Field:
+class Field(ABC):
     """One kind of value; `describe` is its name in the documentation."""
 
     describe = "anything"
 
+    @abstractmethod
     def accepts(self, value: Any) -> bool:
         """Whether the value is one."""
-        raise NotImplementedError
 
     def check(self, name: str, value: Any) -> None:
         """Raise ProtocolError unless the value is one."""

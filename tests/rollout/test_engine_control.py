@@ -197,6 +197,20 @@ def test_closing_ends_calls_in_flight_and_is_idempotent(tiny_model: Path) -> Non
     assert loop_threads() == 0
 
 
+def test_an_engine_collected_in_another_thread_does_not_hold_that_thread_up(tiny_model: Path) -> None:
+    """Which may be one that the loop itself waits for."""
+    engine, worker = gated_engine(tiny_model)
+    call = in_thread(lambda: engine.generate([[1, 2]], SamplingParams(max_tokens=3)))
+    worker.began.acquire()
+    in_thread(engine._finalizer)()  # returns while a step is at the gate
+    assert engine._loop._thread.is_alive()
+    worker.open()
+    with pytest.raises(EngineClosedError):
+        call()
+    engine._loop._thread.join(30)
+    assert not engine._loop._thread.is_alive()
+
+
 def test_a_forgotten_engine_closes_itself(tiny_model: Path) -> None:
     engine = RolloutEngine(tiny_options(tiny_model))
     engine.generate("a", LONG)

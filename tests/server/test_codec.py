@@ -218,7 +218,7 @@ def test_lengths_that_do_not_add_up_are_refused() -> None:
 
 
 def test_errors_keep_their_class_or_the_nearest_known_one() -> None:
-    for kind in ERRORS.values():
+    for kind in ERRORS.classes.values():
         assert type(exception_of(failure_of(kind("why")))) is kind
     assert type(exception_of(failure_of(FileNotFoundError("x")))) is OSError
     assert type(exception_of(failure_of(LookupError("x")))) is RuntimeError

@@ -22,7 +22,7 @@ class RolloutRouting:
     With P tokens of prompt and N of output the last position is P + N - 2: the token at position p is routed on the way
     to the logprob of the token at p + 1, and the last one leads to none. A position that gave a logprob holds the
     routing of the very forward that gave it, whatever version of the weights came later; one of the prompt before that,
-    the routing of its latest forward.
+    the routing of the forward that led to the latest logprob.
     """
 
     experts: ExpertIds
@@ -34,16 +34,21 @@ class RolloutRouting:
     """0 with `EngineConfig.return_routing` "all"; P - 1, the row that gave the first output token, with "output"."""
 
     def updated(self, newer: RolloutRouting, first_row: int) -> RolloutRouting:
-        """This and what was computed since: `newer` positions count before `first_row` and beyond those known.
+        """This and what was computed since, with the same `start`.
 
-        Both have the same `start`. Positions from `first_row` on have given results, which keep their routing.
+        Positions from `first_row` on have given results, which keep their routing; `newer` counts before and after
+        them. A computation that ended before it gave a result counts nowhere: under other weights, its part of the
+        prompt has not led to any result that is known.
         """
         assert self.start == newer.start, "routing of two modes"
-        known, split = len(self.experts), min(len(newer.experts), first_row - self.start)
-        beyond = max(split, known)
+        known, split = len(self.experts), first_row - self.start
+        if known <= split:
+            return newer
+        if len(newer.experts) <= known:
+            return self
 
         def joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
-            return np.concatenate([new[:split], old[split:], new[beyond:]])
+            return np.concatenate([new[:split], old[split:], new[known:]])
 
         return RolloutRouting(
             experts=joined(self.experts, newer.experts),

@@ -89,7 +89,7 @@ class RolloutEngine(WeightMethods, PauseMethods):
         stop_strings = StopStrings(self._tokenizer)
         self._scheduler = Scheduler(_budgets(config), kv_caches, stop_strings)
         self._weights = WeightSets(ranks, self._scheduler)
-        self._sleep = Sleep(ranks, self._weights, self._scheduler)
+        self._sleep = Sleep(ranks, self._weights, self._scheduler, routing)
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.models.moe_config import MoeConfig
 from zerokl.rollout.request import Request
-from zerokl.rollout.routing import RolloutRouting
+from zerokl.rollout.routing import ExpertIds, RolloutRouting
 from zerokl.rollout.step_order import RoutedTokens, StepOrder, StepResult
 from zerokl.rollout.step_plan import Handover
 
@@ -33,11 +33,16 @@ class RoutingStore:
 
     def __init__(self, num_blocks: int, block_size: int, moe: MoeConfig, returned: Literal["output", "all"]) -> None:
         """`returned`: which positions a request gets, as `EngineConfig.return_routing`."""
-        shape = (num_blocks, block_size, len(moe.layers), moe.top_k)
-        self._experts = np.zeros(shape, np.int16 if moe.num_experts <= INT16_EXPERTS else np.int32)
-        self._weights = np.zeros(shape, np.float32)
+        self._shape = (num_blocks, block_size, len(moe.layers), moe.top_k)
+        self._id_type = np.dtype(np.int16 if moe.num_experts <= INT16_EXPERTS else np.int32)
         self._block_size = block_size
         self._returned = returned
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every entry and give the memory back; no request holds blocks."""
+        self._experts: ExpertIds = np.zeros(self._shape, self._id_type)
+        self._weights = np.zeros(self._shape, np.float32)
 
     @property
     def num_bytes(self) -> int:
@@ -103,6 +108,11 @@ class RankRouting:
         for handover in handovers:
             source, target = self._stores[handover.source], self._stores[handover.target]
             target.copy(source, handover.source_blocks, handover.target_blocks)
+
+    def clear(self) -> None:
+        """Give the memory back where the ranks' keys and values are put away."""
+        for store in self._stores:
+            store.clear()
 
     def keep(self, rank: int, request: Request) -> None:
         """See `RoutingStore.keep`: `on_release` of the rank's `KVCacheManager`."""

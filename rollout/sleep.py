@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from zerokl.rollout.control import WeightSets
 from zerokl.rollout.errors import EngineAsleepError
 from zerokl.rollout.ranks import Ranks
+from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.validation import check_int
 
@@ -18,10 +19,11 @@ TAGS: tuple[str, ...] = get_args(SleepTag)
 class Sleep:
     """Puts parts away and brings them back, on the loop thread; any thread may ask what is missing."""
 
-    def __init__(self, ranks: Ranks, weights: WeightSets, scheduler: Scheduler) -> None:
+    def __init__(self, ranks: Ranks, weights: WeightSets, scheduler: Scheduler, routing: RankRouting) -> None:
         self._ranks = ranks
         self._weights = weights
         self._scheduler = scheduler
+        self._routing = routing
         self.parts: dict[str, int] = {}
         """Tag -> level of the parts that are away. Replaced as a whole, never changed."""
 
@@ -32,6 +34,7 @@ class Sleep:
         self._ranks.sleep(tags, levels.get("weights", level), spill_dir)
         if "kv_cache" in tags:
             self._scheduler.reset_prefix_cache()
+            self._routing.clear()
         if levels.get("weights") == 2:
             self._weights.drop_pins()
         self.parts = {**self.parts, **levels}

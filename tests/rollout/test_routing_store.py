@@ -93,6 +93,16 @@ def test_the_memory_stated() -> None:
     assert RoutingStore(1, 8, moe(INT16_EXPERTS + 1), "all").num_bytes == 8 * MIXTURES * SLOTS * 8
 
 
+def test_a_cleared_store_takes_new_entries_and_has_no_old_ones() -> None:
+    store = filled()
+    store.clear()
+    store.write(np.arange(8, dtype=np.int32), routed(np.arange(50, 58)))
+    request = running(generate("a", 4), [0], 8)
+    store.keep(request)
+    assert request.routing is not None and marks(request.routing) == [*range(50, 58)]
+    assert not store._weights[1:].any()
+
+
 def result(num_rows: int = 1) -> SampleResult:
     one = np.zeros(num_rows, np.float32)
     return SampleResult(tokens=np.zeros(num_rows, np.int32), logprobs=one, policy_logprobs=one, entropy=one)

@@ -60,7 +60,6 @@ class Request(ResultColumns):
         "gathers",
         "group_id",
         "has_older_kv",
-        "in_flight_step",
         "key_root",
         "kind",
         "max_num_tokens",
@@ -163,7 +162,6 @@ class Request(ResultColumns):
         """Rank it runs on; -1 while it waits."""
         self.admission = -1
         self.num_overtaken = 0
-        self.in_flight_step = -1
 
     def _begin_blocks(self) -> None:
         self.block_table: NDArray[np.int32] = np.zeros(0, np.int32)

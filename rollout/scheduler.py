@@ -53,6 +53,10 @@ class Scheduler:
         self._weights: dict[str, WeightSet] = {}
         self._last_turn: dict[str, int] = {}
         self._step = 0
+        self._awaited_step = 0
+        """The step whose results are to come; 0 if there is none."""
+        self._left: set[str] = set()
+        """Requests that have lost their place since that step was planned: its results are not for them."""
         self._num_arrivals = 0
         self._meter = SchedulerMeter(self._residents)
 
@@ -125,7 +129,7 @@ class Scheduler:
         if request is None:
             return None
         if request.status is RequestStatus.RUNNING:
-            self._residents.stop(request)
+            self._stop(request)
         else:
             self._queue.remove(request)
         if self._queue.leads(request):
@@ -180,8 +184,12 @@ class Scheduler:
     def update(self, plan: StepPlan, results: Sequence[StepResult]) -> list[Request]:
         """Apply a step's results, one per rank, and return the requests that it finished.
 
-        Requests that were aborted or preempted since the plan was made are left alone.
+        Requests that were aborted or preempted since the plan was made are left alone; a plan that is not the latest
+        changes nothing.
         """
+        if plan.step != self._awaited_step:
+            return []
+        self._awaited_step = 0
         self._residents.release_copied(plan.step)
         finished: list[Request] = []
         leaders: list[Request] = []
@@ -190,25 +198,31 @@ class Scheduler:
             num_rows = len(sampled.tokens)
             assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
             kv_cache = self._residents.kv_caches[rank_plan.rank]
+            running = self._residents.running[rank_plan.rank]
             tokens = sampled.tokens.tolist()
+            end_row = 0
             for entry in rank_plan.entries:
-                request = self.requests.get(entry.request_id)
-                if request is None or request.in_flight_step != plan.step:
+                first_row, end_row = end_row, end_row + entry.num_rows
+                if entry.request_id in self._left:
                     continue
-                request.in_flight_step = -1
+                request = self.requests[entry.request_id]
                 request.num_computed_tokens = entry.start + entry.num_tokens
                 kv_cache.publish(request)
                 if request.group_id is not None and self._has_computed_shared(request):
                     leaders.append(request)
-                if entry.num_rows and self._record(request, plan, entry, sampled, tokens[entry.first_row]):
+                if entry.num_rows and self._record(request, plan, entry, sampled, first_row, tokens[first_row]):
                     finished.append(request)
+                else:
+                    running.advance(request)
             self._meter.count_results(rank_plan.num_tokens, rank_plan.num_rows)
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished
 
-    def _record(self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, token: int) -> bool:
-        """Take an entry's rows, of which `token` is the first one's; whether they end the request."""
+    def _record(
+        self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, first_row: int, token: int
+    ) -> bool:
+        """Take an entry's rows from `first_row` on, whose token is `token`; whether they end the request."""
         decodes = entry.num_tokens == 1 and request.kind == "generate" and entry.start >= request.num_prompt_tokens
         origin = Origin(
             plan.policy_version,
@@ -217,11 +231,11 @@ class Scheduler:
             request.num_matched_tokens,
             request.rank,
         )
-        request.record(sampled, entry.first_row, entry.num_rows, origin)
+        request.record(sampled, first_row, entry.num_rows, origin)
         end = find_end(request, token, self._stop_checker)
         if end is None:
             return False
-        self._residents.stop(request)
+        self._stop(request)
         self._finish(request, end)
         return True
 
@@ -251,9 +265,8 @@ class Scheduler:
         self._change_residents(decision)
         for policy in decision.left:
             self._queue.note_tried(policy)
-        for rank in decision.ranks:
-            for request in rank.members:
-                request.in_flight_step = self._step
+        self._awaited_step = self._step
+        self._left.clear()
         weights = self._weights[decision.policy]
         return StepPlan(
             step=self._step,
@@ -292,8 +305,12 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         self._meter.count_admission(request.num_computed_tokens)
 
-    def _preempt(self, request: Request) -> None:
+    def _stop(self, request: Request) -> None:
         self._residents.stop(request)
+        self._left.add(request.request_id)
+
+    def _preempt(self, request: Request) -> None:
+        self._stop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._queue.add_front(request)

@@ -3,9 +3,9 @@
     python benchmarks/scheduler.py --json          the last line is one JSON object
 
 `plan_ms_*`: median over steps of `Scheduler.plan`, snapshot and commit included, with 10,000 and 100,000 waiting;
-`plan_p99_ms_*`: of the same steps. `orders_ms_*`, `update_ms_*`: the controller's other work of a step. Before each step
-some waiting and running requests are aborted, so that others join: those at the head need more blocks than are free,
-those behind them hit cached prefixes. The garbage collector is as an engine has it.
+`plan_p99_ms_*`: of the same steps. `orders_ms_*`, `update_ms_*`: the controller's other work of a step. Before each
+step some waiting and running requests are aborted, so that others join: those at the head need more blocks than are
+free, those behind them hit cached prefixes. The garbage collector is as an engine has it.
 
 There is no model: ranks answer with constants. `intake_per_s`: requests from another thread through `EngineLoop.submit`
 into the scheduler, while the loop plans and steps 256 others as fast as it can. `paced_intake_per_s`: what arrives in

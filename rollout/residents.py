@@ -30,6 +30,8 @@ class Residents:
 
     def __init__(self, kv_caches: Sequence[KVCacheManager]) -> None:
         self.kv_caches = tuple(kv_caches)
+        self.left: set[str] = set()
+        """Ids of those that have stopped since the latest step was planned: its results are not for them."""
         self.running = tuple(RunningSet(kv_cache.block_size) for kv_cache in kv_caches)
         self._moving: dict[str, _Moving] = {}
         self._num_admissions = 0
@@ -72,6 +74,7 @@ class Residents:
 
     def stop(self, request: Request) -> None:
         """Take a running request's blocks, on both ranks if it is on its way."""
+        self.left.add(request.request_id)
         self.running[request.rank].remove(request)
         self.kv_caches[request.rank].release(request)
         moving = self._moving.pop(request.request_id, None)

@@ -19,8 +19,8 @@ class _Members(NamedTuple):
 class RunningSet:
     """Adding and removing are O(1).
 
-    A step plans a thousand decoding requests, whose fields lie far apart in memory. So what the next step does with each
-    is noted when its last result comes (`advance`), while they are at hand, and planning reads one table.
+    A step plans a thousand decoding requests, whose fields lie far apart in memory. So what the next step does with
+    each is noted when its last result comes (`advance`), while they are at hand, and planning reads one table.
     """
 
     __slots__ = ("_block_size", "_by_policy", "_short", "expected_tokens", "size")
@@ -46,7 +46,8 @@ class RunningSet:
         start, request_id = request.num_computed_tokens, request.request_id
         entry = None
         if start + 1 == request.compute_target:
-            entry = PlanEntry(request_id, start, 1, 1)  # the last known token always gives a row
+            # The last known token always gives a row. Written so as a call of the class takes twice as long.
+            entry = tuple.__new__(PlanEntry, (request_id, start, 1, 1))
             if start == request.num_blocks * self._block_size:
                 self._short[request_id] = request
         self._by_policy[request.policy].next_entries[request_id] = entry

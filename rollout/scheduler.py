@@ -21,6 +21,7 @@ from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
+from zerokl.rollout.weight_turns import WeightTurns
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,10 @@ class Scheduler:
         self._stop_checker = stop_checker
         self._queue = WaitingQueue(config.max_overtakes)
         self._residents = Residents(kv_caches)
-        self._weights: dict[str, WeightSet] = {}
-        self._last_turn: dict[str, int] = {}
+        self._weights = WeightTurns()
         self._step = 0
         self._awaited_step = 0
         """The step whose results are to come; 0 if there is none."""
-        self._left: set[str] = set()
-        """Requests that have lost their place since that step was planned: its results are not for them."""
         self._num_arrivals = 0
         self._meter = SchedulerMeter(self._residents)
 
@@ -73,16 +71,13 @@ class Scheduler:
                 f"weight set {name!r} must not be replaced under {num_running} running requests: "
                 "drain, abort or preempt them first"
             )
-        self._weights[name] = WeightSet(epoch, version)
+        self._weights.declare(name, WeightSet(epoch, version))
 
     def drop_weights(self, name: str) -> None:
         """Forget a weight set. Raises ValueError where it is unknown or has unfinished requests."""
-        if name not in self._weights:
-            raise ValueError(f"weight set {name!r} is unknown; known: {sorted(self._weights)}")
         if self.has_unfinished(name):
             raise ValueError(f"weight set {name!r} must not be dropped while it has unfinished requests")
-        del self._weights[name]
-        self._last_turn.pop(name, None)
+        self._weights.drop(name)
 
     # -- requests ----------------------------------------------------------------------------------
     @property
@@ -111,8 +106,8 @@ class Scheduler:
         """
         if request.request_id in self.requests:
             raise ValueError(f"request_id must be new, got {request.request_id!r}, which is unfinished")
-        if request.policy not in self._weights:
-            raise ValueError(f"policy must be one of {sorted(self._weights)}, got {request.policy!r}")
+        if request.policy not in self._weights.sets:
+            raise ValueError(f"policy must be one of {sorted(self._weights.sets)}, got {request.policy!r}")
         assert request.status is RequestStatus.WAITING and request.arrival < 0, f"{request.request_id} was added before"
         request.arrival = self._num_arrivals
         request.arrival_time = now
@@ -129,7 +124,7 @@ class Scheduler:
         if request is None:
             return None
         if request.status is RequestStatus.RUNNING:
-            self._stop(request)
+            self._residents.stop(request)
         else:
             self._queue.remove(request)
         if self._queue.leads(request):
@@ -171,13 +166,12 @@ class Scheduler:
         """
         if not self.requests:
             return None
-        turns = dict.fromkeys([*self._residents.policies(), *self._queue.policies()])
         snapshot = Snapshot(
             running=self._residents.running,
             kv_caches=self._residents.kv_caches,
             queue=self._queue,
-            weights=self._weights,
-            turns=sorted(turns, key=lambda name: self._last_turn.get(name, 0)),
+            weights=self._weights.sets,
+            turns=self._weights.in_turn([*self._residents.policies(), *self._queue.policies()]),
         )
         return self._commit(plan_step(snapshot, self._config, now))
 
@@ -203,7 +197,7 @@ class Scheduler:
             end_row = 0
             for entry in rank_plan.entries:
                 first_row, end_row = end_row, end_row + entry.num_rows
-                if entry.request_id in self._left:
+                if entry.request_id in self._residents.left:
                     continue
                 request = self.requests[entry.request_id]
                 request.num_computed_tokens = entry.start + entry.num_tokens
@@ -235,7 +229,7 @@ class Scheduler:
         end = find_end(request, token, self._stop_checker)
         if end is None:
             return False
-        self._stop(request)
+        self._residents.stop(request)
         self._finish(request, end)
         return True
 
@@ -261,13 +255,12 @@ class Scheduler:
             assert decision.hold_until is not None, "unfinished requests, but none can run"
             return Hold(decision.hold_until)
         self._step += 1
-        self._last_turn[decision.policy] = self._step
         self._change_residents(decision)
         for policy in decision.left:
             self._queue.note_tried(policy)
         self._awaited_step = self._step
-        self._left.clear()
-        weights = self._weights[decision.policy]
+        self._residents.left.clear()
+        weights = self._weights.take(decision.policy, self._step)
         return StepPlan(
             step=self._step,
             policy=decision.policy,
@@ -305,12 +298,8 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed_tokens
         self._meter.count_admission(request.num_computed_tokens)
 
-    def _stop(self, request: Request) -> None:
-        self._residents.stop(request)
-        self._left.add(request.request_id)
-
     def _preempt(self, request: Request) -> None:
-        self._stop(request)
+        self._residents.stop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._queue.add_front(request)

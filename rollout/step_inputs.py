@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,8 @@ from zerokl.rollout.step_order import BlockMove, StepOrder
 from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
-
-
-class _Rows(NamedTuple):
-    """The rows of an entry, from `first_row` of its rank's on."""
-
-    first_row: int
-    entry: PlanEntry
-    request: Request
+_Rows = tuple[int, PlanEntry, Request]
+"""An entry that gives rows, after the first one's number in its rank's result."""
 
 
 def build_step_orders(plan: StepPlan, requests: Mapping[str, Request], block_size: int) -> list[StepOrder]:
@@ -95,10 +89,10 @@ def _block_tables(members: Sequence[Request]) -> Ints:
 def _sampling_batch(
     entries: Sequence[PlanEntry], members: Sequence[Request], row_starts: Ints, row_positions: Ints
 ) -> SamplingBatch:
-    all_rows = map(_Rows, row_starts[:-1].tolist(), entries, members)
-    wanted = [rows for rows in all_rows if rows.entry.num_rows]
-    counts = [rows.entry.num_rows for rows in wanted]
-    constants = list(zip(*(rows.request.sampling.constants for rows in wanted), strict=True)) or [()] * 9
+    all_rows = zip(row_starts.tolist(), entries, members, strict=False)
+    wanted = [rows for rows in all_rows if rows[1].num_rows]
+    counts = [entry.num_rows for _, entry, _ in wanted]
+    constants = list(zip(*(request.sampling.constants for _, _, request in wanted), strict=True)) or [()] * 9
 
     def column(index: int, dtype: Any) -> NDArray[Any]:
         return np.repeat(np.array(constants[index], dtype), counts)
@@ -123,7 +117,7 @@ def _sampling_batch(
         bias_start=bias_start,
         bias_token=bias_token,
         bias_value=bias_value,
-        want_raw=any(rows.request.sampling.want_raw for rows in wanted),
+        want_raw=any(request.sampling.want_raw for _, _, request in wanted),
     )
 
 

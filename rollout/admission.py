@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zerokl.rollout.request import Request, as_token_ids
+from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.token_ids import as_token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

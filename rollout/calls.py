@@ -5,6 +5,7 @@ Everything about a call is checked before its first request is made: it runs as 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence, Set
 from typing import Any
@@ -16,7 +17,7 @@ from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.control import Call
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import check_ids, params_list, prompt_list, token_ids_of
-from zerokl.rollout.request import Request, derive_seed
+from zerokl.rollout.request import Request
 from zerokl.rollout.resumption import RoutingForm, resumed_request, rollout_list
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
@@ -148,3 +149,12 @@ class CallMaker:
             group_id=name if params.n > 1 else None,
             eos_token_ids=self._eos_token_ids,
         )
+
+
+def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
+    """The seed in [0, 2^64) of a request that brings none: a hash, so that near inputs give unrelated streams.
+
+    It depends on no arrival order: the same calls to an engine with the same seed draw the same random numbers.
+    """
+    words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")

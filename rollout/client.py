@@ -27,11 +27,11 @@ from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.pause import PauseMode, pause_mode
 from zerokl.rollout.prompts import Prompt, check_ids, params_list, prompt_list
 from zerokl.rollout.protocol.records import DistinctParams, prompts_to_arrays, rollouts_to_wire
-from zerokl.rollout.request import as_token_ids
 from zerokl.rollout.resumption import rollout_list
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition
 from zerokl.rollout.text import Tokenizer
+from zerokl.rollout.token_ids import as_token_ids
 from zerokl.rollout.validation import check_float, check_int
 
 _WITH_DEADLINE = frozenset(

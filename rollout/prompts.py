@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.rollout.request import as_token_ids
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.text import Tokenizer
+from zerokl.rollout.token_ids import as_token_ids
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 """Text, or token ids."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.request import Request
@@ -29,7 +29,6 @@ class RankDraft:
         "free",
         "grown",
         "kv_cache",
-        "members",
         "num_rows",
         "num_tokens",
         "preempted",
@@ -54,7 +53,6 @@ class RankDraft:
         """Blocks that stay free for the growth of those that run here."""
         self.expected_tokens = running.expected_tokens
         self.entries: list[PlanEntry] = []
-        self.members: list[Request] = []
         self.num_tokens = 0
         self.num_rows = 0
         self.preempted: list[Request] = []
@@ -78,7 +76,7 @@ class RankDraft:
 
     def finish(self) -> RankDecision:
         """What was decided for this rank."""
-        return RankDecision(self.entries, self.members, self.num_tokens, self.num_rows, self.preempted, self.grown)
+        return RankDecision(self.entries, self.num_tokens, self.num_rows, self.preempted, self.grown)
 
     # -- those that run here -----------------------------------------------------------------------
     def serve(self, policy: str, hand_over: Callable[[RankDraft, Request], bool] | None) -> None:
@@ -87,28 +85,42 @@ class RankDraft:
 
         Where one needs a block and none is free, the most recently admitted one of all is preempted.
         """
-        block_size, chunks, preempted = self.kv_cache.block_size, [], self._preempted_ids
-        add_entry, add_member, new_entry = self.entries.append, self.members.append, tuple.__new__
-        budget, num_rows = self.budget, self.num_rows
-        for request in self._running.of(policy):  # `take` written out: a thousand single tokens a step are the rule
-            if preempted and request.request_id in preempted:
-                continue
-            target, start = request.compute_target, request.num_computed_tokens
-            if target - start > 1:
-                chunks.append(request)
-            elif hand_over is not None and hand_over(self, request):
-                self._gone.add(request.request_id)
-            elif budget > 0 and (target <= request.num_blocks * block_size or self._make_room(request)):
-                row = 1 if start >= request.num_prompt_tokens + request.num_output_tokens - 1 else 0
-                add_entry(new_entry(PlanEntry, (request.request_id, start, 1, num_rows, row)))
-                add_member(request)
-                budget -= 1
-                num_rows += row
-        self.num_tokens += self.budget - budget
-        self.budget, self.num_rows = budget, num_rows
-        for request in chunks:
-            if self.budget > 0 and request.request_id not in preempted:
+        requests, entries = self._running.of(policy), self._running.next_entries(policy)
+        is_easy = hand_over is None and not self.preempted
+        if is_easy and len(self._running.short) <= self.free and len(entries) <= self.budget:
+            singles = list(filter(None, entries.values()))
+            for request in self._running.short.values():
+                if request.request_id in entries:
+                    self._make_room(request)
+        else:
+            singles = self._singles(requests, entries, hand_over)
+        self.entries += singles
+        self.num_tokens += len(singles)
+        self.num_rows += len(singles)
+        self.budget -= len(singles)
+        if len(singles) == len(entries):
+            return
+        for request_id, request in requests.items():
+            if entries[request_id] is None and self.budget > 0 and request_id not in self._preempted_ids:
                 self.take(request, request.num_computed_tokens)
+
+    def _singles(
+        self,
+        requests: Mapping[str, Request],
+        entries: Mapping[str, PlanEntry | None],
+        hand_over: Callable[[RankDraft, Request], bool] | None,
+    ) -> list[PlanEntry]:
+        """Entries of those that lack one token, where blocks, tokens or a handover decide about each."""
+        singles: list[PlanEntry] = []
+        short = self._running.short
+        for request_id, entry in entries.items():
+            if entry is None or request_id in self._preempted_ids:
+                continue
+            if hand_over is not None and hand_over(self, requests[request_id]):
+                self._gone.add(request_id)
+            elif len(singles) < self.budget and (request_id not in short or self._make_room(requests[request_id])):
+                singles.append(entry)
+        return singles
 
     def take(self, request: Request, start: int) -> None:
         """Compute what the request lacks from `start` on in this step, as far as the budget goes."""
@@ -119,8 +131,7 @@ class RankDraft:
         num_rows = start + num_tokens - (start if start > first_wanted else first_wanted)
         if num_rows < 0:
             num_rows = 0
-        self.entries.append(PlanEntry(request.request_id, start, num_tokens, self.num_rows, num_rows))
-        self.members.append(request)
+        self.entries.append(PlanEntry(request.request_id, start, num_tokens, num_rows))
         self.budget -= num_tokens
         self.num_tokens += num_tokens
         self.num_rows += num_rows
@@ -155,8 +166,8 @@ class RankDraft:
     def has_blocks(self, request: Request, matched: list[int]) -> bool:
         """Whether all known tokens of the request fit beside what is reserved, if it shares `matched` blocks."""
         total = self.kv_cache.blocks_for(request.compute_target)
-        needed = total - len(matched) + self.reserve + self._output_reserve(request, total)
-        return needed <= self.free and needed + self._num_woken(matched) <= self.free
+        left = self.free - self.reserve - self._output_reserve(request, total) - (total - len(matched))
+        return left >= len(matched) or (left >= 0 and left >= self._num_woken(matched))
 
     def admit(self, request: Request, matched: list[int], start: int) -> None:
         """Reserve blocks and a slot for the request, and compute it from `start` on."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +15,7 @@ from zerokl.rollout.results import Origin, ResultArrays, enlarged
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
+from zerokl.rollout.token_ids import as_token_ids
 
 RequestKind = Literal["generate", "score"]
 FinishReason = Literal["stop", "length", "abort"]
@@ -60,7 +60,6 @@ class Request(ResultColumns):
         "gathers",
         "group_id",
         "has_older_kv",
-        "in_flight_step",
         "key_root",
         "kind",
         "max_num_tokens",
@@ -163,7 +162,6 @@ class Request(ResultColumns):
         """Rank it runs on; -1 while it waits."""
         self.admission = -1
         self.num_overtaken = 0
-        self.in_flight_step = -1
 
     def _begin_blocks(self) -> None:
         self.block_table: NDArray[np.int32] = np.zeros(0, np.int32)
@@ -311,28 +309,3 @@ class Request(ResultColumns):
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
-
-
-def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
-    """`token_ids` as int32[N], N >= 1. Raises ValueError naming `name` for anything but a flat sequence of ids."""
-    try:
-        array: NDArray[Any] = np.asarray(token_ids)
-    except ValueError as error:  # a ragged list
-        raise ValueError(f"{name} must be a non-empty flat sequence of integers: {error}") from error
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be a non-empty flat sequence of integers, got shape {array.shape} of dtype {array.dtype}"
-        )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > np.iinfo(np.int32).max:
-        raise ValueError(f"{name} must hold token ids in [0, 2**31), got {low if low < 0 else high}")
-    return np.ascontiguousarray(array, np.int32)
-
-
-def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
-    """The seed in [0, 2^64) of a request that brings none: a hash, so that near inputs give unrelated streams.
-
-    It depends on no arrival order: the same calls to an engine with the same seed draw the same random numbers.
-    """
-    words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")

@@ -30,7 +30,9 @@ class Residents:
 
     def __init__(self, kv_caches: Sequence[KVCacheManager]) -> None:
         self.kv_caches = tuple(kv_caches)
-        self.running = tuple(RunningSet() for _ in kv_caches)
+        self.left: set[str] = set()
+        """Ids of those that have stopped since the latest step was planned: its results are not for them."""
+        self.running = tuple(RunningSet(kv_cache.block_size) for kv_cache in kv_caches)
         self._moving: dict[str, _Moving] = {}
         self._num_admissions = 0
 
@@ -72,19 +74,20 @@ class Residents:
 
     def stop(self, request: Request) -> None:
         """Take a running request's blocks, on both ranks if it is on its way."""
+        self.left.add(request.request_id)
         self.running[request.rank].remove(request)
         self.kv_caches[request.rank].release(request)
         moving = self._moving.pop(request.request_id, None)
         if moving is not None:
             self.kv_caches[moving.handover.source].release_blocks(moving.held)
         request.num_computed_tokens = 0
-        request.in_flight_step = -1
         request.rank = -1
 
     def grow(self, rank: int, requests: Iterable[Request]) -> None:
         """One more block for each."""
         for request in requests:
             self.kv_caches[rank].grow(request)
+            self.running[rank].note_grown(request)
 
     def move(self, move: Move) -> None:
         """Let a request go on on another rank; its handover is listed until a step that has it succeeds."""
@@ -121,6 +124,7 @@ class Residents:
             held = [moving.held for moving in self._moving.values() if moving.handover.source == rank]
             members = self.running[rank].in_order()
             assert all(request.rank == rank for request in members)
+            self.running[rank].check_integrity()
             kv_cache.check_integrity(members, held)
 
     def _settle_on(self, request: Request, rank: int) -> None:

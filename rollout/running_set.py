@@ -1,52 +1,108 @@
-"""The requests that run on a rank, by weight set and in order of admission."""
+"""The requests that run on a rank, by weight set and in order of admission, and what each of them lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from zerokl.rollout.request import Request
+from zerokl.rollout.step_plan import PlanEntry
+
+
+class _Members(NamedTuple):
+    """The requests of one weight set, oldest admission first in both tables."""
+
+    requests: dict[str, Request]
+    next_entries: dict[str, PlanEntry | None]
 
 
 class RunningSet:
-    """Adding and removing are O(1)."""
+    """Adding and removing are O(1).
 
-    __slots__ = ("_by_policy", "expected_tokens", "size")
+    A step plans a thousand decoding requests, whose fields lie far apart in memory. So what the next step does with
+    each is noted when its last result comes (`advance`), while they are at hand, and planning reads one table.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_block_size", "_by_policy", "_short", "expected_tokens", "size")
+
+    def __init__(self, block_size: int) -> None:
         self.size = 0
         self.expected_tokens = 0
         """Tokens of all members at their longest: known ones and those they may still sample."""
-        self._by_policy: dict[str, dict[str, Request]] = {}
+        self._block_size = block_size
+        self._by_policy: dict[str, _Members] = {}
+        self._short: dict[str, Request] = {}
 
     def add(self, request: Request, admission: int) -> None:
         """Append as the most recently admitted; `admission` counts admissions over all ranks."""
         request.admission = admission
-        self._by_policy.setdefault(request.policy, {})[request.request_id] = request
+        self._by_policy.setdefault(request.policy, _Members({}, {})).requests[request.request_id] = request
         self.size += 1
         self.expected_tokens += request.max_num_tokens
+        self.advance(request)
+
+    def advance(self, request: Request) -> None:
+        """Note how far a member is, after its tokens or the computed ones of them have become more."""
+        start, request_id = request.num_computed_tokens, request.request_id
+        entry = None
+        if start + 1 == request.compute_target:
+            # The last known token always gives a row. Written so as a call of the class takes twice as long.
+            entry = tuple.__new__(PlanEntry, (request_id, start, 1, 1))
+            if start == request.num_blocks * self._block_size:
+                self._short[request_id] = request
+        self._by_policy[request.policy].next_entries[request_id] = entry
+
+    def note_grown(self, request: Request) -> None:
+        """A member has got a block for its next token."""
+        del self._short[request.request_id]
 
     def remove(self, request: Request) -> None:
         """Take out a member."""
-        requests = self._by_policy[request.policy]
-        del requests[request.request_id]
-        if not requests:
+        members = self._by_policy[request.policy]
+        del members.requests[request.request_id], members.next_entries[request.request_id]
+        self._short.pop(request.request_id, None)
+        if not members.requests:
             del self._by_policy[request.policy]
         self.size -= 1
         self.expected_tokens -= request.max_num_tokens
 
-    def of(self, policy: str) -> Iterable[Request]:
-        """The requests of a weight set, oldest admission first; not to be changed meanwhile."""
-        return self._by_policy.get(policy, {}).values()
+    # -- questions ---------------------------------------------------------------------------------
+    def of(self, policy: str) -> Mapping[str, Request]:
+        """The requests of a weight set by id, oldest admission first; not to be changed meanwhile."""
+        members = self._by_policy.get(policy)
+        return members.requests if members else {}
+
+    def next_entries(self, policy: str) -> Mapping[str, PlanEntry | None]:
+        """By id in the same order what the next step computes of a request; None where it lacks several tokens."""
+        members = self._by_policy.get(policy)
+        return members.next_entries if members else {}
+
+    @property
+    def short(self) -> Mapping[str, Request]:
+        """Those of all weight sets that lack a block for their next token."""
+        return self._short
 
     def in_order(self) -> list[Request]:
         """All members, oldest admission first."""
-        members = [request for requests in self._by_policy.values() for request in requests.values()]
+        members = [request for group in self._by_policy.values() for request in group.requests.values()]
         return sorted(members, key=lambda request: request.admission)
 
     def count(self, policy: str) -> int:
         """Members of one weight set."""
-        return len(self._by_policy.get(policy, ()))
+        return len(self.of(policy))
 
     def policies(self) -> list[str]:
         """Weight sets with a running request."""
         return list(self._by_policy)
+
+    def check_integrity(self) -> None:
+        """Assert that what is noted here is what the requests say."""
+        for members in self._by_policy.values():
+            assert list(members.requests) == list(members.next_entries), "the tables differ in order"
+            for request_id, request in members.requests.items():
+                start, target = request.num_computed_tokens, request.compute_target
+                expected = PlanEntry(request_id, start, 1, 1) if target - start == 1 else None
+                assert members.next_entries[request_id] == expected, f"{request_id}: not {expected}"
+                is_short = target > request.num_blocks * self._block_size
+                assert is_short == (request_id in self._short), f"{request_id}: short is {is_short}"
+        assert all(any(name in group.requests for group in self._by_policy.values()) for name in self._short)

@@ -21,6 +21,7 @@ from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
+from zerokl.rollout.weight_turns import WeightTurns
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,10 @@ class Scheduler:
         self._stop_checker = stop_checker
         self._queue = WaitingQueue(config.max_overtakes)
         self._residents = Residents(kv_caches)
-        self._weights: dict[str, WeightSet] = {}
-        self._last_turn: dict[str, int] = {}
+        self._weights = WeightTurns()
         self._step = 0
+        self._awaited_step = 0
+        """The step whose results are to come; 0 if there is none."""
         self._num_arrivals = 0
         self._meter = SchedulerMeter(self._residents)
 
@@ -69,16 +71,13 @@ class Scheduler:
                 f"weight set {name!r} must not be replaced under {num_running} running requests: "
                 "drain, abort or preempt them first"
             )
-        self._weights[name] = WeightSet(epoch, version)
+        self._weights.declare(name, WeightSet(epoch, version))
 
     def drop_weights(self, name: str) -> None:
         """Forget a weight set. Raises ValueError where it is unknown or has unfinished requests."""
-        if name not in self._weights:
-            raise ValueError(f"weight set {name!r} is unknown; known: {sorted(self._weights)}")
         if self.has_unfinished(name):
             raise ValueError(f"weight set {name!r} must not be dropped while it has unfinished requests")
-        del self._weights[name]
-        self._last_turn.pop(name, None)
+        self._weights.drop(name)
 
     # -- requests ----------------------------------------------------------------------------------
     @property
@@ -107,8 +106,8 @@ class Scheduler:
         """
         if request.request_id in self.requests:
             raise ValueError(f"request_id must be new, got {request.request_id!r}, which is unfinished")
-        if request.policy not in self._weights:
-            raise ValueError(f"policy must be one of {sorted(self._weights)}, got {request.policy!r}")
+        if request.policy not in self._weights.sets:
+            raise ValueError(f"policy must be one of {sorted(self._weights.sets)}, got {request.policy!r}")
         assert request.status is RequestStatus.WAITING and request.arrival < 0, f"{request.request_id} was added before"
         request.arrival = self._num_arrivals
         request.arrival_time = now
@@ -167,21 +166,24 @@ class Scheduler:
         """
         if not self.requests:
             return None
-        turns = dict.fromkeys([*self._residents.policies(), *self._queue.policies()])
         snapshot = Snapshot(
             running=self._residents.running,
             kv_caches=self._residents.kv_caches,
             queue=self._queue,
-            weights=self._weights,
-            turns=sorted(turns, key=lambda name: self._last_turn.get(name, 0)),
+            weights=self._weights.sets,
+            turns=self._weights.in_turn([*self._residents.policies(), *self._queue.policies()]),
         )
         return self._commit(plan_step(snapshot, self._config, now))
 
     def update(self, plan: StepPlan, results: Sequence[StepResult]) -> list[Request]:
         """Apply a step's results, one per rank, and return the requests that it finished.
 
-        Requests that were aborted or preempted since the plan was made are left alone.
+        Requests that were aborted or preempted since the plan was made are left alone; a plan that is not the latest
+        changes nothing.
         """
+        if plan.step != self._awaited_step:
+            return []
+        self._awaited_step = 0
         self._residents.release_copied(plan.step)
         finished: list[Request] = []
         leaders: list[Request] = []
@@ -190,25 +192,31 @@ class Scheduler:
             num_rows = len(sampled.tokens)
             assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
             kv_cache = self._residents.kv_caches[rank_plan.rank]
+            running = self._residents.running[rank_plan.rank]
             tokens = sampled.tokens.tolist()
+            end_row = 0
             for entry in rank_plan.entries:
-                request = self.requests.get(entry.request_id)
-                if request is None or request.in_flight_step != plan.step:
+                first_row, end_row = end_row, end_row + entry.num_rows
+                if entry.request_id in self._residents.left:
                     continue
-                request.in_flight_step = -1
+                request = self.requests[entry.request_id]
                 request.num_computed_tokens = entry.start + entry.num_tokens
                 kv_cache.publish(request)
                 if request.group_id is not None and self._has_computed_shared(request):
                     leaders.append(request)
-                if entry.num_rows and self._record(request, plan, entry, sampled, tokens[entry.first_row]):
+                if entry.num_rows and self._record(request, plan, entry, sampled, first_row, tokens[first_row]):
                     finished.append(request)
+                else:
+                    running.advance(request)
             self._meter.count_results(rank_plan.num_tokens, rank_plan.num_rows)
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished
 
-    def _record(self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, token: int) -> bool:
-        """Take an entry's rows, of which `token` is the first one's; whether they end the request."""
+    def _record(
+        self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, first_row: int, token: int
+    ) -> bool:
+        """Take an entry's rows from `first_row` on, whose token is `token`; whether they end the request."""
         decodes = entry.num_tokens == 1 and request.kind == "generate" and entry.start >= request.num_prompt_tokens
         origin = Origin(
             plan.policy_version,
@@ -217,7 +225,7 @@ class Scheduler:
             request.num_matched_tokens,
             request.rank,
         )
-        request.record(sampled, entry.first_row, entry.num_rows, origin)
+        request.record(sampled, first_row, entry.num_rows, origin)
         end = find_end(request, token, self._stop_checker)
         if end is None:
             return False
@@ -247,14 +255,12 @@ class Scheduler:
             assert decision.hold_until is not None, "unfinished requests, but none can run"
             return Hold(decision.hold_until)
         self._step += 1
-        self._last_turn[decision.policy] = self._step
         self._change_residents(decision)
         for policy in decision.left:
             self._queue.note_tried(policy)
-        for rank in decision.ranks:
-            for request in rank.members:
-                request.in_flight_step = self._step
-        weights = self._weights[decision.policy]
+        self._awaited_step = self._step
+        self._residents.left.clear()
+        weights = self._weights.take(decision.policy, self._step)
         return StepPlan(
             step=self._step,
             policy=decision.policy,

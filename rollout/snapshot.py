@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -26,7 +26,10 @@ class RunningView(Protocol):
     size: int
     expected_tokens: int
 
-    def of(self, policy: str) -> Iterable[Request]: ...
+    def of(self, policy: str) -> Mapping[str, Request]: ...
+    def next_entries(self, policy: str) -> Mapping[str, PlanEntry | None]: ...
+    @property
+    def short(self) -> Mapping[str, Request]: ...
     def in_order(self) -> list[Request]: ...
     def policies(self) -> list[str]: ...
 
@@ -101,8 +104,6 @@ class RankDecision(NamedTuple):
     """A rank's part: its entries, and what happens to its requests before they are computed."""
 
     entries: list[PlanEntry]
-    members: list[Request]
-    """The entries' requests, in their order."""
     num_tokens: int
     num_rows: int
     preempted: list[Request]

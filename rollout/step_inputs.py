@@ -15,6 +15,8 @@ from zerokl.rollout.step_order import BlockMove, StepOrder
 from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
+_Rows = tuple[int, PlanEntry, Request]
+"""An entry that gives rows, after the first one's number in its rank's result."""
 
 
 def build_step_orders(plan: StepPlan, requests: Mapping[str, Request], block_size: int) -> list[StepOrder]:
@@ -48,8 +50,8 @@ def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Req
     """A rank's arrays for its T tokens, S sequences (one per entry, in order) and R rows; all empty for a dummy."""
     entries = rank_plan.entries
     members = [requests[entry.request_id] for entry in entries]
-    columns = np.array([entry[1:] for entry in entries], np.int32).reshape(-1, 4)
-    starts, lengths, row_counts = columns[:, 0], columns[:, 1], columns[:, 3]
+    columns = np.array([entry[1:] for entry in entries], np.int32).reshape(-1, 3)
+    starts, lengths, row_counts = columns[:, 0], columns[:, 1], columns[:, 2]
     seq_starts = _offsets(lengths)
     # Tokens of one sequence count up from its start: repeat (start - offset) and add the running index.
     positions = np.repeat(starts - seq_starts[:-1], lengths) + np.arange(rank_plan.num_tokens, dtype=np.int32)
@@ -71,7 +73,7 @@ def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Req
         context_lens=starts + lengths,
         block_tables=block_tables,
         logit_rows=logit_rows,
-        sampling=_sampling_batch(entries, members, row_counts, positions[logit_rows]),
+        sampling=_sampling_batch(entries, members, row_starts, positions[logit_rows]),
         step=plan.step,
         policy=plan.policy,
     )
@@ -85,11 +87,12 @@ def _block_tables(members: Sequence[Request]) -> Ints:
 
 
 def _sampling_batch(
-    entries: Sequence[PlanEntry], members: Sequence[Request], row_counts: Ints, row_positions: Ints
+    entries: Sequence[PlanEntry], members: Sequence[Request], row_starts: Ints, row_positions: Ints
 ) -> SamplingBatch:
-    wanted = [(entry, request) for entry, request in zip(entries, members, strict=True) if entry.num_rows]
-    counts = row_counts[row_counts > 0]
-    constants = list(zip(*(request.sampling.constants for _, request in wanted), strict=True)) or [()] * 9
+    all_rows = zip(row_starts.tolist(), entries, members, strict=False)
+    wanted = [rows for rows in all_rows if rows[1].num_rows]
+    counts = [entry.num_rows for _, entry, _ in wanted]
+    constants = list(zip(*(request.sampling.constants for _, _, request in wanted), strict=True)) or [()] * 9
 
     def column(index: int, dtype: Any) -> NDArray[Any]:
         return np.repeat(np.array(constants[index], dtype), counts)
@@ -114,30 +117,30 @@ def _sampling_batch(
         bias_start=bias_start,
         bias_token=bias_token,
         bias_value=bias_value,
-        want_raw=any(request.sampling.want_raw for _, request in wanted),
+        want_raw=any(request.sampling.want_raw for _, _, request in wanted),
     )
 
 
-def _forced(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> Ints:
+def _forced(wanted: Sequence[_Rows], num_rows: int) -> Ints:
     """A score request's rows rate the tokens after them; the others draw."""
     forced = np.full(num_rows, -1, np.int32)
-    for entry, request in wanted:
+    for first_row, entry, request in wanted:
         if request.kind == "score":
             end = entry.start + entry.num_tokens + 1
-            forced[entry.first_row : entry.first_row + entry.num_rows] = request.token_ids[end - entry.num_rows : end]
+            forced[first_row : first_row + entry.num_rows] = request.token_ids[end - entry.num_rows : end]
     return forced
 
 
-def _histories(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> tuple[Ints, Ints, Ints]:
+def _histories(wanted: Sequence[_Rows], num_rows: int) -> tuple[Ints, Ints, Ints]:
     """Offsets, tokens and counts: for each row of a request with penalties, what comes before the token it gives."""
     sizes = np.zeros(num_rows, np.int32)
     tokens: list[Ints] = []
     counts: list[Ints] = []
-    for entry, request in wanted:
+    for first_row, entry, request in wanted:
         history = request.sampling.history
         if history is None:
             continue
-        for row, (row_tokens, row_counts) in enumerate(_row_histories(entry, request, history), entry.first_row):
+        for row, (row_tokens, row_counts) in enumerate(_row_histories(entry, request, history), first_row):
             sizes[row] = len(row_tokens)
             tokens.append(row_tokens)
             counts.append(row_counts)
@@ -155,16 +158,16 @@ def _row_histories(entry: PlanEntry, request: Request, history: TokenHistory) ->
     return rows
 
 
-def _biases(wanted: Sequence[tuple[PlanEntry, Request]], num_rows: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
+def _biases(wanted: Sequence[_Rows], num_rows: int) -> tuple[Ints, Ints, NDArray[np.float32]]:
     sizes = np.zeros(num_rows, np.int32)
     tokens: list[Ints] = []
     values: list[NDArray[np.float32]] = []
-    for entry, request in wanted:
+    for first_row, entry, request in wanted:
         if not request.sampling.uses_bias:
             continue
         for offset in range(entry.num_rows):
             row_tokens, row_values = request.sampling.bias(request.num_output_tokens + offset)
-            sizes[entry.first_row + offset] = len(row_tokens)
+            sizes[first_row + offset] = len(row_tokens)
             tokens.append(row_tokens)
             values.append(row_values)
     return _offsets(sizes), _joined(tokens, np.int32), _joined(values, np.float32)

@@ -27,15 +27,14 @@ class Refusal(enum.Enum):
 
 
 class PlanEntry(NamedTuple):
-    """Tokens start .. start + num_tokens of one request, and rows first_row .. first_row + num_rows of the result.
+    """Tokens start .. start + num_tokens of one request, of which the last `num_rows` give a row of the result each.
 
-    The rows belong to the request's last `num_rows` tokens of this step. A tuple, as a step makes one per sequence.
+    Rows lie in the order of the entries, from 0 on each rank. A tuple, as there is one per sequence and step.
     """
 
     request_id: str
     start: int
     num_tokens: int
-    first_row: int
     num_rows: int
 
 

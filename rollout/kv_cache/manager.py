@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class KVCacheManager:
         Every rank's manager makes the same keys.
         """
         root = root_key(weight_epoch, "" if self._enable_prefix_caching else f"group {request.group_id}")
-        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [], [])
+        return PrefixKeys(root, list(request.block_keys) if request.key_root == root else [])
 
     def adopt_keys(self, request: Request, prefix: PrefixKeys) -> None:
         """Have the request remember the keys that were made."""
@@ -83,15 +83,18 @@ class KVCacheManager:
         matched: list[int] = []
         if not self._shares(request):
             return matched
-        find, (root, keys, contents) = self._prefixes.find, prefix
-        for index in range(request.next_row // self.block_size):
-            if index == len(contents):
-                contents.append(self._block_tokens(request, index))
-            if index == len(keys):
-                keys.append(self._next_key(keys[-1] if keys else root, contents[index]))
-            block = find(keys[index], contents[index])
+        find, (root, keys) = self._prefixes.find, prefix
+        limit = request.next_row // self.block_size
+        for key in keys[:limit]:
+            block = find(key)
             if block is None:
-                break
+                return matched
+            matched.append(block)
+        for tokens in self._blocks_of_tokens(request, len(keys), limit):
+            keys.append(self._next_key(keys[-1] if keys else root, tokens))
+            block = find(keys[-1])
+            if block is None:
+                return matched
             matched.append(block)
         return matched
 
@@ -155,9 +158,9 @@ class KVCacheManager:
         num_full = request.num_computed_tokens // self.block_size
         if num_full == request.num_published_blocks or request.has_older_kv or not self._shares(request):
             return
-        blocks = request.block_table[:num_full].tolist()
+        keys = self._make_keys(request, num_full)
         for index in range(request.num_published_blocks, num_full):
-            self._prefixes.insert(self._key(request, index), self._block_tokens(request, index), blocks[index])
+            self._prefixes.insert(keys[index], int(request.block_table[index]))
         request.num_published_blocks = num_full
 
     def keep_older(self, request: Request) -> None:
@@ -213,18 +216,20 @@ class KVCacheManager:
     def _shares(self, request: Request) -> bool:
         return self._enable_prefix_caching or request.group_id is not None
 
-    def _block_tokens(self, request: Request, index: int) -> bytes:
-        begin = index * self.block_size
-        return request.token_ids[begin : begin + self.block_size].tobytes()
+    def _blocks_of_tokens(self, request: Request, begin: int, end: int) -> Iterator[bytes]:
+        """Token ids of blocks begin .. end of the request."""
+        tokens = request.token_ids[begin * self.block_size : end * self.block_size].tobytes()
+        size = self.block_size * request.token_ids.itemsize
+        return (tokens[start : start + size] for start in range(0, len(tokens), size))
 
-    def _key(self, request: Request, index: int) -> bytes:
-        """Key of the request's block `index`, whose tokens are known; keys of earlier blocks are made on the way."""
+    def _make_keys(self, request: Request, end: int) -> list[bytes]:
+        """Keys of the request's blocks, at least up to `end`, whose tokens are known."""
         keys = request.block_keys
-        while len(keys) <= index:
+        for tokens in self._blocks_of_tokens(request, len(keys), end):
             parent = keys[-1] if keys else request.key_root
             assert parent is not None, f"{request.request_id} was never matched"
-            keys.append(self._next_key(parent, self._block_tokens(request, len(keys))))
-        return keys[index]
+            keys.append(self._next_key(parent, tokens))
+        return keys
 
     def _next_key(self, parent: bytes, tokens: bytes) -> bytes:
         return block_key(parent, tokens)

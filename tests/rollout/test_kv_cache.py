@@ -75,15 +75,16 @@ def test_prefix_cache_compares_tokens_and_keys_depend_on_everything_before():
     cache = PrefixCache()
     root = root_key(1, "")
     key = block_key(root, b"abcd")
-    cache.insert(key, b"abcd", 3)
-    cache.insert(key, b"abcd", 4)
-    assert cache.find(key, b"abcd") == 3 and cache.find(key, b"abce") is None and 4 not in cache
+    cache.insert(key, 3)
+    cache.insert(key, 4)
+    assert cache.find(key) == 3 and cache.find(key[:-4] + b"abce") is None and 4 not in cache
+    assert key.endswith(b"abcd"), "a key that is found says that the block's own tokens are these"
     assert (
         len({key, block_key(root_key(2, ""), b"abcd"), block_key(root_key(1, "g"), b"abcd"), block_key(key, b"abcd")})
         == 4
     )
     cache.forget(3)
-    assert cache.find(key, b"abcd") is None and len(cache) == 0
+    assert cache.find(key) is None and len(cache) == 0
 
 
 def test_the_longest_prefix_is_matched_but_never_the_whole_prompt():

@@ -19,7 +19,7 @@ def snapshot_of(rig: Rig) -> Snapshot:
         running=scheduler._residents.running,
         kv_caches=scheduler._residents.kv_caches,
         queue=scheduler._queue,
-        weights=scheduler._weights,
+        weights=scheduler._weights.sets,
         turns=sorted({request.policy for request in scheduler.requests.values()}),
     )
 

@@ -26,6 +26,7 @@ def test_single_tokens_come_before_chunks_of_older_requests():
     rig.add(generate("b", 3))
     rig.step()
     rig.scheduler.requests["a"].num_computed_tokens = 4
+    rig.scheduler._residents.running[0].advance(rig.scheduler.requests["a"])
     rig.add(generate("c", 9))
     assert table(rig.step()) == [("b", 3, 1, 1), ("a", 4, 14, 1), ("c", 0, 5, 0)]
     rig.run()
@@ -68,7 +69,7 @@ def test_refusals_have_reasons_and_change_nothing_else():
     rig.step()
     assert refusals(rig) == {"slots": 1}
     waiting = rig.scheduler.requests["c"]
-    assert (waiting.num_computed_tokens, waiting.num_blocks, waiting.in_flight_step) == (0, 0, -1)
+    assert (waiting.num_computed_tokens, waiting.num_blocks, waiting.rank) == (0, 0, -1)
     rig = Rig(max_num_batched_tokens=10)
     rig.add(generate("a", 10))
     rig.add(generate("b", 5))

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduling_rig import VOCAB, Rig, assert_as_expected
+from scheduling_rig import VOCAB, Rig, assert_as_expected, generate
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.kv_cache.prefix_cache import PrefixKeys
 from zerokl.rollout.request import Request
+from zerokl.rollout.running_set import RunningSet
 from zerokl.rollout.sampling_params import SamplingParams
 
 EXAMPLES = settings(
@@ -272,3 +273,15 @@ def test_negative_control_a_planted_fault_is_caught(manager):
 def test_negative_control_the_integrity_check_alone_catches_lost_blocks(manager):
     with pytest.raises(AssertionError, match=r"holds a block twice|references"):
         run_standard(manager, check=True)
+
+
+def test_negative_control_progress_that_is_not_noted_is_caught(monkeypatch):
+    noted = RunningSet.advance
+
+    def only_once(self, request):
+        if request.num_output_tokens < 2:
+            noted(self, request)
+
+    monkeypatch.setattr(RunningSet, "advance", only_once)
+    with pytest.raises(AssertionError):
+        Rig().run([generate("a", 9, 8)])

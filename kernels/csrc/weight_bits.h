@@ -33,6 +33,10 @@ inline void widen_bits(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
 }
 
+// One value as float32.
+inline void widen_weight(float value, float* to) { *to = value; }
+inline void widen_weight(uint16_t pattern, float* to) { widen_bits(&pattern, 1, to); }
+
 // To memory that is not read soon, at a multiple of 64 bytes: without reading the line first.
 inline void vstream(float* p, vf v) {
 #if defined(ZK_ISA_avx512)

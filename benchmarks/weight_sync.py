@@ -33,7 +33,7 @@ import numpy as np
 from machine_facts import machine_facts
 from weight_models import MODELS, Tensors, made_up_weights, some_changed
 
-from zerokl.kernels.dispatch import narrow_bfloat16
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
@@ -201,7 +201,7 @@ def bench_of(model: str, worker: str, args: argparse.Namespace) -> Iterator[Benc
         )
         buffers = 1 if model == "1.7b" else 2
         with (
-            WeightPublisher("bench", buffers=buffers, narrow=narrow_bfloat16) as publisher,
+            WeightPublisher("bench", buffers=buffers, fill=fill_weights) as publisher,
             RolloutEngine(options, make_worker=lambda given: recording(make_worker(given), record, tensors)) as engine,
         ):
             yield Bench(tensors, publisher, engine, record)

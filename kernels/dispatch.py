@@ -100,6 +100,13 @@ def weight_packer(
     return ops, WholeTensors(tensors)
 
 
+def embeds_from_head(ops: EngineOps[Any]) -> bool:
+    """Whether the `embedding` of `ops` takes what its packer's `pack_linear` made of a tied table."""
+    from zerokl.kernels.cpu.ops import CpuOps
+
+    return type(ops) is CpuOps  # as in weight_packer
+
+
 def fill_weights(values: NDArray[np.float32], out: NDArray[Any]) -> int:
     """Write float32 [n] to float32 [n] or, rounded to nearest, ties to even, to bfloat16 patterns (uint16) [n].
 

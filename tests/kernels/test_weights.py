@@ -42,7 +42,7 @@ def test_rounding_is_to_nearest_even_and_keeps_nans(isa: str) -> None:
         np.testing.assert_array_equal(floats.view(np.uint32), patterns.astype(np.uint32) << 16)
 
 
-@pytest.mark.parametrize("count", [0, 1, 63, 200_001])
+@pytest.mark.parametrize("count", [0, 1, 60, 61, 63, 64, 120, 121, 272, 512, 528, 1024, 1025, 3107, 200_001])
 def test_what_is_filled_in_is_rounded_or_copied_and_hashed(isa: str, count: int) -> None:
     values = np.random.default_rng(count).standard_normal(count).astype(np.float32)
     for expected in (values, rounded(values)):

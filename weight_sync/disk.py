@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import DiskFullError, ManifestError, SegmentMissingError, SegmentTruncatedError
-from zerokl.weight_sync.manifest import Manifest, TensorSpec, plan_layout
+from zerokl.weight_sync.manifest import Manifest, plan_layout
+from zerokl.weight_sync.tensor_spec import TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Piece
 
 _METADATA_KEY = "zerokl_manifest"
@@ -93,7 +94,7 @@ def publish_file(
     path = Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in dict(tensors).items()}
     specs, total_bytes = plan_layout((name, array.dtype.name, array.shape) for name, array in arrays.items())
-    specs = tuple(replace(spec, checksum=checksum_of(arrays[spec.name])) for spec in specs)
+    specs = tuple(spec.with_checksum(checksum_of(arrays[spec.name])) for spec in specs)
     header = _header(Manifest(version=version, tensors=specs, total_bytes=total_bytes))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -26,7 +26,8 @@ from zerokl.weight_sync.errors import (
     VersionOrderError,
 )
 from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
-from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec, result_checksum
+from zerokl.weight_sync.manifest import Manifest, result_checksum
+from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
 from zerokl.weight_sync.views import WideTensors, widen
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from zerokl.weight_sync.errors import ChecksumError
-from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec
+from zerokl.weight_sync.manifest import Manifest
+from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.views import narrow
 
 _CHUNK_BYTES = 1 << 20
@@ -45,7 +45,7 @@ def write_tensors(
     Float32 goes through `fill`.
     """
     return tuple(
-        replace(spec, checksum=_copy_and_hash(_view(memory, spec), array, fill))
+        spec.with_checksum(_copy_and_hash(_view(memory, spec), array, fill))
         for spec, array in zip(specs, arrays, strict=True)
     )
 

@@ -241,7 +241,7 @@ inline void pack_square(const Source* weights, int64_t k, float* half, bool stre
 }
 
 // 16 columns of a panel from up to 16 rows of weights; the joined_overflow of them. Each line of a row is read once and
-// leaves turned, by whole lines; it was fetched some squares before.
+// leaves turned, by whole lines; it was fetched some squares before. `end_stream` is the caller's.
 template <class Source>
 uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* half) {
   constexpr int64_t AHEAD = 512 / static_cast<int64_t>(sizeof(Source));
@@ -262,7 +262,6 @@ uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* hal
     all |= joined_overflow(line, columns);
     std::memcpy(half + first * PANEL, line, sizeof line);
   }
-  end_stream();
   return all;
 }
 
@@ -270,11 +269,15 @@ uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* hal
 template <class Body>
 bool pack_panels(int64_t panels, bool pool, Body body) {
   uint32_t joined = 0;
-  auto run = [&](int64_t i) { __atomic_fetch_or(&joined, body(i), __ATOMIC_RELAXED); };
-  if (pool)
-    zk::parallel_for(panels, run);
-  else
-    for (int64_t i = 0; i < panels; ++i) run(i);
+  if (pool && zk::num_threads() > 1) {
+    zk::parallel_for(panels, [&](int64_t i) {
+      __atomic_fetch_or(&joined, body(i), __ATOMIC_RELAXED);
+      end_stream();
+    });
+  } else {
+    for (int64_t i = 0; i < panels; ++i) joined |= body(i);
+    end_stream();
+  }
   return is_finite(joined);
 }
 

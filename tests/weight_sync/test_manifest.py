@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerokl.weight_sync import Manifest, ManifestError, PublishedWeights, TensorSpec
-from zerokl.weight_sync.manifest import ALIGNMENT, DTYPES, plan_layout
+from zerokl.weight_sync.manifest import plan_layout
+from zerokl.weight_sync.tensor_spec import ALIGNMENT, DTYPES
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -68,11 +68,13 @@ inline void rest_of(const float* in, int64_t count, uint16_t* out) { narrow(in, 
 // Each line is written past the caches and hashed while it is in a register.
 template <class Out>
 uint64_t fill(const float* in, int64_t count, Out* out) {
-  constexpr int64_t VALUES = STRIPE / static_cast<int64_t>(sizeof(Out));
+  constexpr int64_t VALUES = STRIPE / static_cast<int64_t>(sizeof(Out)), PAGE = 4096;
   const int64_t length = count * static_cast<int64_t>(sizeof(Out)), stripes = (length - 1) / STRIPE;
   const bool streams = may_stream(reinterpret_cast<float*>(out));
   Xxh3 hash;
   for (int64_t s = 0; s < stripes; ++s) {
+    // Streaming stores wait for the address of each new page; shared memory has small ones.
+    if (s % (PAGE / STRIPE) == 0) __builtin_prefetch(reinterpret_cast<char*>(out + s * VALUES) + PAGE, 0, 0);
     const words line = line_of(in + s * VALUES, out);
     float* to = reinterpret_cast<float*>(out + s * VALUES);
     streams ? vstream(to, (vf)line) : vstore(to, (vf)line);

@@ -14,7 +14,7 @@ from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
-from zerokl.weight_sync.shared_memory import Fill, fill, write_tensors
+from zerokl.weight_sync.shared_memory import Fill, check_rounding, fill, write_tensors
 
 Span = tuple[int, int]
 
@@ -69,10 +69,7 @@ class WeightPublisher:
         next buffer open, SharedMemoryFullError; the latest publication then stays as it was.
         """
         named = self._checked(tensors)
-        if dtype not in (None, "bfloat16"):
-            raise ManifestError(f"dtype must be None or 'bfloat16', got {dtype!r}")
-        if dtype and (wrong := [name for name, array in named if array.dtype != np.float32]):
-            raise ManifestError(f"dtype='bfloat16' rounds float32 tensors, {wrong[0]!r} is none")
+        check_rounding(dtype, named)
         specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in named)
         planned = Manifest(
             version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from zerokl.weight_sync.errors import ChecksumError
+from zerokl.weight_sync.errors import ChecksumError, ManifestError
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.views import narrow
@@ -48,6 +48,14 @@ def write_tensors(
         spec.with_checksum(_copy_and_hash(_view(memory, spec), array, fill))
         for spec, array in zip(specs, arrays, strict=True)
     )
+
+
+def check_rounding(dtype: str | None, named: Iterable[tuple[str, NDArray[Any]]]) -> None:
+    """Raise ManifestError unless `dtype` is None, or bfloat16 and all arrays are float32."""
+    if dtype not in (None, "bfloat16"):
+        raise ManifestError(f"dtype must be None or 'bfloat16', got {dtype!r}")
+    if dtype and (wrong := [name for name, array in named if array.dtype != np.float32]):
+        raise ManifestError(f"dtype='bfloat16' rounds float32 tensors, {wrong[0]!r} is none")
 
 
 def map_tensors(memory: mmap.mmap, manifest: Manifest) -> dict[str, NDArray[Any]]:

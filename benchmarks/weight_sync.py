@@ -40,7 +40,7 @@ from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import num_parameters
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, TensorWeights, WeightSource
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource
 from zerokl.rollout.worker import Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
@@ -65,7 +65,7 @@ class Record:
             self.changed.wait_for(lambda: len(self.steps) >= count)
 
 
-def recording(worker: Any, record: Record, first: Tensors) -> Worker:
+def recording(worker: Any, record: Record, first: WeightSource) -> Worker:
     """The worker, its methods noting what they do. The folder that it is to load at the start is `first`."""
     execute, stage, commit = worker.execute, worker.stage_weights, worker.commit_weights
 
@@ -79,7 +79,7 @@ def recording(worker: Any, record: Record, first: Tensors) -> Worker:
 
     def stage_and_note(source: WeightSource, version: int) -> None:
         start = perf_counter()
-        stage(TensorWeights(tensors=first) if isinstance(source, FolderWeights) else source, version)
+        stage(first if isinstance(source, FolderWeights) else source, version)
         record.staging = (start, perf_counter())
 
     def commit_and_note() -> None:
@@ -199,12 +199,15 @@ def bench_of(model: str, worker: str, args: argparse.Namespace) -> Iterator[Benc
             num_threads=args.threads,
             worker=worker,  # type: ignore[arg-type]
         )
-        buffers = 1 if model == "1.7b" else 2
-        with (
-            WeightPublisher("bench", buffers=buffers, fill=fill_weights) as publisher,
-            RolloutEngine(options, make_worker=lambda given: recording(make_worker(given), record, tensors)) as engine,
-        ):
-            yield Bench(tensors, publisher, engine, record)
+        large = model == "1.7b"
+        with WeightPublisher("bench", buffers=1 if large else 2, fill=fill_weights) as publisher:
+            first: WeightSource = TensorWeights(tensors=tensors)
+            if large:  # arrays would go to the worker's process through a float32 segment of their own
+                first = SharedWeights(published=publisher.publish(tensors, 0, dtype="bfloat16"))
+            with RolloutEngine(
+                options, make_worker=lambda given: recording(make_worker(given), record, first)
+            ) as engine:
+                yield Bench(tensors, publisher, engine, record)
 
 
 def rows_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:

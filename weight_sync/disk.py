@@ -104,9 +104,7 @@ def publish_file(
     check_rounding(dtype, arrays.items())
     specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in arrays.items())
     specs = tuple(spec.with_checksum(_stored(arrays[spec.name], dtype, fill)[1]) for spec in specs)
-    header = _header(
-        Manifest(version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact)
-    )
+    header = _header(Manifest(version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb", buffering=0) as stream:

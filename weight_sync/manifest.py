@@ -20,7 +20,7 @@ from zerokl.weight_sync.tensor_spec import ALIGNMENT, MAX_INT, Spans, TensorSpec
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
 _LISTED = 8
@@ -120,7 +120,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Encode as msgpack [format version, the fields, rows of the fields of each tensor]."""
-        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.spans) for spec in self.tensors]
+        rows = [
+            (spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.spans, spec.whole)
+            for spec in self.tensors
+        ]
         fields = (self.version, self.total_bytes, self.parent, self.result, self.result_dtype, self.inexact)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, rows))
         return encoded
@@ -216,12 +219,16 @@ def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
 
 
 def _spec_from_row(row: Any) -> TensorSpec:
-    if not isinstance(row, list) or len(row) != 6 or not isinstance(row[1], str) or not isinstance(row[2], list):
-        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, spans")
+    if not isinstance(row, list) or len(row) != 7 or not isinstance(row[1], str) or not isinstance(row[2], list):
+        raise ManifestError(
+            f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, spans, whole"
+        )
     spans = row[5]
     if isinstance(spans, list):
         spans = tuple(tuple(span) if isinstance(span, list) else span for span in spans)
-    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], spans=spans)
+    return TensorSpec(
+        name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], spans=spans, whole=row[6]
+    )
 
 
 def _listing(kind: str, items: list[str], count: int) -> str:

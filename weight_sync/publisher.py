@@ -101,6 +101,10 @@ class WeightPublisher:
         arrays = [np.ascontiguousarray(array) for _, array in named]
         specs, total_bytes = plan_layout(((name, self._dtype, array.shape) for name, array in named), spans=ranges)
         parts = [_chosen(array, spec.spans) for spec, array in zip(specs, arrays, strict=True)]
+        specs = tuple(
+            spec if spec.spans is None else replace(spec, whole=self._checksum(array))
+            for spec, array in zip(specs, arrays, strict=True)
+        )
         planned = Manifest(
             version=version,
             tensors=specs,
@@ -111,10 +115,7 @@ class WeightPublisher:
             inexact=self._inexact,
         )
         published = self._write(planned, parts)
-        whole = {
-            spec.name: spec.checksum if spec.spans is None else self._checksum(array)
-            for spec, array in zip(published.manifest.tensors, arrays, strict=True)
-        }
+        whole = {spec.name: spec.checksum if spec.spans is None else spec.whole for spec in published.manifest.tensors}
         self._checksums, self._version = {**self._checksums, **whole}, version
         return replace(published, manifest=replace(published.manifest, result=result_checksum(self._checksums)))
 

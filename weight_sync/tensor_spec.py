@@ -49,6 +49,8 @@ class TensorSpec:
     """xxh3_64 of the bytes, with seed 0."""
     spans: Spans | None = None
     """Ranges [start, stop) of elements in C order that are there, in a delta, ascending and apart; None: all."""
+    whole: int = 0
+    """Of a tensor with spans: the checksum of the whole tensor in the delta's result, in the result's element type."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -60,6 +62,8 @@ class TensorSpec:
             raise ManifestError(f"tensor {self.name!r}: offset {self.offset!r} is not a multiple of {ALIGNMENT} from 0")
         if not is_integer(self.checksum, 2**64 - 1):
             raise ManifestError(f"tensor {self.name!r}: checksum {self.checksum!r} is not an unsigned 64-bit integer")
+        if not is_integer(self.whole, 2**64 - 1):
+            raise ManifestError(f"tensor {self.name!r}: whole {self.whole!r} is not an unsigned 64-bit integer")
         if self.spans is not None:
             _check_spans(self.name, self.spans, math.prod(self.shape))
 

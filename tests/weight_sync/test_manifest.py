@@ -71,7 +71,15 @@ def test_arbitrary_bytes_raise_the_typed_error(encoded: bytes) -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0, "spans": None} | changes
+    return {
+        "name": "w",
+        "dtype": "float32",
+        "shape": [2, 3],
+        "offset": 0,
+        "checksum": 0,
+        "spans": None,
+        "whole": 0,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -87,6 +95,7 @@ def row(**changes: Any) -> dict[str, Any]:
         ([row(shape="ab")], "is not a row"),
         ([row(offset=32)], "offset 32 is not a multiple of 64"),
         ([row(offset=-64)], "offset -64 is not a multiple"),
+        ([row(whole=-1)], "whole -1 is not an unsigned"),
         ([row(checksum=-1)], "checksum -1 is not an unsigned"),
         ([row(checksum=0.5)], "checksum 0.5 is not an unsigned"),
         ([row(), row(offset=64)], "'w' is listed twice"),
@@ -108,13 +117,13 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_malformed_tables_name_tensor_field_and_value(rows: Any, message: str) -> None:
     table = [list(entry.values()) if isinstance(entry, dict) else entry for entry in rows] if rows != "w" else rows
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_bytes(msgpack.packb([3, 0, 128, None, None, "float32", False, table]))
+        Manifest.from_bytes(msgpack.packb([4, 0, 128, None, None, "float32", False, table]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 0, 0, []], "format version 1 is not 3"),
+        ([1, 0, 0, []], "format version 1 is not 4"),
         ([], "expected a list"),
         ({"format": 1}, "expected a list, got dict"),
         ([3, 0, 0], "expected 8 fields, got 3"),

@@ -11,7 +11,7 @@ Seconds are medians of the rounds. All pages were touched by rounds before; the 
   `recompute_ms`: with kv="recompute", the time of the steps that compute old tokens' keys and values again.
 
 The worker is a process (but for "inproc"). The share of "delta" is 2 per cent of the tensors' bytes. 1.7b is published
-as bfloat16 alone, through one segment: float32 would not fit 24 GiB.
+as bfloat16 alone, through one segment: float32 would not fit 24 GiB, and so would no file beside.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ import numpy as np
 from machine_facts import machine_facts
 from weight_models import MODELS, Tensors, made_up_weights, some_changed
 
-from zerokl.kernels.dispatch import narrow_bfloat16
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import num_parameters
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, TensorWeights, WeightSource
+from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource
 from zerokl.rollout.worker import Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
@@ -65,7 +65,7 @@ class Record:
             self.changed.wait_for(lambda: len(self.steps) >= count)
 
 
-def recording(worker: Any, record: Record, first: Tensors) -> Worker:
+def recording(worker: Any, record: Record, first: WeightSource) -> Worker:
     """The worker, its methods noting what they do. The folder that it is to load at the start is `first`."""
     execute, stage, commit = worker.execute, worker.stage_weights, worker.commit_weights
 
@@ -79,7 +79,7 @@ def recording(worker: Any, record: Record, first: Tensors) -> Worker:
 
     def stage_and_note(source: WeightSource, version: int) -> None:
         start = perf_counter()
-        stage(TensorWeights(tensors=first) if isinstance(source, FolderWeights) else source, version)
+        stage(first if isinstance(source, FolderWeights) else source, version)
         record.staging = (start, perf_counter())
 
     def commit_and_note() -> None:
@@ -117,7 +117,7 @@ class Bench:
         if transport == "inproc":
             return self.tensors
         if transport == "disk":
-            return publish_file(self.path, self.tensors, version)
+            return publish_file(self.path, self.tensors, version, dtype=dtype, fill=fill_weights)
         if transport == "delta":
             return self.publisher.publish_delta(some_changed(self.tensors, DELTA_SHARE), version)
         return self.publisher.publish(self.tensors, version, dtype=dtype)
@@ -199,21 +199,25 @@ def bench_of(model: str, worker: str, args: argparse.Namespace) -> Iterator[Benc
             num_threads=args.threads,
             worker=worker,  # type: ignore[arg-type]
         )
-        buffers = 1 if model == "1.7b" else 2
-        with (
-            WeightPublisher("bench", buffers=buffers, narrow=narrow_bfloat16) as publisher,
-            RolloutEngine(options, make_worker=lambda given: recording(make_worker(given), record, tensors)) as engine,
-        ):
-            yield Bench(tensors, publisher, engine, record)
+        large = model == "1.7b"
+        with WeightPublisher("bench", buffers=1 if large else 2, fill=fill_weights) as publisher:
+            first: WeightSource = TensorWeights(tensors=tensors)
+            if large:  # arrays would go to the worker's process through a float32 segment of their own
+                first = SharedWeights(published=publisher.publish(tensors, 0, dtype="bfloat16"))
+            with RolloutEngine(
+                options, make_worker=lambda given: recording(make_worker(given), record, first)
+            ) as engine:
+                yield Bench(tensors, publisher, engine, record)
 
 
 def rows_of(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     facts = {"model": model, "params": num_parameters(ModelConfig.from_json(MODELS[model]))}
     rounds = max(2, args.rounds // 2) if model == "1.7b" else args.rounds
     ways = [("process", "shm", None), ("process", "disk", None), ("process", "delta", None)]
-    ways += [("process", "shm", "bfloat16"), ("process", "delta", "bfloat16"), ("inprocess", "inproc", None)]
+    ways += [("process", "shm", "bfloat16"), ("process", "disk", "bfloat16"), ("process", "delta", "bfloat16")]
+    ways += [("inprocess", "inproc", None)]
     if model == "1.7b":
-        ways = [way for way in ways if way[2]]
+        ways = [way for way in ways if way[2] and way[1] != "disk"]
     rows = []
     for worker in dict.fromkeys(way[0] for way in ways):
         with bench_of(model, worker, args) as bench:

@@ -19,6 +19,7 @@ from run_display import RunDisplay, exit_status, print_verdict
 from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.integrations.smollm2 import model_folder
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.outputs import Rollout
@@ -56,7 +57,7 @@ def main() -> int:
         micro_batch_tokens=400,
     )
     display = RunDisplay("GRPO, SmolLM2-135M-Instruct, CPU", args.steps)
-    with RolloutEngine(config) as engine, WeightPublisher(buffers=1) as publisher, display:
+    with RolloutEngine(config) as engine, WeightPublisher(buffers=1, fill=fill_weights) as publisher, display:
         policy = PolicyModel.from_pretrained(folder)
         tokenizer = engine.tokenizer
         assert tokenizer is not None

@@ -21,6 +21,7 @@ from zerokl.integrations.grpo_trainer import GRPOConfig, GRPOTrainer
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.integrations.ppo_trainer import PPOConfig, PPOTrainer
 from zerokl.integrations.trainer import PolicyTrainer
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
@@ -75,7 +76,7 @@ def main() -> int:
         folder = Path(scratch)
         make_model(folder, args.seed)
         config = EngineConfig(model=str(folder), kv_cache_bytes=8 << 20, max_num_seqs=256, seed=args.seed)
-        with RolloutEngine(config) as engine, WeightPublisher() as publisher, display:
+        with RolloutEngine(config) as engine, WeightPublisher(fill=fill_weights) as publisher, display:
             policy = PolicyModel.from_pretrained(folder)
             trainer = make_trainer(args.algo, policy, engine, publisher, args.samples)
             trainer.on_phase = display.phase

@@ -100,11 +100,22 @@ def weight_packer(
     return ops, WholeTensors(tensors)
 
 
-def narrow_bfloat16(values: NDArray[np.float32], patterns: NDArray[np.uint16]) -> None:
-    """Write float32 [n] as patterns [n] of the nearest bfloat16 values, ties to even. Takes C-contiguous arrays."""
-    from zerokl.kernels.cpu import _cpu
+def embeds_from_head(ops: EngineOps[Any]) -> bool:
+    """Whether the `embedding` of `ops` takes what its packer's `pack_linear` made of a tied table."""
+    from zerokl.kernels.cpu.ops import CpuOps
 
-    _cpu.narrow_bfloat16(values, patterns)
+    return type(ops) is CpuOps  # as in weight_packer
+
+
+def fill_weights(values: NDArray[np.float32], out: NDArray[Any]) -> int:
+    """Write float32 [n] to float32 [n] or, rounded to nearest, ties to even, to bfloat16 patterns (uint16) [n].
+
+    Returns the xxh3_64 of what `out` then holds. On the calling thread; takes C-contiguous arrays. It is the `fill` of
+    `zerokl.weight_sync.WeightPublisher` that costs least.
+    """
+    from zerokl.kernels.cpu.filling import fill
+
+    return fill(values, out)
 
 
 def release_spare_weights(ops: EngineOps[Any]) -> int:

@@ -188,8 +188,8 @@ class LayerParams(Generic[Array]):
 class DecoderParams(Generic[Array]):
     """Weights of a decoder. With tied embeddings `lm_head` is packed from the embedding table."""
 
-    embed: Array
-    """[V, E]"""
+    embed: Any
+    """[V, E], or where tied the packed head itself, on devices whose `embedding` reads it."""
     layers: tuple[LayerParams[Array], ...]
     final_norm: Array
     lm_head: Any

@@ -17,6 +17,7 @@ from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.weight_source import SharedWeights, WeightSource
+from zerokl.weight_sync.version_order import check_version
 
 POLICY = "policy"
 """Name of the live weight set."""
@@ -139,16 +140,11 @@ class WeightSets:
     def stage(self, source: WeightSource, version: int | None, *, allow_rewind: bool = False) -> None:
         """Have the workers prepare the next version.
 
-        Raises ValueError unless `version` follows the live one; with `allow_rewind` any will do.
+        Raises VersionOrderError, a ValueError, unless `version` follows the live one; with `allow_rewind` any will do.
         """
         live = self.versions[POLICY]
         version = live + 1 if version is None else version
-        if version != live + 1 and not allow_rewind:
-            kind = "a gap" if version > live else "a repetition" if version == live else "a step back"
-            raise ValueError(
-                f"version must be {live + 1}, the one after the live version, unless allow_rewind=True, "
-                f"got {version} ({kind})"
-            )
+        check_version(live, version, allow_rewind=allow_rewind)
         start = time.perf_counter()
         self._ranks.stage_weights(source, version)
         self._staged = version

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zerokl.kernels.dispatch import (
+    embeds_from_head,
     forget_step,
     get_ops,
     host_storage,
@@ -170,6 +171,7 @@ class ModelRunner:
             keep=packer.tensor,
             previous=previous,
             share=self._place.share(self._placement),
+            embeds_from_head=embeds_from_head(self._ops),
         )
         self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
 

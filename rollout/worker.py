@@ -238,7 +238,8 @@ class LocalWorker:
         from zerokl.weight_sync.session import UpdateSession, receive
 
         expected = expected_tensors(self._model_config)
-        session = UpdateSession(expected, self._live_weights(runner), {LM_HEAD: expected[EMBED]})
+        read = {*runner.held_tensors(), LM_HEAD}
+        session = UpdateSession(expected, self._live_weights(runner), {LM_HEAD: expected[EMBED]}, read=read)
         try:
             runner.stage(receive(session, version, lease), version, delta=True)
         finally:

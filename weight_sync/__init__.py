@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from zerokl.weight_sync.inproc import PublishedArrays
     from zerokl.weight_sync.layouts import TrainerLayout, from_hugging_face, paddleformers_layout, to_hugging_face
     from zerokl.weight_sync.live_weights import LiveWeights
-    from zerokl.weight_sync.manifest import Manifest, ManifestDiff, PublishedWeights, TensorSpec
+    from zerokl.weight_sync.manifest import Manifest, ManifestDiff, PublishedWeights
     from zerokl.weight_sync.publisher import WeightPublisher
     from zerokl.weight_sync.receiver import open_published
     from zerokl.weight_sync.segments import reap_dead_segments
     from zerokl.weight_sync.session import UpdateSession
     from zerokl.weight_sync.shards import PublishedShards
+    from zerokl.weight_sync.tensor_spec import TensorSpec
 
 __all__ = [
     "BufferLeasedError",
@@ -82,7 +83,7 @@ _MODULES = {
     "Manifest": "manifest",
     "ManifestDiff": "manifest",
     "PublishedWeights": "manifest",
-    "TensorSpec": "manifest",
+    "TensorSpec": "tensor_spec",
     "WeightPublisher": "publisher",
     "open_published": "receiver",
     "reap_dead_segments": "segments",

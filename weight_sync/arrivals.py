@@ -10,7 +10,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from zerokl.weight_sync.errors import ChecksumError, IncompleteUpdateError, ManifestError
-from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec
+from zerokl.weight_sync.manifest import Manifest
+from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.transport import Bucket, Piece
 from zerokl.weight_sync.views import WIDENED
 

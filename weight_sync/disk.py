@@ -11,16 +11,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import DiskFullError, ManifestError, SegmentMissingError, SegmentTruncatedError
-from zerokl.weight_sync.manifest import Manifest, TensorSpec, plan_layout
+from zerokl.weight_sync.manifest import Manifest, plan_layout
+from zerokl.weight_sync.shared_memory import Fill, check_rounding, fill
+from zerokl.weight_sync.tensor_spec import TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Piece
 
 _METADATA_KEY = "zerokl_manifest"
@@ -84,23 +86,31 @@ class FileLease:
 
 
 def publish_file(
-    path: str | Path, tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]], version: int
+    path: str | Path,
+    tensors: Mapping[str, NDArray[Any]] | Iterable[tuple[str, NDArray[Any]]],
+    version: int,
+    *,
+    dtype: Literal["bfloat16"] | None = None,
+    inexact: bool = True,
+    fill: Fill = fill,
 ) -> PublishedFile:
     """Write arrays by name to `path`, which is replaced at once when all is on disk.
 
-    Raises ManifestError for what cannot be published, DiskFullError; a file that was at `path` is then as it was.
+    `dtype`, `inexact` and `fill` are as in `WeightPublisher`; values are rounded a tensor at a time. Raises
+    ManifestError for what cannot be published, DiskFullError; a file that was at `path` is then as it was.
     """
     path = Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in dict(tensors).items()}
-    specs, total_bytes = plan_layout((name, array.dtype.name, array.shape) for name, array in arrays.items())
-    specs = tuple(replace(spec, checksum=checksum_of(arrays[spec.name])) for spec in specs)
-    header = _header(Manifest(version=version, tensors=specs, total_bytes=total_bytes))
+    check_rounding(dtype, arrays.items())
+    specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in arrays.items())
+    specs = tuple(spec.with_checksum(_stored(arrays[spec.name], dtype, fill)[1]) for spec in specs)
+    header = _header(Manifest(version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb", buffering=0) as stream:
             _write(stream, memoryview(len(header).to_bytes(8, "little") + header))
             for array in arrays.values():
-                _write(stream, _bytes(array))
+                _write(stream, _bytes(_stored(array, dtype, fill)[0] if dtype else array))
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
@@ -110,6 +120,14 @@ def publish_file(
             raise
         raise DiskFullError(f"cannot write {total_bytes} bytes to {path}: {os.strerror(error.errno)}") from error
     return PublishedFile(path=str(path), version=version)
+
+
+def _stored(array: NDArray[Any], dtype: str | None, fill: Fill) -> tuple[NDArray[Any], int]:
+    """The array as the file has it, and its checksum."""
+    if dtype is None:
+        return array, checksum_of(array)
+    patterns = np.empty(array.size, np.uint16)
+    return patterns, fill(array.reshape(-1), patterns)
 
 
 def _write(stream: BinaryIO, chunk: memoryview) -> None:

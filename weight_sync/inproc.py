@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ class PublishedArrays:
         """Describe the arrays. Raises ManifestError for a name, dtype or version that cannot be published."""
         self._arrays = {name: np.ascontiguousarray(array) for name, array in dict(tensors).items()}
         specs, total = plan_layout((name, array.dtype.name, array.shape) for name, array in self._arrays.items())
-        specs = tuple(replace(spec, checksum=checksum_of(self._arrays[spec.name])) for spec in specs)
+        specs = tuple(spec.with_checksum(checksum_of(self._arrays[spec.name])) for spec in specs)
         self.manifest = Manifest(version=version, tensors=specs, total_bytes=total)
 
     @property

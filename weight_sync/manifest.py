@@ -6,86 +6,25 @@ made, by code or from the wire: a `Manifest` that exists is well-formed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
-import numpy as np
 import xxhash
 
 from zerokl.weight_sync.errors import ManifestError
+from zerokl.weight_sync.tensor_spec import ALIGNMENT, MAX_INT, Spans, TensorSpec, is_integer
 
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
-ALIGNMENT = 64
-"""Bytes; every tensor starts on a cache line, which also suits the widest vector load."""
-
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    f"{kind}{bits}": np.dtype(f"{kind}{bits}")
-    for kind, widths in {"float": (64, 32, 16), "int": (64, 32, 16, 8), "uint": (64, 32, 16, 8)}.items()
-    for bits in widths
-} | {"bfloat16": np.dtype("uint16")}
-"""Element types that may be published, in the machine's byte order (publisher and receiver share the machine).
-
-bfloat16 is stored as its bit pattern."""
-
-Spans = tuple[tuple[int, int], ...]
-
-_MAX_INT = 2**63 - 1
-_MAX_NAME = 1024
 _LISTED = 8
 """Names quoted in one error message; the rest is a count."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One tensor: what it is and where in the segment its C-contiguous bytes lie.
-
-    Raises ManifestError when a field is out of bounds.
-    """
-
-    name: str
-    """Hugging Face name; any text of 1 to 1024 characters."""
-    dtype: str
-    """A key of DTYPES."""
-    shape: tuple[int, ...]
-    """Zero-size and zero-dimensional tensors are allowed."""
-    offset: int
-    """Bytes from the start of the segment, a multiple of 64."""
-    checksum: int = 0
-    """xxh3_64 of the bytes, with seed 0."""
-    spans: Spans | None = None
-    """Ranges [start, stop) of elements in C order that are there, in a delta, ascending and apart; None: all."""
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
-        if self.dtype not in DTYPES:
-            raise ManifestError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if not isinstance(self.shape, tuple) or not all(_is_int(size, _MAX_INT) for size in self.shape):
-            raise ManifestError(f"tensor {self.name!r}: shape {self.shape!r} is not a tuple of sizes from 0")
-        if not _is_int(self.offset, _MAX_INT) or self.offset % ALIGNMENT:
-            raise ManifestError(f"tensor {self.name!r}: offset {self.offset!r} is not a multiple of {ALIGNMENT} from 0")
-        if not _is_int(self.checksum, 2**64 - 1):
-            raise ManifestError(f"tensor {self.name!r}: checksum {self.checksum!r} is not an unsigned 64-bit integer")
-        if self.spans is not None:
-            _check_spans(self.name, self.spans, math.prod(self.shape))
-
-    @property
-    def num_elements(self) -> int:
-        """Elements that are there."""
-        return math.prod(self.shape) if self.spans is None else sum(stop - start for start, stop in self.spans)
-
-    @property
-    def nbytes(self) -> int:
-        """Size without the padding to the next tensor."""
-        return self.num_elements * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,13 +73,13 @@ class Manifest:
     """Whether values were rounded on the way, so that the trainer's differ."""
 
     def __post_init__(self) -> None:
-        if not _is_int(self.version, _MAX_INT):
+        if not is_integer(self.version, MAX_INT):
             raise ManifestError(f"version {self.version!r} is not an integer from 0 to 2**63 - 1")
-        if not _is_int(self.total_bytes, _MAX_INT):
+        if not is_integer(self.total_bytes, MAX_INT):
             raise ManifestError(f"total_bytes {self.total_bytes!r} is not an integer from 0 to 2**63 - 1")
         if (self.parent is None) != (self.result is None):
             raise ManifestError(f"parent {self.parent!r} and result {self.result!r} belong together")
-        if self.parent is not None and not (_is_int(self.parent, _MAX_INT) and _is_int(self.result, 2**64 - 1)):
+        if self.parent is not None and not (is_integer(self.parent, MAX_INT) and is_integer(self.result, 2**64 - 1)):
             raise ManifestError(f"parent {self.parent!r}, result {self.result!r} are not a version and a checksum")
         if self.result_dtype not in ("float32", "bfloat16"):
             raise ManifestError(f"result_dtype {self.result_dtype!r} is not float32 or bfloat16")
@@ -181,7 +120,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Encode as msgpack [format version, the fields, rows of the fields of each tensor]."""
-        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.spans) for spec in self.tensors]
+        rows = [
+            (spec.name, spec.dtype, spec.shape, spec.offset, spec.checksum, spec.spans, spec.whole)
+            for spec in self.tensors
+        ]
         fields = (self.version, self.total_bytes, self.parent, self.result, self.result_dtype, self.inexact)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, rows))
         return encoded
@@ -277,37 +219,16 @@ def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
 
 
 def _spec_from_row(row: Any) -> TensorSpec:
-    if not isinstance(row, list) or len(row) != 6 or not isinstance(row[1], str) or not isinstance(row[2], list):
-        raise ManifestError(f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, spans")
+    if not isinstance(row, list) or len(row) != 7 or not isinstance(row[1], str) or not isinstance(row[2], list):
+        raise ManifestError(
+            f"manifest: {row!r:.200} is not a row of name, dtype, shape, offset, checksum, spans, whole"
+        )
     spans = row[5]
     if isinstance(spans, list):
         spans = tuple(tuple(span) if isinstance(span, list) else span for span in spans)
-    return TensorSpec(name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], spans=spans)
-
-
-def _check_spans(name: str, spans: object, size: int) -> None:
-    if not isinstance(spans, tuple) or not spans:
-        raise ManifestError(f"tensor {name!r}: spans {spans!r:.200} are not a tuple of ranges")
-    end = 0
-    for span in spans:
-        ends = span if isinstance(span, tuple) and len(span) == 2 else (-1, -1)
-        if not all(_is_int(value, size) for value in ends) or ends[0] >= ends[1]:
-            raise ManifestError(f"tensor {name!r}: span {span!r:.200} is not a range of its {size} elements")
-        if ends[0] < end:
-            raise ManifestError(f"tensor {name!r}: span {span!r} begins before the end of the one before, {end}")
-        end = ends[1]
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME:
-        raise ManifestError(f"tensor name {name!r:.200} is not a text of 1 to {_MAX_NAME} characters")
-    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
-        raise ManifestError(f"tensor name {name!r:.200} holds a lone surrogate, which has no UTF-8 form")
-
-
-def _is_int(value: object, high: int) -> bool:
-    """Whether value is an integer (True and False are not) from 0 to high."""
-    return type(value) is int and 0 <= value <= high
+    return TensorSpec(
+        name=row[0], dtype=row[1], shape=tuple(row[2]), offset=row[3], checksum=row[4], spans=spans, whole=row[6]
+    )
 
 
 def _listing(kind: str, items: list[str], count: int) -> str:

@@ -14,8 +14,7 @@ from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
-from zerokl.weight_sync.shared_memory import Narrow, write_tensors
-from zerokl.weight_sync.views import narrow
+from zerokl.weight_sync.shared_memory import Fill, check_rounding, fill, write_tensors
 
 Span = tuple[int, int]
 
@@ -34,11 +33,11 @@ class WeightPublisher:
     behind is removed by the next publisher, or by the reader that still had it open.
     """
 
-    def __init__(self, name: str = "policy", *, buffers: int = 2, narrow: Narrow = narrow) -> None:
+    def __init__(self, name: str = "policy", *, buffers: int = 2, fill: Fill = fill) -> None:
         """`name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _.
 
-        `narrow(values, patterns)` rounds float32 [n] to bfloat16 patterns [n]; NumPy does by default, and
-        `zerokl.kernels.dispatch.narrow_bfloat16` is many times faster.
+        `fill` writes float32 tensors, rounded or as they are, and gives their checksums; NumPy does by default, and
+        `zerokl.kernels.dispatch.fill_weights` is faster, for bfloat16 many times.
         """
         if type(buffers) is not int or buffers < 1:
             raise ValueError(f"buffers {buffers!r} is not an integer from 1")
@@ -47,7 +46,7 @@ class WeightPublisher:
         self._segments: list[OwnedSegment | None] = [None] * buffers
         self._next = 0
         self._closed = False
-        self._narrow = narrow
+        self._fill = fill
         self._checksums: dict[str, int] = {}
         self._dtype = "float32"
         self._inexact = False
@@ -70,10 +69,7 @@ class WeightPublisher:
         next buffer open, SharedMemoryFullError; the latest publication then stays as it was.
         """
         named = self._checked(tensors)
-        if dtype not in (None, "bfloat16"):
-            raise ManifestError(f"dtype must be None or 'bfloat16', got {dtype!r}")
-        if dtype and (wrong := [name for name, array in named if array.dtype != np.float32]):
-            raise ManifestError(f"dtype='bfloat16' rounds float32 tensors, {wrong[0]!r} is none")
+        check_rounding(dtype, named)
         specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in named)
         planned = Manifest(
             version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact
@@ -105,20 +101,23 @@ class WeightPublisher:
         arrays = [np.ascontiguousarray(array) for _, array in named]
         specs, total_bytes = plan_layout(((name, self._dtype, array.shape) for name, array in named), spans=ranges)
         parts = [_chosen(array, spec.spans) for spec, array in zip(specs, arrays, strict=True)]
-        whole = {spec.name: self._checksum(array) for spec, array in zip(specs, arrays, strict=True)}
-        checksums = {**self._checksums, **whole}
+        specs = tuple(
+            spec if spec.spans is None else replace(spec, whole=self._checksum(array))
+            for spec, array in zip(specs, arrays, strict=True)
+        )
         planned = Manifest(
             version=version,
             tensors=specs,
             total_bytes=total_bytes,
             parent=self._version,
-            result=result_checksum(checksums),
+            result=0,  # known once all is written
             result_dtype=self._dtype,
             inexact=self._inexact,
         )
         published = self._write(planned, parts)
-        self._checksums, self._version = checksums, version
-        return published
+        whole = {spec.name: spec.checksum if spec.spans is None else spec.whole for spec in published.manifest.tensors}
+        self._checksums, self._version = {**self._checksums, **whole}, version
+        return replace(published, manifest=replace(published.manifest, result=result_checksum(self._checksums)))
 
     def _check_changed(self, named: list[tuple[str, NDArray[Any]]], spans: Mapping[str, object]) -> None:
         if not self._checksums:
@@ -133,14 +132,12 @@ class WeightPublisher:
         """Of a whole tensor as published."""
         if self._dtype == "float32":
             return checksum_of(array)
-        patterns = np.empty(array.size, np.uint16)
-        self._narrow(array.reshape(-1), patterns)
-        return checksum_of(patterns)
+        return self._fill(array.reshape(-1), np.empty(array.size, np.uint16))
 
     def _write(self, planned: Manifest, arrays: list[NDArray[Any]]) -> PublishedWeights:
         segment = self._next_segment(planned.total_bytes)
         with segment.writing() as memory:
-            written = write_tensors(memory, planned.tensors, arrays, self._narrow)
+            written = write_tensors(memory, planned.tensors, arrays, self._fill)
         self._next = (self._next + 1) % len(self._segments)
         return PublishedWeights(segment=segment.name, manifest=replace(planned, tensors=written))
 

@@ -26,29 +26,21 @@ from zerokl.weight_sync.errors import (
     VersionOrderError,
 )
 from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
-from zerokl.weight_sync.manifest import DTYPES, Manifest, TensorSpec, result_checksum
+from zerokl.weight_sync.manifest import Manifest, result_checksum
+from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
 from zerokl.weight_sync.views import WideTensors, widen
 
 State = Literal["idle", "staging", "arriving", "verified", "committed", "published", "aborted"]
 
 
-def check_version(live: int, version: int, *, allow_rewind: bool = False) -> None:
-    """Raise VersionOrderError unless `version` follows the live one; with `allow_rewind` any will do."""
-    if version != live + 1 and not allow_rewind:
-        kind = "a gap" if version > live else "a repetition" if version == live else "a step back"
-        raise VersionOrderError(
-            f"version must be {live + 1}, the one after the live version, unless allow_rewind=True, "
-            f"got {version} ({kind})"
-        )
-
-
 class UpdateSession:
     """One update of a model whose tensors are `expected`, name -> shape; `optional` ones may be there as well.
 
     Without `live` only complete sets are taken. Of a complete set the data of the tensors in `read` is looked at (None:
-    of all): for the others, which some other rank reads, the manifest's checksums are taken for granted. Calls come
-    from one thread at a time.
+    of all): for the others, which some other rank reads, the manifest's checksums are taken for granted. Of a delta all
+    that came is verified, and other tensors than `read` that came in ranges are passed over. Calls come from one thread
+    at a time.
     """
 
     def __init__(
@@ -227,7 +219,7 @@ class UpdateSession:
             )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        return {spec.name: self._array(spec) for spec in self.manifest.tensors}
+        return {spec.name: self._array(spec) for spec in self.manifest.tensors if not self._is_elsewhere(spec)}
 
     def _array(self, spec: TensorSpec) -> NDArray[Any]:
         stored = self._stored.get(spec.name, np.empty(0, np.uint8)).view(DTYPES[spec.dtype])
@@ -243,6 +235,10 @@ class UpdateSession:
             flat[start:stop] = values[place : place + stop - start]
             place += stop - start
         return whole
+
+    def _is_elsewhere(self, spec: TensorSpec) -> bool:
+        """Whether it is a range of a tensor of which only another rank has the rest."""
+        return spec.spans is not None and self._read is not None and spec.name not in self._read
 
     def _dtype_of(self, spec: TensorSpec) -> str:
         """That of `_array`: tensors made of spans are float32."""
@@ -261,12 +257,7 @@ class UpdateSession:
             return
         assert self._live is not None, "checked at the start"
         self.dtype = self.manifest.result_dtype
-        known = {
-            name: spec.checksum
-            if spec.spans is None and spec.dtype == self.dtype
-            else checksum_as(self.dtype, name, tensors[name])
-            for name, spec in self._specs.items()
-        }
+        known = {name: self._whole_checksum(spec, tensors) for name, spec in self._specs.items()}
         rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
         more = {name: value for name, value in self._live.checksums.items() if name in self._optional}
         self.checksums = {**rest, **more, **known}
@@ -276,6 +267,14 @@ class UpdateSession:
                 f"version {self.manifest.version}: applied to version {self.manifest.parent} as it is here, the delta "
                 f"gives a set of checksum {actual:016x}, its publisher has {self.manifest.result:016x}"
             )
+
+    def _whole_checksum(self, spec: TensorSpec, tensors: WideTensors) -> int:
+        """Of a tensor of the result."""
+        if self._is_elsewhere(spec):
+            return spec.whole  # the rank that has the rest computes it; a false one gives another result here
+        if spec.spans is None and spec.dtype == self.dtype:
+            return spec.checksum
+        return checksum_as(self.dtype, spec.name, tensors[spec.name])
 
 
 def receive(

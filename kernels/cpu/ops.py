@@ -91,10 +91,11 @@ class CpuOps:
             self._layer_caches = list(zip(pool.keys, pool.values, strict=True))
 
     # -- ops ----------------------------------------------------------------------------------------------------------
-    def embedding(self, token_ids: Ints, table: Floats) -> Floats:
-        """Rows of the table: [T] -> [T, E]."""
-        out = self._arena.take(len(token_ids), table.shape[1])
-        _cpu.embedding(token_ids, table, out)
+    def embedding(self, token_ids: Ints, table: Floats | PackedLinear) -> Floats:
+        """Rows of the table, which may be packed as a tied head is: [T] -> [T, E]."""
+        rows = table.panels if isinstance(table, PackedLinear) else table
+        out = self._arena.take(len(token_ids), rows.shape[1])
+        _cpu.embedding(token_ids, rows, out)
         return out
 
     def rms_norm(self, x: Floats, weight: Floats, eps: float) -> Floats:

@@ -20,8 +20,8 @@ Operand = Floats | RowStream
 
 _COLUMNS = 32
 _LANES = 16
-_PIECE_BYTES = 1 << 18
-"""Read, looked at, and packed while in the cache."""
+_PIECE_BYTES = 1 << 19
+"""Read, looked at, and packed while in the second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)

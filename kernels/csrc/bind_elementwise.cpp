@@ -39,6 +39,14 @@ void embedding(const Indices<1>& ids, const In<2>& table, const Out<2>& out) {
   gather("ids", "table", table, ids, out);
 }
 
+void embedding_from_panels(const Indices<1>& ids, const In<3>& panels, const Out<2>& out) {
+  expect_range("ids", ids, 0, extent(panels, 0) * 32);
+  expect_shape("panels", panels, {extent(panels, 0), extent(panels, 1), 32});
+  expect_shape("out", out, {extent(ids, 0), extent(panels, 1)});
+  gil_scoped_release nogil;
+  kernels().gather_from_panels(panels.data(), ids.data(), extent(ids, 0), extent(panels, 1), out.data());
+}
+
 void gather_rows(const In<2>& x, const Indices<1>& rows, const Out<2>& out) { gather("rows", "x", x, rows, out); }
 
 void embedding_backward(const Indices<1>& ids, const In<2>& dout, const Out<2>& dtable) {
@@ -179,6 +187,8 @@ void bind_norms(nb::module_& m) {
 
 void bind_rows(nb::module_& m) {
   m.def("embedding", &embedding, array("ids"), array("table"), array("out"), "out[T, E] = table[ids].");
+  m.def("embedding", &embedding_from_panels, array("ids"), array("table"), array("out"),
+        "The same from a table that pack_linear packed, panels[ceil(V / 32), E, 32].");
   m.def("embedding_backward", &embedding_backward, array("ids"), array("dout"), array("dtable"),
         "dtable[ids[t]] += dout[t] in token order; the caller zeroes dtable[V, E].");
   m.def("gather_rows", &gather_rows, array("x"), array("rows"), array("out"), "out[R, E] = x[rows].");

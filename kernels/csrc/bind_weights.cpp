@@ -16,6 +16,7 @@ using Patterns = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::devi
 using OutPatterns = nb::ndarray<uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t PIECE = int64_t{1} << 16;  // values that one thread takes at once
+constexpr int64_t SHORT = 240;               // bytes, whose checksum has another algorithm
 
 const zk::WeightKernels& kernels() { return ZK_PICK(zk::weights); }
 
@@ -37,6 +38,15 @@ void narrow_bfloat16(const In<1>& values, const OutPatterns& out) {
   kernels().narrow(values.data(), extent(values, 0), out.data());
 }
 
+template <class Out>
+uint64_t fill(const In<1>& values, const Out& out, uint64_t (*kernel)(const float*, int64_t, typename Out::Scalar*)) {
+  const int64_t count = extent(values, 0), bytes = count * static_cast<int64_t>(sizeof(typename Out::Scalar));
+  expect_shape("out", out, {count});
+  if (bytes <= SHORT) throw std::invalid_argument("out must have more than 240 bytes, got " + std::to_string(bytes));
+  nb::gil_scoped_release release;
+  return kernel(values.data(), count, out.data());
+}
+
 void round_bfloat16(const In<1>& values, const Out<1>& out) {
   const int64_t count = extent(values, 0);
   expect_shape("out", out, {count});
@@ -56,6 +66,12 @@ void bind_weights(nb::module_& m) {
         "Widen bfloat16 patterns (uint16) [n] to float32; whether no value is a NaN or an infinity.");
   m.def("narrow_bfloat16", &narrow_bfloat16, array("values"), array("out"),
         "The bfloat16 patterns (uint16) nearest to float32 [n], ties to even, on the calling thread.");
+  m.def("fill_weights", [](const In<1>& values, const Out<1>& out) { return fill(values, out, kernels().fill); },
+        array("values"), array("out"),
+        "Copy float32 [n] on the calling thread, to memory that is not read soon; the xxh3_64 of its bytes (> 240).");
+  m.def("fill_weights",
+        [](const In<1>& values, const OutPatterns& out) { return fill(values, out, kernels().fill_bfloat16); },
+        array("values"), array("out"), "The same, to the nearest bfloat16 patterns (uint16).");
   m.def("round_bfloat16", &round_bfloat16, array("values"), array("out"),
         "float32 [n] rounded to the nearest bfloat16 value, ties to even.");
 }

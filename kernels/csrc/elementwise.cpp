@@ -19,6 +19,16 @@ void gather_rows(const float* x, const int32_t* rows, int64_t count, int64_t wid
   });
 }
 
+void gather_from_panels(const float* panels, const int32_t* rows, int64_t count, int64_t width, float* out) {
+  constexpr int64_t PANEL = 32;
+  for_rows(count, width, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* column = panels + rows[r] / PANEL * width * PANEL + rows[r] % PANEL;
+      for (int64_t i = 0; i < width; ++i) out[r * width + i] = column[i * PANEL];
+    }
+  });
+}
+
 void embedding_backward(const int32_t* ids, const float* dout, int64_t count, int64_t width, float* dtable) {
   zk::parallel_for((width + SLICE - 1) / SLICE, [&](int64_t slice) {
     const int64_t first = slice * SLICE, last = min64(first + SLICE, width);
@@ -252,7 +262,7 @@ void qkv_to_cache(const zk::QkvToCache& args) {
 namespace zk {
 
 const ElementwiseKernels ZK_CAT(elementwise_, ZK_ISA) = {
-    gather_rows, embedding_backward, rms_norm, add_rms_norm, rms_norm_backward, rope,
+    gather_rows, gather_from_panels, embedding_backward, rms_norm, add_rms_norm, rms_norm_backward, rope,
     swiglu,      swiglu_backward,    kv_write, qkv_to_cache,
 };
 

@@ -38,6 +38,8 @@ struct QkvToCache {
 struct ElementwiseKernels {
   // out[r] = x[rows[r]]; also the embedding look-up.
   void (*gather_rows)(const float* x, const int32_t* rows, int64_t count, int64_t width, float* out);
+  // The same from panels[ceil(N / 32), width, 32] of packed rows: linear.h.
+  void (*gather_from_panels)(const float* panels, const int32_t* rows, int64_t count, int64_t width, float* out);
   // dtable[ids[t]] += dout[t], in token order.
   void (*embedding_backward)(const int32_t* ids, const float* dout, int64_t count, int64_t width, float* dtable);
   // inv[r] = 1 / sqrt(mean(x[r]^2) + eps), out = (x * inv) * w; `inv` may be null.

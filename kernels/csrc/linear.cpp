@@ -210,46 +210,74 @@ void multiply_groups(const Product* products, int64_t count) {
   delete[] plans;
 }
 
-void to_floats(const float* from, int64_t count, float* to) {
-  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(count));
+inline nv load_weights(const float* p) { return nload(p); }
+inline nv load_weights(const uint16_t* p) {
+  nv values;
+  widen_bits(p, WIDTH, reinterpret_cast<float*>(&values));
+  return values;
 }
-void to_floats(const uint16_t* from, int64_t count, float* to) { widen_bits(from, count, to); }
 
-// 16 columns of a panel from up to 16 rows of weights; the joined_overflow of them. Pieces of the rows are brought into
-// the nearest cache, turned there, and leave by whole lines.
+// LANES rows x WIDTH inner indices of weights, turned, to WIDTH half lines of a panel; joins their finite_overflow.
+template <class Source>
+inline void pack_square(const Source* weights, int64_t k, float* half, bool streams, nu& joined) {
+  constexpr int PARTS = LANES / WIDTH;
+  nv rows[PARTS][WIDTH];
+#pragma GCC unroll 4
+  for (int part = 0; part < PARTS; ++part) {
+#pragma GCC unroll 16
+    for (int r = 0; r < WIDTH; ++r) {
+      rows[part][r] = load_weights(weights + (part * WIDTH + r) * k);
+      joined |= ((nu)rows[part][r] & 0x7F800000u) + 0x00800000u;
+    }
+    turn_square(rows[part]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i)
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+      float* to = half + i * PANEL + part * WIDTH;
+      streams ? nstream(to, rows[part][i]) : nstore(to, rows[part][i]);
+    }
+}
+
+// 16 columns of a panel from up to 16 rows of weights; the joined_overflow of them. Each line of a row is read once and
+// leaves turned, by whole lines; it was fetched some squares before. `end_stream` is the caller's.
 template <class Source>
 uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* half) {
-  constexpr int64_t LENGTH = 256;
-  alignas(64) float rows[LANES * LENGTH], turned[LENGTH * LANES];
-  uint32_t joined = 0;
+  constexpr int64_t AHEAD = 512 / static_cast<int64_t>(sizeof(Source));
   const bool streams = may_stream(half);
-  if (columns < LANES) std::memset(turned, 0, sizeof turned);
-  for (int64_t first = 0; first < k; first += LENGTH) {
-    const int64_t length = smaller(LENGTH, k - first);
-    for (int64_t r = 0; r < columns; ++r) {
-      to_floats(weights + r * k + first, length, rows + r * LENGTH);
-      joined |= joined_overflow(rows + r * LENGTH, length);
-    }
-    transpose(rows, LENGTH, columns, length, turned, LANES);
-    for (int64_t i = 0; i < length; ++i) {
-      const vf values = vload(turned + i * LANES);
-      float* to = half + (first + i) * PANEL;
-      streams ? vstream(to, values) : vstore(to, values);
-    }
+  nu joined = {};
+  int64_t first = 0;
+  for (; columns == LANES && first + WIDTH <= k; first += WIDTH) {
+    const int64_t next = first + AHEAD;
+    const Source* ahead = next < k ? weights + next : weights + LANES * k + (next - k);  // the next 16 rows
+    for (int64_t r = 0; r < LANES; ++r) __builtin_prefetch(ahead + r * k, 0, 3);
+    pack_square(weights + first, k, half + first * PANEL, streams, joined);
   }
-  end_stream();
-  return joined;
+  uint32_t all = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) all |= joined[lane];
+  for (; first < k; ++first) {
+    float line[LANES] = {};
+    for (int64_t r = 0; r < columns; ++r) widen_weight(weights[r * k + first], line + r);
+    all |= joined_overflow(line, columns);
+    std::memcpy(half + first * PANEL, line, sizeof line);
+  }
+  return all;
 }
 
 // Panels one by one on the calling thread, or on the pool.
 template <class Body>
 bool pack_panels(int64_t panels, bool pool, Body body) {
   uint32_t joined = 0;
-  auto run = [&](int64_t i) { __atomic_fetch_or(&joined, body(i), __ATOMIC_RELAXED); };
-  if (pool)
-    zk::parallel_for(panels, run);
-  else
-    for (int64_t i = 0; i < panels; ++i) run(i);
+  if (pool && zk::num_threads() > 1) {
+    zk::parallel_for(panels, [&](int64_t i) {
+      __atomic_fetch_or(&joined, body(i), __ATOMIC_RELAXED);
+      end_stream();
+    });
+  } else {
+    for (int64_t i = 0; i < panels; ++i) joined |= body(i);
+    end_stream();
+  }
   return is_finite(joined);
 }
 

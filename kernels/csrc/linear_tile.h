@@ -24,9 +24,21 @@ constexpr int WIDTH = 4, GROUP = 4;
 #endif
 typedef float nv __attribute__((vector_size(4 * WIDTH), aligned(4 * WIDTH)));
 typedef float nvu __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t nu __attribute__((vector_size(4 * WIDTH)));
 
 inline nv nload(const float* p) { return *reinterpret_cast<const nvu*>(p); }
 inline void nstore(float* p, nv v) { *reinterpret_cast<nvu*>(p) = v; }
+
+// To memory that is not read soon, at a multiple of its size; see vstream.
+inline void nstream(float* p, nv v) {
+#if defined(ZK_ISA_avx512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(ZK_ISA_avx2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  nstore(p, v);
+#endif
+}
 
 inline nv nsplat(float x) {
 #if defined(ZK_ISA_avx512)
@@ -135,23 +147,32 @@ inline void swap_squares(nv (&rows)[WIDTH]) {
   }
 }
 
-inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  nv rows[WIDTH];
-#pragma GCC unroll 16
-  for (int r = 0; r < WIDTH; ++r) rows[r] = nload(from + r * from_stride);
+// rows[r][c] = rows[c][r]
+inline void turn_square(nv (&rows)[WIDTH]) {
   if constexpr (WIDTH == 16) swap_squares<8>(rows);
   swap_squares<4>(rows);
   swap_squares<2>(rows);
   swap_squares<1>(rows);
+}
+#else
+inline void turn_square(nv (&rows)[WIDTH]) {
+  for (int r = 0; r < WIDTH; ++r)
+    for (int c = 0; c < r; ++c) {
+      const float low = rows[r][c];
+      rows[r][c] = rows[c][r];
+      rows[c][r] = low;
+    }
+}
+#endif
+
+inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  nv rows[WIDTH];
+#pragma GCC unroll 16
+  for (int r = 0; r < WIDTH; ++r) rows[r] = nload(from + r * from_stride);
+  turn_square(rows);
 #pragma GCC unroll 16
   for (int r = 0; r < WIDTH; ++r) nstore(to + r * to_stride, rows[r]);
 }
-#else
-inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  for (int r = 0; r < WIDTH; ++r)
-    for (int c = 0; c < WIDTH; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-}
-#endif
 
 // to[c * to_stride + r] = from[r * from_stride + c] for any rows x columns.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {

@@ -27,11 +27,22 @@ inline uint32_t rounded(uint32_t bits) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x00400000u : nearest;
 }
 
+// The same of many.
+template <class Lanes>
+inline Lanes rounded_lanes(Lanes lanes) {
+  const Lanes nearest = lanes + 0x7FFFu + (lanes >> 16 & 1u);
+  return (lanes & 0x7FFFFFFFu) > 0x7F800000u ? lanes | 0x00400000u : nearest;
+}
+
 // The values of bfloat16 patterns.
 inline void widen_bits(const uint16_t* from, int64_t count, float* to) {
   bits32* bits = reinterpret_cast<bits32*>(to);
   for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(from[i]) << 16;
 }
+
+// One value as float32.
+inline void widen_weight(float value, float* to) { *to = value; }
+inline void widen_weight(uint16_t pattern, float* to) { widen_bits(&pattern, 1, to); }
 
 // To memory that is not read soon, at a multiple of 64 bytes: without reading the line first.
 inline void vstream(float* p, vf v) {

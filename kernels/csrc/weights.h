@@ -15,6 +15,10 @@ struct WeightKernels {
   void (*narrow)(const float* in, int64_t count, uint16_t* out);
   // The nearest bfloat16 values, as float32.
   void (*round)(const float* in, int64_t count, float* out);
+  // out = in, or the patterns of the nearest bfloat16 values, past the caches where out lies on a cache line; the
+  // xxh3_64 of the bytes written, of which there must be more than 240.
+  uint64_t (*fill)(const float* in, int64_t count, float* out);
+  uint64_t (*fill_bfloat16)(const float* in, int64_t count, uint16_t* out);
 };
 
 extern const WeightKernels weights_generic, weights_avx2, weights_avx512;

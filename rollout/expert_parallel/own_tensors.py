@@ -28,7 +28,7 @@ class OwnTensors(Mapping[str, NDArray[np.float32]]):
             return self._held[name]
         raise ParentMismatchError(
             f"the delta needs tensor {name!r} as it was, which is on another rank, and no publication of it is known: "
-            f"publish all tensors once, and changed experts whole"
+            f"publish all tensors once"
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -181,17 +181,18 @@ def build_params(
     keep: Callable[[Array], Array] = lambda array: array,
     previous: Previous | None = None,
     share: ExpertShare | None = None,
+    embeds_from_head: bool = False,
 ) -> DecoderParams[Array]:
     """Pack tensors under their Hugging Face names (checked before, by `loader.check_tensors`) for `ops`.
 
     `rope` is `rope.rope_table` in the device's form. `keep` makes what is stored unpacked (norm weights, embedding) the
-    caller's own; packing copies. Each tensor is looked up once, in forward order, and dropped when packed (the
-    embedding twice where tied), so `tensors` may read from disk. Of `previous` the parts are taken over, and their
-    tensors not looked up, that have not changed.
+    caller's own; packing copies. Each tensor is looked up once, in forward order, and dropped when packed, so `tensors`
+    may read from disk. Of `previous` the parts are taken over, and their tensors not looked up, that have not changed.
+    With `embeds_from_head` a tied table is packed once, for both ends.
     """
     build = _PartBuilder(ops, tensors, keep, previous, AllExperts() if share is None else share)
     root = None if previous is None else previous.params
-    embed = build.kept(root, "embed", EMBED)
+    embed, head = build.ends(root, tied=config.tie_word_embeddings, shared=embeds_from_head)
     layers = tuple(
         _build_layer(build, config, index, None if root is None else root.layers[index])
         for index in range(config.num_hidden_layers)
@@ -200,9 +201,7 @@ def build_params(
         embed=embed,
         layers=layers,
         final_norm=build.kept(root, "final_norm", FINAL_NORM),
-        lm_head=build.tied_head(root, embed)
-        if config.tie_word_embeddings
-        else build.linear(root, "lm_head", [LM_HEAD], [None]),
+        lm_head=build.linear(root, "lm_head", [LM_HEAD], [None]) if head is None else head,
         rope=rope,
     )
 
@@ -234,9 +233,16 @@ class _PartBuilder:
             [None if name is None else self._tensors[name] for name in biases],
         )
 
-    def tied_head(self, owner: Any, embed: Any) -> Any:
+    def ends(self, owner: Any, *, tied: bool, shared: bool) -> tuple[Any, Any]:
+        """The embedding and, where tied, the head, from one read of the table."""
+        if tied and shared:
+            head = self.linear(owner, "lm_head", [EMBED], [None])
+            return head, head
+        embed = self.kept(owner, "embed", EMBED)
+        if not tied:
+            return embed, None
         old = self._old(owner, "lm_head", [EMBED])
-        return self._ops.pack_linear([embed], [None]) if old is None else old
+        return embed, self._ops.pack_linear([embed], [None]) if old is None else old
 
     def gate_up(self, owner: Any, field: str, gate: str, up: str) -> Any:
         old = self._old(owner, field, [gate, up])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.cpu.packing import unpack_expert, unpack_gate_up, unpack_linear
+from zerokl.kernels.cpu.packing import PackedLinear, unpack_expert, unpack_gate_up, unpack_linear
 from zerokl.kernels.ops import DecoderParams, LayerParams
 
 from .config import ModelConfig
@@ -41,7 +41,8 @@ class PackedTensors(Mapping[str, Floats]):
         if name not in self._shapes:
             raise KeyError(name)
         if name == EMBED:
-            return _floats(self._params.embed)
+            embed: Any = self._params.embed
+            return unpack_linear(embed) if isinstance(embed, PackedLinear) else _floats(embed)
         if name == FINAL_NORM:
             return _floats(self._params.final_norm)
         if name == LM_HEAD:

@@ -12,7 +12,7 @@ import pytest
 from tiny_engine import tiny_options, tiny_tensors, write_tiny_model
 
 from zerokl.integrations.policy_model import PolicyModel
-from zerokl.kernels.dispatch import narrow_bfloat16
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.kl import KLReport, mismatch_kl
 from zerokl.rollout.models.config import ModelConfig
@@ -55,7 +55,7 @@ def test_a_policy_that_rounds_alike_gives_the_rollouts_bits(
 ) -> None:
     policy = policy_of(tmp_path, weight_dtype="bfloat16")
     optimizer = paddle.optimizer.SGD(0.1, parameters=policy.parameters())
-    options = {"narrow": narrow_bfloat16} if by_kernel else {}
+    options = {"fill": fill_weights} if by_kernel else {}
     with WeightPublisher(**options) as publisher:
         for version in (1, 2):  # the rounded weights follow the optimizer's steps
             published = publisher.publish(policy.named_arrays(), version, dtype="bfloat16", inexact=False)

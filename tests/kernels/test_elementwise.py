@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from zerokl.kernels.cpu import _cpu
+from zerokl.kernels.cpu.packing import Packer
 
 EPS = 1e-5
 WIDTHS = [1, 5, 16, 17, 80, 576]
@@ -85,6 +86,8 @@ def close(got, want, tolerance=2e-6):
 def test_gathers_copy_rows(width):
     table, ids = normal(0, 11, width), np.array([3, 0, 10, 3], np.int32)
     assert np.array_equal(embedding(ids, table), table[ids])
+    packed = Packer().pack_linear([table], [None])
+    assert np.array_equal(embedding(ids, packed.panels), table[ids])
     out = np.empty((4, width), np.float32)
     _cpu.gather_rows(table, ids, out)
     assert np.array_equal(out, table[ids])

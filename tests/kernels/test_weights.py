@@ -10,8 +10,10 @@ import pytest
 
 from zerokl.kernels.cpu import _cpu
 from zerokl.kernels.cpu.packing import Packer
-from zerokl.kernels.dispatch import narrow_bfloat16
+from zerokl.kernels.dispatch import fill_weights
 from zerokl.kernels.row_stream import ArrayRows, NamedRows, NonFiniteWeightsError, WholeTensors
+from zerokl.weight_sync.checksums import checksum_of
+from zerokl.weight_sync.shared_memory import fill
 
 
 @pytest.fixture(params=_cpu.instruction_sets())
@@ -34,10 +36,20 @@ def test_rounding_is_to_nearest_even_and_keeps_nans(isa: str) -> None:
         values = np.random.default_rng(count).integers(0, 2**32, count, np.uint64).astype(np.uint32).view(np.float32)
         values = np.concatenate([values, np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, 3.4e38], np.float32)])
         patterns, floats = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
-        narrow_bfloat16(values, patterns)
+        _cpu.narrow_bfloat16(values, patterns)
         _cpu.round_bfloat16(values, floats)
         np.testing.assert_array_equal(patterns, rounded(values))
         np.testing.assert_array_equal(floats.view(np.uint32), patterns.astype(np.uint32) << 16)
+
+
+@pytest.mark.parametrize("count", [0, 1, 60, 61, 63, 64, 120, 121, 272, 512, 528, 1024, 1025, 3107, 200_001])
+def test_what_is_filled_in_is_rounded_or_copied_and_hashed(isa: str, count: int) -> None:
+    values = np.random.default_rng(count).standard_normal(count).astype(np.float32)
+    for expected in (values, rounded(values)):
+        for offset in (0, 1):
+            out = np.empty(count + offset, expected.dtype)[offset:]
+            assert fill_weights(values, out) == fill(values, np.empty_like(expected)) == checksum_of(expected)
+            np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

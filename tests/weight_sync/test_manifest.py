@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerokl.weight_sync import Manifest, ManifestError, PublishedWeights, TensorSpec
-from zerokl.weight_sync.manifest import ALIGNMENT, DTYPES, plan_layout
+from zerokl.weight_sync.manifest import plan_layout
+from zerokl.weight_sync.tensor_spec import ALIGNMENT, DTYPES
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -70,7 +71,15 @@ def test_arbitrary_bytes_raise_the_typed_error(encoded: bytes) -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {"name": "w", "dtype": "float32", "shape": [2, 3], "offset": 0, "checksum": 0, "spans": None} | changes
+    return {
+        "name": "w",
+        "dtype": "float32",
+        "shape": [2, 3],
+        "offset": 0,
+        "checksum": 0,
+        "spans": None,
+        "whole": 0,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,7 @@ def row(**changes: Any) -> dict[str, Any]:
         ([row(shape="ab")], "is not a row"),
         ([row(offset=32)], "offset 32 is not a multiple of 64"),
         ([row(offset=-64)], "offset -64 is not a multiple"),
+        ([row(whole=-1)], "whole -1 is not an unsigned"),
         ([row(checksum=-1)], "checksum -1 is not an unsigned"),
         ([row(checksum=0.5)], "checksum 0.5 is not an unsigned"),
         ([row(), row(offset=64)], "'w' is listed twice"),
@@ -107,25 +117,25 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_malformed_tables_name_tensor_field_and_value(rows: Any, message: str) -> None:
     table = [list(entry.values()) if isinstance(entry, dict) else entry for entry in rows] if rows != "w" else rows
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_bytes(msgpack.packb([3, 0, 128, None, None, "float32", False, table]))
+        Manifest.from_bytes(msgpack.packb([4, 0, 128, None, None, "float32", False, table]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 0, 0, []], "format version 1 is not 3"),
+        ([1, 0, 0, []], "format version 1 is not 4"),
         ([], "expected a list"),
         ({"format": 1}, "expected a list, got dict"),
-        ([3, 0, 0], "expected 8 fields, got 3"),
-        ([3, -1, 0, None, None, "float32", False, []], "version -1 is not an integer from 0"),
-        ([3, True, 0, None, None, "float32", False, []], "version True is not"),
-        ([3, 2**63, 0, None, None, "float32", False, []], "is not an integer from 0"),
-        ([3, 0, -1, None, None, "float32", False, []], "total_bytes -1 is not"),
-        ([3, 0, "0", None, None, "float32", False, []], "total_bytes '0' is not"),
-        ([3, 1, 0, 0, None, "float32", False, []], "belong together"),
-        ([3, 1, 0, -1, 7, "float32", False, []], "not a version and a checksum"),
-        ([3, 1, 0, None, None, "float32", 0, []], "inexact 0 is not a bool"),
-        ([3, 1, 0, 0, 7, "float16", False, []], "result_dtype 'float16' is not float32 or bfloat16"),
+        ([4, 0, 0], "expected 8 fields, got 3"),
+        ([4, -1, 0, None, None, "float32", False, []], "version -1 is not an integer from 0"),
+        ([4, True, 0, None, None, "float32", False, []], "version True is not"),
+        ([4, 2**63, 0, None, None, "float32", False, []], "is not an integer from 0"),
+        ([4, 0, -1, None, None, "float32", False, []], "total_bytes -1 is not"),
+        ([4, 0, "0", None, None, "float32", False, []], "total_bytes '0' is not"),
+        ([4, 1, 0, 0, None, "float32", False, []], "belong together"),
+        ([4, 1, 0, -1, 7, "float32", False, []], "not a version and a checksum"),
+        ([4, 1, 0, None, None, "float32", 0, []], "inexact 0 is not a bool"),
+        ([4, 1, 0, 0, 7, "float16", False, []], "result_dtype 'float16' is not float32 or bfloat16"),
     ],
 )
 def test_malformed_heads_are_refused(content: Any, message: str) -> None:

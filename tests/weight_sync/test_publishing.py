@@ -28,8 +28,8 @@ from zerokl.weight_sync import (
     WeightPublisher,
     open_published,
 )
-from zerokl.weight_sync.manifest import DTYPES
 from zerokl.weight_sync.segments import OwnedSegment
+from zerokl.weight_sync.tensor_spec import DTYPES
 
 Tensors = dict[str, NDArray[Any]]
 

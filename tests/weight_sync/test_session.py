@@ -20,8 +20,9 @@ from zerokl.weight_sync.errors import (
 )
 from zerokl.weight_sync.live_weights import LiveWeights
 from zerokl.weight_sync.manifest import Manifest, plan_layout, result_checksum
-from zerokl.weight_sync.session import UpdateSession, check_version
+from zerokl.weight_sync.session import UpdateSession
 from zerokl.weight_sync.transport import Bucket, Piece, bytes_of
+from zerokl.weight_sync.version_order import check_version
 
 Tensors = dict[str, Any]
 

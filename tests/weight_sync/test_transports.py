@@ -82,6 +82,19 @@ def test_all_transports_bring_the_same(tmp_path: Path, bucket_bytes: int) -> Non
             assert_equal(received(publication, bucket_bytes), expected)
 
 
+def test_a_rounded_file_brings_what_a_rounded_segment_does(tmp_path: Path) -> None:
+    given = {name: array for name, array in model_tensors().items() if array.dtype == np.float32}
+    with WeightPublisher() as publisher:
+        expected = received(publisher.publish(given, 1, dtype="bfloat16"))
+        for inexact in (True, False):
+            file = publish_file(tmp_path / "w.safetensors", given, 1, dtype="bfloat16", inexact=inexact)
+            assert_equal(received(file), expected)
+            with file.open() as lease:
+                assert lease.manifest.inexact is inexact
+    with pytest.raises(ManifestError, match="rounds float32 tensors, 'odd'"):
+        publish_file(tmp_path / "w.safetensors", {"odd": np.zeros(3)}, 2, dtype="bfloat16")
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 def test_a_file_is_replaced_at_once_and_others_can_read_it(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"

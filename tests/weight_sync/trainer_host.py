@@ -41,13 +41,13 @@ def arm(die: str | None) -> None:
     elif step in ("copy", "hash"):
         whole, left = shared_memory._copy_and_hash, [int(number)]
 
-        def part(target: Any, source: Any, narrow: Any) -> int:
+        def part(target: Any, source: Any, fill: Any) -> int:
             left[0] -= 1
             if not left[0] and step == "copy":
                 flat = target.reshape(-1)
                 flat[: flat.size // 2] = source.reshape(-1)[: flat.size // 2]
                 die_now()
-            digest = whole(target, source, narrow)
+            digest = whole(target, source, fill)
             if not left[0]:
                 die_now()
             return digest

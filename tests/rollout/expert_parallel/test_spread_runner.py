@@ -235,9 +235,16 @@ def test_published_weights_are_verified_by_the_ranks_that_read_them(tmp_path: Pa
         part = {theirs: np.array(delta[theirs])}
         part[theirs].reshape(-1)[:3] = 1.0
         spanned = publisher.publish_delta(part, 3, spans={theirs: (0, 3)})
-        workers[1].stage_weights(SharedWeights(published=spanned), 3)
-        with pytest.raises(ParentMismatchError, match=f"{theirs}.*is on another rank"):
-            workers[0].stage_weights(SharedWeights(published=spanned), 3)
+        false = [replace(spec, whole=spec.whole ^ 1) for spec in spanned.manifest.tensors]
+        broken = replace(spanned, manifest=replace(spanned.manifest, tensors=tuple(false)))
+        with pytest.raises(ParentMismatchError, match="gives a set of checksum"):
+            workers[0].stage_weights(SharedWeights(published=broken), 3)
+        for worker in workers:
+            worker.stage_weights(SharedWeights(published=spanned), 3)
+            worker.commit_weights()
+        got = each(2, lambda rank: workers[rank].execute(orders[rank]))
+        for one, want in zip(got, alone(config, {**tensors, **delta, **part}, orders), strict=True):
+            assert_same(one.sampled, want.sampled)
 
 
 def shuffled(runner: ModelRunner, seed: int) -> np.ndarray:

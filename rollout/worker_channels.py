@@ -45,7 +45,7 @@ class Channels:
         self._sequence = 0
         self._closed = False
         self._sockets: list[zmq.Socket[bytes]] = []
-        self._silent: set[int] = set()
+        self.silent: set[int] = set()
         """Ranks whose processes have not said Hello."""
         self._children: list[WorkerChild] = []
         self._poller = zmq.Poller()
@@ -62,14 +62,14 @@ class Channels:
     def attach(self, child: WorkerChild) -> None:
         """Watch the process that is at the other end of its rank's socket; in rank order at first."""
         self._children[child.rank : child.rank + 1] = [child]
-        self._silent.add(child.rank)
+        self.silent.add(child.rank)
         for source in (self._sockets[child.rank], child.pidfd, child.output):
             self._poller.register(source, zmq.POLLIN)
 
     def greet(self) -> None:
         """Wait until all other ends are up. Raises WorkerDiedError as `exchange`."""
         with self.lock:
-            self._receive(set(self._silent), 0)
+            self._receive(set(self.silent), 0)
 
     def exchange(
         self, orders: Mapping[int, Message], enough: Callable[[Message], bool] | None = None
@@ -148,10 +148,10 @@ class Channels:
             raise WorkerError(f"the worker sent what is no message: {error}") from error
         if sequence > self._sequence:
             raise WorkerError(f"the worker answered message {sequence}, the last one sent was {self._sequence}")
-        if rank in self._silent:
+        if rank in self.silent:
             if not isinstance(reply, Hello):
                 raise WorkerError(f"expected Hello from the worker, got {type(reply).__name__}")
-            self._silent.remove(rank)
+            self.silent.remove(rank)
         return reply if sequence == expected else None
 
 
@@ -180,12 +180,17 @@ class WorkerLink:
             undo.callback(self._close_watch)
             self._undo = undo.pop_all()
 
-    def start(self, ranks: Collection[int]) -> None:
+    def start(self, ranks: Collection[int]) -> set[int]:
         """Start a process for each of these ranks, in place of one that has ended, and wait until they are up.
 
-        Raises WorkerDiedError when any rank ends meanwhile, WorkerError when the link is being closed.
+        Those that were started before and did not come so far are replaced too; returns all that are new. Raises
+        WorkerDiedError when any rank ends meanwhile, WorkerError when the link is being closed.
         """
         self.forget_folder()
+        unborn = self.steps.silent | self.staging.silent
+        for rank in unborn:
+            self.children[rank].end()
+        ranks = {*ranks, *unborn}
         self.folder = _private_folder()
         with self.steps.lock, self.staging.lock:
             for channels in (self.steps, self.staging):
@@ -194,6 +199,7 @@ class WorkerLink:
                 self._start(rank)
         self.steps.greet()
         self.staging.greet()
+        return ranks
 
     def _start(self, rank: int) -> None:
         if self._closing:

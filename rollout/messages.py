@@ -24,7 +24,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
-    """Make the worker; answered by Done."""
+    """Be reachable for the other ranks, with this worker in the making; answered by Done.
+
+    A worker that is complete leaves the others to be linked anew, and keeps what it is and holds.
+    """
 
     options: dict[str, Any]
     """Fields of `zerokl.rollout.config.EngineConfig`."""
@@ -32,11 +35,13 @@ class Configure:
     """The worker's place among the config's ranks."""
     folder: str
     """Where ranks reach each other by sockets, until they are connected."""
+    placement: list[list[list[int]]]
+    """[M, E, slots]: where experts are, as `ExpertPlacement.experts`. Empty: where they are at first, if anywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connect:
-    """Reach the other ranks, all of which are configured; answered by Done."""
+    """Reach the other ranks, all of which are configured, and make the worker; answered by Done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

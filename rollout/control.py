@@ -121,6 +121,7 @@ class WeightSets:
         self.inexact_versions: frozenset[int] = frozenset()
         """Versions of the policy that were such sets."""
         self.stage_times = Histogram()
+        """Seconds of each update after the first load, as the next."""
         self.commit_times = Histogram()
         self.num_updates = 0
 
@@ -129,7 +130,7 @@ class WeightSets:
         self._ranks.stage_weights(source, 0)
         self._staged = 0
         self.commit()
-        self.num_updates = 0
+        self.num_updates, self.commit_times = 0, Histogram()
 
     @property
     def staged_version(self) -> int:

@@ -27,8 +27,8 @@ from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.in_flight import InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
-from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.mismatch import MismatchMonitor
+from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt

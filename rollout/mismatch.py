@@ -212,9 +212,8 @@ def _joined(logprobs: Any, sizes: Sequence[int]) -> NDArray[np.float32]:
             f"logprobs must be one array for each of the {len(sizes)} rollouts, or one of all their {total} tokens, "
             f"got {type(logprobs).__name__}" + (f" of {len(logprobs)}" if hasattr(logprobs, "__len__") else "")
         )
-    parts = [
-        _checked(f"logprobs[{index}]", part, size) for index, (part, size) in enumerate(zip(logprobs, sizes, strict=True))
-    ]
+    pairs = enumerate(zip(logprobs, sizes, strict=True))
+    parts = [_checked(f"logprobs[{index}]", part, size) for index, (part, size) in pairs]
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
 

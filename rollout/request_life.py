@@ -46,8 +46,9 @@ class RequestLife:
         self._youngest = request.arrival
         self._intake.observe(self._clock() - request.arrival_time)
         if _logger.isEnabledFor(logging.DEBUG):
-            event = "request resumed" if request.num_output_tokens and request.kind == "generate" else "request received"
-            _log(event, request, kind=request.kind, num_prompt_tokens=request.num_prompt_tokens, policy=request.policy)
+            event = "request resumed" if request.num_output_tokens else "request received"
+            size = request.num_prompt_tokens
+            _log(event, request, kind=request.kind, num_prompt_tokens=size, policy=request.policy)
 
     def held(self, refusals: Iterable[tuple[str, Refusal]]) -> None:
         """A plan is made, its joins carried out; these weight sets' requests that still wait were refused, and why."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 _STEPS = (1.0, 2.5, 5.0)
 SECONDS = (*(round(step * 10.0**power, 5) for power in range(-4, 2) for step in _STEPS), 100.0, 250.0, 500.0, 1000.0)
 """Upper bounds for durations: 0.1 ms to 1000 s, three to a decade."""
 
 
-class HistogramData(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistogramData:
     """A histogram at one moment. Plain data."""
 
     name: str
@@ -42,7 +44,7 @@ class HistogramData(NamedTuple):
 
     def to_wire(self) -> dict[str, Any]:
         """Fields as plain lists and numbers."""
-        return {**self._asdict(), "labels": dict(self.labels), "bounds": list(self.bounds), "counts": list(self.counts)}
+        return {**asdict(self), "bounds": list(self.bounds), "counts": list(self.counts)}
 
 
 class Histogram:
@@ -64,4 +66,5 @@ class Histogram:
 
     def data(self, name: str, **labels: str) -> HistogramData:
         """What it holds now, under a name."""
-        return HistogramData(name, labels, self._bounds, tuple(self._counts), self.sum)
+        counts = tuple(self._counts)
+        return HistogramData(name=name, labels=labels, bounds=self._bounds, counts=counts, sum=self.sum)

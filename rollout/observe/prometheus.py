@@ -26,8 +26,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from zerokl.rollout.histogram import HistogramData
-from zerokl.rollout.observe.series import SERIES, UNLISTED, Series, Telemetry, samples_of
+from zerokl.rollout.observe.series import SERIES, UNLISTED, Sample, Series, Telemetry, samples_of
 from zerokl.rollout.server.keys import is_loopback
 from zerokl.rollout.server.sockets import EndpointTakenError
 
@@ -59,13 +58,7 @@ class TelemetryCollector(Collector):
         for series in (*SERIES, UNLISTED):
             samples = samples_of(series, telemetry)
             if samples:
-                family = _family(series)
-                for labels, value in samples:
-                    if isinstance(value, HistogramData):
-                        family.add_metric(labels, _buckets(value), value.sum)
-                    else:
-                        family.add_metric(labels, float(value))
-                yield family
+                yield _histograms(series, samples) if series.kind == "histogram" else _numbers(series, samples)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -142,14 +135,20 @@ def serve_metrics(observed: Observed, bind: str = "127.0.0.1:9400", *, allow_rem
     return server
 
 
-def _family(series: Series) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
-    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
-    return kinds[series.kind](series.name, series.meaning, labels=series.labels)
+def _numbers(series: Series, samples: list[Sample]) -> Metric:
+    kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+    family = kind(series.name, series.meaning, labels=series.labels)
+    for labels, value in samples:
+        family.add_metric(labels, float(value))
+    return family
 
 
-def _buckets(data: HistogramData) -> list[tuple[str, float]]:
-    bounds = [*(str(bound) for bound in data.bounds), "+Inf"]
-    return [(bound, float(count)) for bound, count in zip(bounds, data.cumulative(), strict=True)]
+def _histograms(series: Series, samples: list[Sample]) -> Metric:
+    family = HistogramMetricFamily(series.name, series.meaning, labels=series.labels)
+    for labels, data in samples:
+        bounds = [*map(str, data.bounds), "+Inf"]
+        family.add_metric(labels, list(zip(bounds, map(float, data.cumulative()), strict=True)), data.sum)
+    return family
 
 
 def _address(bind: str) -> tuple[str, int]:

@@ -61,7 +61,7 @@ def test_a_refused_request_changes_no_counter_but_its_reason_and_its_age():
     rig.step()
     after = rig.scheduler.metrics()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"steps", "computed_tokens", "result_rows", "refused_blocks"}
+    assert changed == {"steps", "computed_tokens", "generated_tokens", "result_rows", "refused_blocks"}
     assert {name: bits(getattr(head, name)) for name in fields} == fields
 
 

@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from zerokl.rollout.observe.series import SERIES, UNLISTED, Sample, Series, Telemetry, samples_of
+from zerokl.rollout.observe.series import SERIES, UNLISTED, Sample, Series, Telemetry
 from zerokl.rollout.server.keys import is_loopback
 from zerokl.rollout.server.sockets import EndpointTakenError
 
@@ -56,7 +56,7 @@ class TelemetryCollector(Collector):
         """All families of which there is a sample."""
         telemetry = self._read()
         for series in (*SERIES, UNLISTED):
-            samples = samples_of(series, telemetry)
+            samples = list(series.read(telemetry))
             if samples:
                 yield _histograms(series, samples) if series.kind == "histogram" else _numbers(series, samples)
 

@@ -30,13 +30,9 @@ class Series:
     meaning: str
     labels: tuple[str, ...] = ()
     read: Callable[[Telemetry], Iterable[Sample]]
+    """The samples; none where the telemetry has nothing of it."""
     covers: tuple[str, ...] = ()
     """Keys of `metrics()` that it stands for."""
-
-
-def samples_of(series: Series, telemetry: Telemetry) -> list[Sample]:
-    """The samples of a series; none where the telemetry has nothing of it."""
-    return list(series.read(telemetry))
 
 
 def unlisted(telemetry: Telemetry) -> list[Sample]:

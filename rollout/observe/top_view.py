@@ -44,7 +44,7 @@ class Frame:
     def render(self) -> RenderableType:
         """The frame, for any console."""
         if self.now is None:
-            return Group(self._title(), Text(self.problem or "connecting", style="bold red" if self.problem else "dim"))
+            return self._title()
         seen = self.now.telemetry
         panels = [
             _panel("requests", self._requests(seen)),
@@ -60,21 +60,23 @@ class Frame:
         return Group(self._title(), self._ranks(seen["health"]["ranks"]), pairs)
 
     # -- parts --------------------------------------------------------------------------------------------------------
-    def _title(self) -> Text:
-        title = Text.assemble(("rollout-top ", "bold"), self.endpoint)
+    def _title(self) -> RenderableType:
+        title = Text("rollout-top", "bold", no_wrap=True, overflow="ellipsis")
+        lines = [title]
         if self.now is not None:
             health, metrics = self.now.telemetry["health"], self.now.telemetry["metrics"]
             state = health["state"] if self.problem is None else "gone"
             title.append(f"  {state}", _STATE_STYLES.get(state, "bold yellow"))
             title.append(f"  version {health['weight_versions'].get('policy', _NO_VALUE)}")
-            title.append(f"  {self._rate(_total, 'generated_tokens')} tokens/s", "bold")
-            if "server_clients" in metrics:
-                title.append(f"  {metrics['server_clients']} clients")
+            title.append(f"  {self._rate(_total, 'generated_tokens')} tokens/s")
+            title.append(f"  {metrics.get('server_clients', 0)} clients")
             if health["cause"] is not None:
-                title.append(f"\n{health['cause']}", "red")
-        if self.problem is not None and self.now is not None:
-            title.append(f"\n{self.problem}; the figures below are old", "bold red")
-        return title
+                lines.append(Text(health["cause"], "red"))
+        title.append(f"  {self.endpoint}", "not bold dim")
+        if self.problem is not None:
+            old = "; the figures below are old" if self.now is not None else ""
+            lines.append(Text(self.problem + old, "bold red"))
+        return Group(*lines)
 
     def _ranks(self, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         table = Table(box=None, expand=True, padding=(0, 1), header_style="dim")

@@ -19,7 +19,7 @@ from zerokl.integrations.paddle_backend import import_paddle
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.integrations.report import StepReport
 from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.kl import mismatch_kl, reference_kl
+from zerokl.rollout.kl import reference_kl
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.weight_sync.publisher import WeightPublisher
@@ -135,7 +135,7 @@ class PolicyTrainer(ABC):
             cached_tokens=sum(rollout.num_cached_tokens for rollout in rollouts),
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
-            mismatch=mismatch_kl(first_epoch.logprobs, rolled, inexact=any(rollout.inexact for rollout in rollouts)),
+            mismatch=self.engine.report_trainer_logprobs(rollouts, first_epoch.logprobs, version=version),
             reference=reference_kl(np.concatenate(reference), rolled),
             entropy=first_epoch.entropy,
             loss=first_epoch.loss,

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from zerokl.rollout.client_calls import FilesCall, GenerateCall, PendingCall, RolloutStream, ScoreCall, StreamCall
 from zerokl.rollout.client_link import ClientLink, LinkOptions
+from zerokl.rollout.client_observation import ClientObservationMethods
 from zerokl.rollout.client_weights import ClientWeightMethods
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.control import POLICY
 from zerokl.rollout.hooks import UpdateHooks
+from zerokl.rollout.mismatch import AlarmHooks
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.pause import PauseMode, pause_mode
@@ -40,7 +42,7 @@ _WITH_DEADLINE = frozenset(
 )
 
 
-class RolloutClient(ClientWeightMethods):
+class RolloutClient(ClientWeightMethods, ClientObservationMethods):
     """Speaks to a `rollout-server`; a trainer that was written for `RolloutEngine` changes one line.
 
         with RolloutClient("tcp://127.0.0.1:5757") as engine:
@@ -70,6 +72,7 @@ class RolloutClient(ClientWeightMethods):
             raise ValueError("server_key and client_key must be given both, or neither")
         self._timeout = _timeout(timeout)
         self._hooks = UpdateHooks()
+        self._alarm_hooks = AlarmHooks()
         self._uploads = itertools.count(1)
         keys: tuple[bytes | None, bytes, bytes] = None, b"", b""
         if server_key is not None and client_key is not None:
@@ -191,16 +194,6 @@ class RolloutClient(ClientWeightMethods):
     def reset_prefix_cache(self) -> None:
         """See `RolloutEngine.reset_prefix_cache`."""
         self._call("reset_prefix_cache")
-
-    def metrics(self) -> dict[str, float]:
-        """The engine's counters, and the server's under names with `server_`."""
-        metrics: dict[str, float] = self._call("metrics")
-        return metrics
-
-    def health(self) -> dict[str, Any]:
-        """See `RolloutEngine.health`."""
-        health: dict[str, Any] = self._call("health")
-        return health
 
     def describe_worker(self) -> dict[str, Any]:
         """See `RolloutEngine.describe_worker`."""

@@ -91,6 +91,9 @@ class EngineConfig:
 
     A mixture-of-experts model only. Costs 6 bytes per KV slot, mixture and expert of a token in the controller.
     """
+    k3_alarm: float | None = 0.0
+    """`report_trainer_logprobs` alarms where the mismatch k3_kl_mean is above it; at 0.0 by any token that differs.
+    None: never."""
 
     def __post_init__(self) -> None:
         self._set("model", _path("model", self.model))
@@ -111,6 +114,8 @@ class EngineConfig:
             raise ValueError(f"worker must be one of {get_args(WorkerKind)}, got {self.worker!r}")
         if self.return_routing not in get_args(ReturnRouting):
             raise ValueError(f"return_routing must be one of {get_args(ReturnRouting)}, got {self.return_routing!r}")
+        if self.k3_alarm is not None:
+            self._set("k3_alarm", check_float("k3_alarm", self.k3_alarm, "None or a number >= 0", 0.0))
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
         self._check_ranks()

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
+from zerokl.rollout.histogram import Histogram
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
@@ -120,8 +121,9 @@ class WeightSets:
         """Sets whose publication says that a trainer's forward does not give the same bits."""
         self.inexact_versions: frozenset[int] = frozenset()
         """Versions of the policy that were such sets."""
-        self.stage_seconds = 0.0
-        self.commit_seconds = 0.0
+        self.stage_times = Histogram()
+        """Seconds of each update after the first load, as the next."""
+        self.commit_times = Histogram()
         self.num_updates = 0
 
     def load_first(self, source: WeightSource) -> None:
@@ -129,7 +131,7 @@ class WeightSets:
         self._ranks.stage_weights(source, 0)
         self._staged = 0
         self.commit()
-        self.num_updates = 0
+        self.num_updates, self.commit_times = 0, Histogram()
 
     @property
     def staged_version(self) -> int:
@@ -149,7 +151,7 @@ class WeightSets:
         self._ranks.stage_weights(source, version)
         self._staged = version
         self._staged_inexact = _says_inexact(source)
-        self.stage_seconds += time.perf_counter() - start
+        self.stage_times.observe(time.perf_counter() - start)
 
     def commit(self, *, keep_running: bool = False) -> int:
         """Make the staged version live; returns it. `keep_running`: as `Scheduler.set_weights` takes it."""
@@ -164,7 +166,7 @@ class WeightSets:
             self.inexact, self.inexact_versions = self.inexact | {POLICY}, self.inexact_versions | {version}
         else:
             self.inexact, self.inexact_versions = self.inexact - {POLICY}, self.inexact_versions - {version}
-        self.commit_seconds += time.perf_counter() - start
+        self.commit_times.observe(time.perf_counter() - start)
         self.num_updates += 1
         return version
 

@@ -20,12 +20,14 @@ from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.config import EngineConfig, SchedulerConfig
 from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.engine_observation import ObservationMethods
 from zerokl.rollout.engine_pause import PauseMethods
 from zerokl.rollout.engine_weights import WeightMethods
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.in_flight import InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
+from zerokl.rollout.mismatch import MismatchMonitor
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
@@ -45,7 +47,7 @@ from zerokl.rollout.weight_updates import WeightUpdates
 from zerokl.rollout.worker import Worker
 
 
-class RolloutEngine(WeightMethods, PauseMethods):
+class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
     """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
 
         with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
@@ -93,6 +95,7 @@ class RolloutEngine(WeightMethods, PauseMethods):
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
+        self._mismatch = MismatchMonitor(config.k3_alarm)
         limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
@@ -252,7 +255,8 @@ class RolloutEngine(WeightMethods, PauseMethods):
 
         They are read without stopping the loop, so they may be a step apart.
         """
-        return {**self._loop.metrics(), **self._balance.metrics(), **self._ranks.metrics()}
+        failures = {"weight_update_failures": self._updates.num_failures}
+        return {**self._loop.metrics(), **self._balance.metrics(), **self._ranks.metrics(), **failures}
 
     @property
     def rank_pids(self) -> list[int]:
@@ -262,7 +266,8 @@ class RolloutEngine(WeightMethods, PauseMethods):
     def health(self) -> dict[str, Any]:
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.
 
-        `ranks` holds of each rank the worker's kind, pid and num_threads, the requests running there and its KV blocks.
+        `ranks` holds of each rank its role, the worker's kind, pid and num_threads, the requests running there, its KV
+        blocks and its tokens since the start.
 
         `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
         not 0 under them. States are "running", "draining", "paused", "asleep", "failed" and "closed".
@@ -280,9 +285,15 @@ class RolloutEngine(WeightMethods, PauseMethods):
             "asleep": dict(self._sleep.parts),
             "worker": {**self._facts[0], "pid": self._ranks.pids[0]},
             "ranks": [
-                {"rank": rank, **facts, "pid": pid, **load}
-                for rank, (facts, pid, load) in enumerate(
-                    zip(self._facts, self._ranks.pids, self._scheduler.rank_metrics(), strict=True)
+                {"rank": rank, "role": role, **facts, "pid": pid, **load}
+                for rank, (role, facts, pid, load) in enumerate(
+                    zip(
+                        self._config.rank_roles or (),
+                        self._facts,
+                        self._ranks.pids,
+                        self._scheduler.rank_metrics(),
+                        strict=True,
+                    )
                 )
             ],
         }

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, StepAbandonedError, WorkerError
+from zerokl.rollout.histogram import HistogramData
 from zerokl.rollout.loop_inbox import LoopInbox
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.pause import GenerationPause, PauseMode
@@ -155,7 +156,11 @@ class EngineLoop:
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
-        return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.seconds}
+        return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.times.sum}
+
+    def histograms(self) -> list[HistogramData]:
+        """Durations since the start: see `LoopMeter.histograms`; of pauses of generation."""
+        return [*self._meter.histograms(), self._pause.times.data("pause_seconds", cause="generation")]
 
     def close(self, *, wait: bool = True) -> None:
         """End the thread after its current step, failing what is in flight. Idempotent; waits until it has ended.
@@ -273,7 +278,7 @@ class EngineLoop:
         for request in self._scheduler.update(plan, results):
             self.deliver(request)
         self._after_step(results)
-        self._meter.count_step(plan, start=start, worker_seconds=worker_seconds)
+        self._meter.count_step(plan, start=start, called=called, worker_seconds=worker_seconds)
         for watcher in self._watchers:
             watcher()
 

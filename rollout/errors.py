@@ -33,3 +33,11 @@ class HookError(RuntimeError):
 
 class PauseLiftedError(RuntimeError):
     """`resume_generation` was called before the pause that this call asked for held."""
+
+
+_MAX_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something was refused, for the log: without the value that was, which may be a prompt."""
+    return f"{type(error).__name__}: {error}".partition(", got ")[0][:_MAX_REASON]

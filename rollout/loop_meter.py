@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from zerokl.rollout.control import WeightSets
+from zerokl.rollout.histogram import Histogram, HistogramData
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_plan import StepPlan
 
@@ -16,23 +17,26 @@ class LoopMeter:
         self._scheduler = scheduler
         self._weights = weights
         self._decode_tokens = 0
-        self._step_seconds = 0.0
+        self._steps = Histogram()
+        self._plans = Histogram()
         self._worker_seconds = 0.0
-        self._drain_seconds = 0.0
+        self._drains = Histogram()
         self._drain_start = 0.0
-        self._pause_seconds = 0.0
+        self._pauses = Histogram()
         self._last_end: float | None = None
         self._num_updates = 0
 
-    def count_step(self, plan: StepPlan, *, start: float, worker_seconds: float) -> None:
-        """A step that began at `start` is done."""
+    def count_step(self, plan: StepPlan, *, start: float, called: float, worker_seconds: float) -> None:
+        """A step that began at `start`, and whose ranks were called at `called`, is done."""
         end = time.perf_counter()
         if self._weights.num_updates != self._num_updates:
             self._num_updates = self._weights.num_updates
-            self._pause_seconds += start - self._last_end if self._last_end is not None else 0.0
+            if self._last_end is not None:
+                self._pauses.observe(start - self._last_end)
         self._last_end = end if self._scheduler.num_unfinished else None
         self._decode_tokens += sum(entry.num_tokens == 1 for rank in plan.ranks for entry in rank.entries)
-        self._step_seconds += end - start
+        self._steps.observe(end - start)
+        self._plans.observe(called - start)
         self._worker_seconds += worker_seconds
 
     def begin_drain(self) -> None:
@@ -41,7 +45,7 @@ class LoopMeter:
 
     def end_drain(self) -> None:
         """The change is due now."""
-        self._drain_seconds += time.perf_counter() - self._drain_start
+        self._drains.observe(time.perf_counter() - self._drain_start)
 
     def metrics(self) -> dict[str, float]:
         """The scheduler's counters; tokens by kind, seconds of steps and weights.
@@ -55,11 +59,25 @@ class LoopMeter:
             "kv_usage": 1.0 - scheduler["free_blocks"] / scheduler["total_blocks"],
             "prefill_tokens": scheduler["computed_tokens"] - self._decode_tokens,
             "decode_tokens": self._decode_tokens,
-            "step_seconds": self._step_seconds,
+            "step_seconds": self._steps.sum,
             "worker_seconds": self._worker_seconds,
             "weight_updates": self._weights.num_updates,
-            "weight_stage_seconds": self._weights.stage_seconds,
-            "weight_drain_seconds": self._drain_seconds,
-            "weight_pause_seconds": self._pause_seconds,
-            "weight_commit_seconds": self._weights.commit_seconds,
+            "weight_stage_seconds": self._weights.stage_times.sum,
+            "weight_drain_seconds": self._drains.sum,
+            "weight_pause_seconds": self._pauses.sum,
+            "weight_commit_seconds": self._weights.commit_times.sum,
         }
+
+    def histograms(self) -> list[HistogramData]:
+        """The scheduler's; seconds of steps, of planning them and laying out their arrays, and of weight updates:
+        staging, waiting for requests in flight, committing, and the pause of those in flight.
+        """
+        return [
+            *self._scheduler.meter.histograms(),
+            self._steps.data("step_seconds"),
+            self._plans.data("plan_seconds"),
+            self._weights.stage_times.data("weight_sync_seconds", part="stage"),
+            self._drains.data("weight_sync_seconds", part="drain"),
+            self._weights.commit_times.data("weight_sync_seconds", part="commit"),
+            self._pauses.data("pause_seconds", cause="weights"),
+        ]

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Literal, get_args
 
 from zerokl.rollout.errors import PauseLiftedError
+from zerokl.rollout.histogram import Histogram
 
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -24,8 +25,8 @@ class GenerationPause:
     def __init__(self) -> None:
         self.mode: PauseMode | None = None
         """None: generation is not paused, nor about to be."""
-        self.seconds = 0.0
-        """Sum over the pauses that have ended, each from the moment it held."""
+        self.times = Histogram()
+        """Seconds of the pauses that have ended, each from the moment it held."""
         self._since: float | None = None
         self._waiters: list[Future[None]] = []
 
@@ -57,7 +58,7 @@ class GenerationPause:
         """End the pause; whoever still waits for it to hold gets PauseLiftedError."""
         self.mode = None
         if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
+            self.times.observe(time.perf_counter() - self._since)
             self._since = None
         for waiter in self.take_waiters():
             waiter.set_exception(PauseLiftedError("generation was resumed before the pause held"))

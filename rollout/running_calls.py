@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 
 from zerokl.rollout.control import Call
-from zerokl.rollout.errors import EngineAsleepError
+from zerokl.rollout.errors import EngineAsleepError, reason_of
 from zerokl.rollout.loop_inbox import LoopInbox
 from zerokl.rollout.request import Request
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.stop import StopStrings
+
+_logger = logging.getLogger(__name__)
 
 
 class RunningCalls:
@@ -62,6 +65,7 @@ class RunningCalls:
         """End the call of a request that is in flight, with an error."""
         call = self._calls[request.request_id]
         call.error = error
+        _logger.info("request rejected", extra={"request_id": request.request_id, "reason": reason_of(error)})
         for group in call.groups.values():
             self._abort_group(group)
 

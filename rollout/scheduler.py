@@ -5,8 +5,8 @@ What a step computes is decided in `zerokl.rollout.planning`; here are the reque
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
@@ -22,8 +22,6 @@ from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
 from zerokl.rollout.weight_turns import WeightTurns
-
-logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -41,8 +39,12 @@ class Scheduler:
         config: SchedulerConfig,
         kv_caches: Sequence[KVCacheManager],
         stop_checker: StopChecker | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`kv_caches`: one per rank, alike. Raises ValueError where `config.roles` names another number of ranks."""
+        """`kv_caches`: one per rank, alike. `clock` gives seconds, as `add` takes them: it is for the meter alone.
+
+        Raises ValueError where `config.roles` names another number of ranks.
+        """
         if not kv_caches or (config.roles is not None and len(config.roles) != len(kv_caches)):
             raise ValueError(f"roles must name each of the {len(kv_caches)} ranks once, got {config.roles!r}")
         self.requests: dict[str, Request] = {}
@@ -56,7 +58,8 @@ class Scheduler:
         self._awaited_step = 0
         """The step whose results are to come; 0 if there is none."""
         self._num_arrivals = 0
-        self._meter = SchedulerMeter(self._residents)
+        self.meter = SchedulerMeter(self._residents, clock)
+        """Any thread may read it."""
 
     # -- weight sets -------------------------------------------------------------------------------
     def set_weights(self, name: str, *, epoch: int, version: int, keep_running: bool = False) -> None:
@@ -114,6 +117,7 @@ class Scheduler:
         self._num_arrivals += 1
         self.requests[request.request_id] = request
         self._queue.add(request, shareable_tokens=self._shareable_tokens(request))
+        self.meter.count_received(request)
 
     def abort(self, request_id: str) -> Request | None:
         """End a request with what it has so far and return it; None if it is unknown or finished.
@@ -204,7 +208,7 @@ class Scheduler:
             kv_cache = self._residents.kv_caches[rank_plan.rank]
             running = self._residents.running[rank_plan.rank]
             tokens = sampled.tokens.tolist()
-            end_row = 0
+            end_row = num_generated = 0
             for entry in rank_plan.entries:
                 first_row, end_row = end_row, end_row + entry.num_rows
                 if entry.request_id in self._residents.left:
@@ -214,11 +218,12 @@ class Scheduler:
                 kv_cache.publish(request)
                 if request.group_id is not None and self._has_computed_shared(request):
                     leaders.append(request)
+                num_generated += entry.num_rows > 0 and request.kind == "generate"
                 if entry.num_rows and self._record(request, plan, entry, sampled, first_row, tokens[first_row]):
                     finished.append(request)
                 else:
                     running.advance(request)
-            self._meter.count_results(rank_plan.num_tokens, rank_plan.num_rows)
+            self.meter.count_results(plan, rank_plan, num_generated)
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished
@@ -236,6 +241,8 @@ class Scheduler:
             request.rank,
         )
         request.record(sampled, first_row, entry.num_rows, origin)
+        if request.num_output_tokens == 1 and request.kind == "generate":
+            self.meter.count_first_token(request)
         end = find_end(request, token, self._stop_checker)
         if end is None:
             return False
@@ -245,11 +252,11 @@ class Scheduler:
 
     def metrics(self) -> dict[str, int]:
         """Gauges and counters since the start; refusals are counted per step and cause."""
-        return self._meter.metrics(steps=self._step, waiting=self.num_waiting)
+        return self.meter.metrics(steps=self._step, waiting=self.num_waiting)
 
     def rank_metrics(self) -> list[dict[str, int]]:
-        """Gauges of each rank: the requests that run there and its KV blocks."""
-        return self._meter.rank_metrics()
+        """Of each rank the requests that run there, its KV blocks, and tokens since the start."""
+        return self.meter.rank_metrics()
 
     def check_integrity(self) -> None:
         """Assert on each rank that no KV block is lost, held twice or held by nobody."""
@@ -257,15 +264,13 @@ class Scheduler:
 
     # -- carrying out a decision -------------------------------------------------------------------
     def _commit(self, decision: Decision) -> StepPlan | Hold:
-        for refusal, request_id in decision.refusals:
-            self._meter.count_refusal(refusal)
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("step %d: refused for %s: %s", self._step + 1, refusal.name, request_id or "all that wait")
         if decision.policy is None:
             assert decision.hold_until is not None, "unfinished requests, but none can run"
+            self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step + 1)
             return Hold(decision.hold_until)
         self._step += 1
         self._change_residents(decision)
+        self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step)
         for policy in decision.left:
             self._queue.note_tried(policy)
         self._awaited_step = self._step
@@ -292,7 +297,7 @@ class Scheduler:
             self._residents.grow(number, rank.grown)
         for move in decision.moves:
             self._residents.move(move)
-            self._meter.count_handover()
+            self.meter.count_handover()
         for outcome in decision.outcomes:
             if isinstance(outcome, Join):
                 self._start_running(outcome)
@@ -306,14 +311,14 @@ class Scheduler:
         self._queue.note_joined(request)
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
-        self._meter.count_admission(request.num_computed_tokens)
+        self.meter.count_admission(request)
 
     def _preempt(self, request: Request) -> None:
         self._residents.stop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self._queue.add_front(request)
-        self._meter.count_preemption()
+        self.meter.count_preemption(request)
 
     def _shareable_tokens(self, request: Request) -> int:
         return self._residents.kv_caches[0].shareable_tokens(request)
@@ -324,4 +329,4 @@ class Scheduler:
     def _finish(self, request: Request, end: End) -> None:
         request.finish(end.finish_reason, end.reason)
         del self.requests[request.request_id]
-        self._meter.count_finish(end.finish_reason)
+        self.meter.count_finish(request, end.finish_reason)

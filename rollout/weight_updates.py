@@ -36,6 +36,8 @@ class WeightUpdates:
     ) -> None:
         self.hooks = UpdateHooks()
         self.lock = lock
+        self.num_failures = 0
+        """Updates that left the old version serving."""
         self._discarded: Future[None] | None = None
         self._loop = loop
         self._weights = weights
@@ -129,6 +131,7 @@ class WeightUpdate:
             with self._updates.lock:
                 live = self._stage_and_apply()
         except BaseException as error:
+            self._updates.num_failures += 1
             hooks.call("on_failure", dataclasses.replace(self._event, error=error))
             raise
         hooks.call("after_commit", dataclasses.replace(self._event, live_version=live))

@@ -190,7 +190,7 @@ class Rig:
             max_group_imbalance=self.max_group_imbalance,
             roles=self.roles,
         )
-        self.scheduler = Scheduler(self.config, self.kv_caches)
+        self.scheduler = Scheduler(self.config, self.kv_caches, clock=lambda: self.now)
         self.models = [FakeModel(self.num_blocks, self.block_size, self.weights) for _ in range(self.num_ranks)]
         for epoch, name in enumerate(self.weights, 1):
             self.scheduler.set_weights(name, epoch=epoch, version=10 * epoch)

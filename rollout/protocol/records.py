@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.rollout.mismatch import ReportedTokens
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.protocol.fields import ProtocolError, check_fields
 from zerokl.rollout.protocol.schema import ROLLOUT_ARRAYS, ROLLOUT_FIELDS
@@ -131,6 +132,12 @@ def split(name: str, array: NDArray[Any], lens: Sequence[int]) -> list[NDArray[A
         parts.append(array[start : start + size].copy())
         start += size
     return parts
+
+
+# -- what a trainer reports -------------------------------------------------------------------------------------------
+def reported_to_arrays(tokens: ReportedTokens) -> dict[str, NDArray[Any]]:
+    """Arrays of a `report_trainer_logprobs` message; `ReportedTokens(**arrays)` checks them on the way back."""
+    return {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
 
 
 # -- rollouts ---------------------------------------------------------------------------------------------------------

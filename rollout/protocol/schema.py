@@ -198,6 +198,20 @@ CLIENT_MESSAGES: Schema = {
     "resume_generation": MessageKind("Ends a pause."),
     "health": MessageKind("State of engine and server."),
     "metrics": MessageKind("Counters of engine and server."),
+    "telemetry": MessageKind("All that can be observed of engine and server: metrics, health, histograms, mismatch."),
+    "report_trainer_logprobs": MessageKind(
+        "Compares the trainer's logprobs of T tokens with the rollouts' `policy_logprobs`. `inexact` is 1 for tokens "
+        "of rollouts that are inexact or kept keys and values through an update. `version`: of the weights that the "
+        "trainer's forward had, by default the newest. The result is the report and whether it alarmed.",
+        "yes",
+        {"version": Optional(Integer())},
+        {
+            "trainer_logprobs": _F32,
+            "rollout_logprobs": _F32,
+            "policy_versions": _I64,
+            "inexact": ArrayKind("uint8"),
+        },
+    ),
     "describe_ranks": MessageKind("Facts of each rank's worker."),
     "expert_load": MessageKind("How often tokens chose each expert.", "yes", {"reset": Flag()}),
     "rebalance_experts": MessageKind("Moves experts between ranks by their load."),

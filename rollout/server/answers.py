@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.rollout.mismatch import ReportedTokens
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.protocol.codec import Message
 from zerokl.rollout.protocol.records import rollouts_to_wire
@@ -74,6 +75,18 @@ def expert_load(engine: RolloutEngine, reset: bool) -> dict[str, Any]:
     load = engine.expert_load(reset=reset)
     counts = {name: getattr(load, name).reshape(-1).tolist() for name in ("last_step", "total")}
     return {"shape": list(load.total.shape), **counts}
+
+
+def telemetry(engine: RolloutEngine, server_facts: Mapping[str, float]) -> dict[str, Any]:
+    """The engine's telemetry with the server's counters among its metrics."""
+    seen = engine.telemetry()
+    return {**seen, "metrics": {**seen["metrics"], **server_facts}}
+
+
+def take_report(engine: RolloutEngine, message: Message) -> dict[str, Any]:
+    """Have the engine take what a trainer reports. Raises ValueError for arrays that do not fit."""
+    report, alarms = engine.receive_trainer_logprobs(ReportedTokens(**message.arrays), message.body.get("version"))
+    return {"report": report.to_dict(), "alarm": alarms}
 
 
 def describe_engine(engine: RolloutEngine, call: int) -> Message:

@@ -12,9 +12,11 @@ from zerokl.rollout.protocol.codec import PROTOCOL_VERSION, Frame, Message, deco
 from zerokl.rollout.protocol.failures import BusyError, DeadlineError, ServerClosingError, failure_of
 from zerokl.rollout.protocol.fields import ProtocolError
 from zerokl.rollout.protocol.schema import CLIENT_MESSAGES, SESSION_BYTES
-from zerokl.rollout.server.jobs import EngineJobs, Outcome, ServedCall
+from zerokl.rollout.server.call_log import log_call, log_outcome
+from zerokl.rollout.server.jobs import EngineJobs
 from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
+from zerokl.rollout.server.served_call import Outcome, ServedCall
 from zerokl.rollout.server.session import Session
 from zerokl.rollout.server.streams import TokenFeed
 
@@ -86,7 +88,7 @@ class Dispatcher:
             self._begin(session, message, nbytes, now)
 
     def _begin(self, session: Session, message: Message, nbytes: int, now: float) -> None:
-        call = ServedCall(session.token, message.call, message.kind, session.feed)
+        call = ServedCall(session.token, message, session.feed)
         session.open_calls[message.call] = call
         try:
             if self.is_closing:
@@ -101,7 +103,7 @@ class Dispatcher:
         deadline = message.body.get("deadline")
         if deadline is not None:
             heapq.heappush(self._deadlines, (now + deadline, session.token, message.call))
-        _logger.debug("client %r, call %d: %s", session.name, message.call, message.kind)
+        log_call(logging.DEBUG, "call received", session.name, call)
         self._jobs.start(call, message)
 
     def _refuse_call(self, session: Session, error: ProtocolError) -> None:
@@ -136,7 +138,7 @@ class Dispatcher:
         session = Session(secrets.token_bytes(SESSION_BYTES), user, name, feed, self._limits.window_bytes)
         self._sessions[session.token] = session
         self._jobs.add_feed(feed)
-        _logger.info("client %r: here", name)
+        _logger.info("client here", extra={"client": name})
         return session
 
     def _welcome(self, session: Session, resumed: bool) -> Message:
@@ -158,6 +160,7 @@ class Dispatcher:
         session = self._sessions.get(call.client)
         if session is not None:
             del session.open_calls[call.number]
+            log_outcome(session.name, call, outcome)
         call.feed.remove(call.number, call.num_requests)
         if session is None or call.is_answered:
             self._settle(call)
@@ -231,7 +234,7 @@ class Dispatcher:
         self._pump(session)
 
     def _end(self, session: Session, why: str) -> None:
-        _logger.info("client %r: %s", session.name, why)
+        _logger.info("client gone", extra={"client": session.name, "reason": why})
         del self._sessions[session.token]
         if session.route is not None:
             self._routes.pop(session.route, None)

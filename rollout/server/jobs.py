@@ -20,59 +20,26 @@ from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.protocol.codec import Message
 from zerokl.rollout.protocol.failures import CallCancelledError
 from zerokl.rollout.protocol.records import params_of_message, prompts_of_arrays, rollouts_from_wire, split
-from zerokl.rollout.server.answers import describe_engine, expert_load, result_cost, rollout_messages, score_messages
+from zerokl.rollout.server.answers import (
+    describe_engine,
+    expert_load,
+    result_cost,
+    rollout_messages,
+    score_messages,
+    take_report,
+    telemetry,
+)
 from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
+from zerokl.rollout.server.served_call import Outcome, ServedCall
 from zerokl.rollout.server.streams import TokenFeed
 from zerokl.rollout.server.uploads import Uploads
 from zerokl.rollout.submission import Submission
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine import RolloutEngine
-    from zerokl.rollout.weight_updates import WeightUpdate
 
 _NUM_COMMAND_THREADS = 4
-
-Outcome = Iterator[Message] | BaseException
-"""The messages that answer a call, made as they are asked for; or why there are none."""
-
-
-class ServedCall:
-    """One call of a client, from receipt to its last message."""
-
-    __slots__ = (
-        "client",
-        "feed",
-        "future",
-        "is_answered",
-        "is_called_off",
-        "kind",
-        "nbytes",
-        "num_requests",
-        "number",
-        "submission",
-        "update",
-        "was_refused",
-    )
-
-    def __init__(self, client: bytes, number: int, kind: str, feed: TokenFeed) -> None:
-        self.client = client
-        self.number = number
-        self.kind = kind
-        self.feed = feed
-        # The server's thread's:
-        self.is_called_off = False
-        self.is_answered = False
-        """The client has its answer, or is gone: what still comes is dropped."""
-        self.was_refused = False
-        """There was no room for it."""
-        # What the ledger has promised. The intake thread's until the outcome is posted, then the server's:
-        self.nbytes = 0
-        self.num_requests = 0
-        # How to call it off:
-        self.submission: Submission[Any] | None = None
-        self.update: WeightUpdate | None = None
-        self.future: Future[Any] | None = None
 
 
 class EngineJobs:
@@ -113,6 +80,8 @@ class EngineJobs:
             ),
             "health": lambda call, _: self._answer(call, engine.health()),
             "metrics": lambda call, _: self._answer(call, {**engine.metrics(), **self._server_facts()}),
+            "telemetry": lambda call, _: self._answer(call, telemetry(engine, self._server_facts())),
+            "report_trainer_logprobs": lambda call, message: self._in_background(call, take_report, engine, message),
             "pin_weights": lambda call, message: self._in_background(call, engine.pin_weights, message.body["name"]),
             "drop_weights": lambda call, message: self._in_background(call, engine.drop_weights, message.body["name"]),
             "sleep": lambda call, message: self._in_background(call, _sleep, engine, message.body),
@@ -188,6 +157,7 @@ class EngineJobs:
 
     def _submitted(self, call: ServedCall, message: Message, submission: Submission[Any]) -> None:
         call.submission = submission
+        call.request_ids = submission.request_ids
         if "stream" in message.body and isinstance(submission.call, Call):
             call.feed.add(call.number, submission.call.requests, message.body["stream"])
         submission.future.add_done_callback(
@@ -204,6 +174,7 @@ class EngineJobs:
             sequences, given, body["definition"], body["policy"], None if lens is None else lens.tolist()
         )
         call.submission = submission
+        call.request_ids = submission.request_ids
         submission.future.add_done_callback(
             lambda _: self._results.submit(self._read, call, submission, partial(score_messages, call.number))
         )

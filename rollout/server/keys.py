@@ -103,14 +103,15 @@ def check_endpoint(endpoint: str, *, has_keys: bool) -> None:
         host, port = None, None
     if scheme != "tcp" or not host or port is None:
         raise ValueError(f"endpoint must be tcp://ADDRESS:PORT or ipc://PATH, got {endpoint!r}")
-    if not has_keys and not _is_loopback(host):
+    if not has_keys and not is_loopback(host):
         raise ValueError(
             f"endpoint {endpoint!r} is reachable from other machines, and anyone there could act: make keys with "
             "`rollout-server keygen` and pass them, or bind 127.0.0.1"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,6 +1,6 @@
 """`rollout-server`: serve an engine, or make keys.
 
-    rollout-server --model DIR --bind tcp://127.0.0.1:5757
+    rollout-server --model DIR --bind tcp://127.0.0.1:5757 --metrics-bind 127.0.0.1:9400
     rollout-server keygen DIR --client trainer
 
 SIGTERM and SIGINT end it: calls in flight may finish for --drain-seconds, what is left is aborted and comes back with
@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.observe.logs import FORMATS, LEVELS, configure_logging
+from zerokl.rollout.server.answers import telemetry
 from zerokl.rollout.server.keys import ServerKeys, write_keys
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.sockets import EndpointTakenError, RolloutServer
+
+if TYPE_CHECKING:
+    from zerokl.rollout.observe.prometheus import MetricsServer
 
 SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter while another waits: a message must not wait long for the engine's."""
@@ -52,21 +57,38 @@ def _keygen(arguments: list[str]) -> int:
 
 def _serve(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(args.log_level, args.log_format)
     options = {"model": args.model, "data_parallel_size": args.ranks, **dict(map(_option, args.set))}
     config = EngineConfig.from_dict(options)
     limits = ServerLimits(**{name: json.loads(value) for name, value in map(_pair, args.limit)})
     keys = None if args.keys is None else ServerKeys.load(args.keys)
-    with RolloutServer(args.bind, keys=keys, limits=limits) as server:
+    with RolloutServer(args.bind, keys=keys, limits=limits) as server, _metrics_server(args) as metrics:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: server.stop(args.drain_seconds))
         from zerokl.rollout.engine import RolloutEngine  # once the endpoint is ours: it loads kernels
 
         with RolloutEngine(config) as engine:
             sys.setswitchinterval(SWITCH_SECONDS)
+            if metrics is not None:
+                metrics.start(lambda: telemetry(engine, server.facts()))
+                print(f"metrics at http://{metrics.address}/metrics", flush=True)
             print(f"serving {args.model} at {server.endpoint}", flush=True)
             server.serve(engine, name=f"rollout-server {args.model}")
     return 0
+
+
+@contextmanager
+def _metrics_server(args: argparse.Namespace) -> Iterator[MetricsServer | None]:
+    """The endpoint that was asked for, bound; None where none was."""
+    if args.metrics_bind is None:
+        yield None
+        return
+    try:
+        from zerokl.rollout.observe.prometheus import MetricsServer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--metrics-bind needs `pip install zerokl[server]`: {error}") from None
+    with MetricsServer(args.metrics_bind, allow_remote=args.metrics_allow_remote) as metrics:
+        yield metrics
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of EngineConfig")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="a bound of ServerLimits")
     parser.add_argument("--drain-seconds", type=float, default=10.0, help="for calls in flight at the end")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--metrics-bind", metavar="ADDRESS:PORT", help="serve Prometheus metrics there: 127.0.0.1:9400")
+    parser.add_argument("--metrics-allow-remote", action="store_true", help="also on addresses beyond loopback")
+    parser.add_argument("--log-level", default="info", choices=LEVELS, help="debug has every request's life")
+    parser.add_argument("--log-format", default="text", choices=FORMATS, help="json: an object a line, on stderr")
     return parser
 
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from zerokl.rollout.protocol.codec import Frame, Message
-from zerokl.rollout.server.jobs import ServedCall
 from zerokl.rollout.server.outbox import Outbox
+from zerokl.rollout.server.served_call import ServedCall
 from zerokl.rollout.server.streams import TokenFeed
 
 

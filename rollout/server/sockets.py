@@ -10,16 +10,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from zerokl.rollout.protocol.codec import Frame
 from zerokl.rollout.server.dispatcher import Dispatcher
-from zerokl.rollout.server.jobs import EngineJobs, Outcome, ServedCall
+from zerokl.rollout.server.jobs import EngineJobs
 from zerokl.rollout.server.keys import ServerKeys, check_endpoint
 from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
+from zerokl.rollout.server.served_call import Outcome, ServedCall
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine import RolloutEngine
@@ -58,6 +59,7 @@ class RolloutServer:
         self._mail: deque[tuple[ServedCall, Outcome]] = deque()
         self._stop_seconds: float | None = None
         self._thread: threading.Thread | None = None
+        self._dispatcher: Dispatcher | None = None
         with ExitStack() as undo:
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.callback(os.close, self._wake_fd)
@@ -97,7 +99,7 @@ class RolloutServer:
         """Serve until `stop`, in this thread. Calls in flight then have the time that `stop` gave to finish."""
         ledger = Ledger(self._limits)
         jobs = EngineJobs(engine, self._limits, ledger, self._post, lambda: dispatcher.facts())
-        dispatcher = Dispatcher(jobs, self._limits, ledger, self._send, self._wake, name)
+        self._dispatcher = dispatcher = Dispatcher(jobs, self._limits, ledger, self._send, self._wake, name)
         try:
             while self._stop_seconds is None:
                 self._turn(dispatcher)
@@ -114,6 +116,10 @@ class RolloutServer:
         """Have `serve` return; calls in flight may finish for so long, and are aborted then. From any thread."""
         self._stop_seconds = drain_seconds
         self._wake()
+
+    def facts(self) -> dict[str, Any]:
+        """Counters of the server, from any thread; none before it serves."""
+        return {} if self._dispatcher is None else self._dispatcher.facts()
 
     def close(self) -> None:
         """Stop, and free the endpoint; idempotent."""
@@ -176,7 +182,7 @@ class RolloutServer:
         allowed = self._keys is not None and key in self._keys.clients
         status = (b"200", b"OK", key) if allowed else (b"400", b"unknown key", b"")
         if not allowed:
-            _logger.warning("refused a client with the key %s", key.decode())
+            _logger.warning("client refused", extra={"key": key.decode()})
         self._zap.send_multipart([version, request, *status, b""])
 
     def _drain(self, dispatcher: Dispatcher, seconds: float) -> None:

@@ -61,7 +61,7 @@ def test_a_refused_request_changes_no_counter_but_its_reason_and_its_age():
     rig.step()
     after = rig.scheduler.metrics()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"steps", "computed_tokens", "result_rows", "refused_blocks"}
+    assert changed == {"steps", "computed_tokens", "generated_tokens", "result_rows", "refused_blocks"}
     assert {name: bits(getattr(head, name)) for name in fields} == fields
 
 
@@ -74,11 +74,12 @@ def test_the_reason_in_the_log_and_the_metrics_is_the_reason(caplog):
     for refusal, options in cases.items():
         rig = Rig(**options)
         rig.add(generate("first", 12, 8), generate("second", 12, 8))
-        with caplog.at_level(logging.DEBUG, logger="zerokl.rollout.scheduler"):
+        with caplog.at_level(logging.DEBUG, logger="zerokl.rollout.scheduler_meter"):
             caplog.clear()
             rig.step()
         assert refusals(rig) == {refusal.value: 1}
-        assert [record.getMessage() for record in caplog.records] == [f"step 1: refused for {refusal.name}: second"]
+        lines = [vars(record) for record in caplog.records if record.getMessage() == "refused"]
+        assert [(line["reason"], line["step"], line["request_id"]) for line in lines] == [(refusal.value, 1, "second")]
     assert set(rig.scheduler.metrics()) >= {f"refused_{refusal.value}" for refusal in Refusal}
 
 

@@ -41,7 +41,7 @@ def same(first: list[Rollout], second: list[Rollout]) -> None:
 def test_it_has_the_methods_of_an_engine() -> None:
     """With the same parameters in the same order; `submit...` and hooks into the engine's thread stay there."""
     local = {"submit", "submit_score", "submit_abort", "submit_pause", "submit_resume", "watch_steps"}
-    local |= {"prepare_update"}
+    local |= {"prepare_update", "receive_trainer_logprobs"}
     for name, member in inspect.getmembers(RolloutEngine):
         if name.startswith("_") or name in local:
             continue

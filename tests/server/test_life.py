@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import signal
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from leftovers import segments_of
+from server_process import address_of, server_process
 from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
 from tiny_server import LIMITS
 
@@ -30,25 +27,8 @@ from zerokl.weight_sync.publisher import WeightPublisher
 LONG = SamplingParams(max_tokens=60, ignore_eos=True, seed=1)
 
 
-@contextmanager
-def process(model: Path, endpoint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A `rollout-server` that says that it serves; killed if the test leaves it running."""
-    command = [sys.executable, "-m", "zerokl.rollout.server.main", "--model", str(model), "--bind", endpoint]
-    command += ["--set", "num_blocks=256", "--set", "block_size=8", "--set", "num_threads=1", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            yield server
-        finally:
-            server.kill()
-
-
-def address_of(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None
-    return server.stdout.readline().split()[-1]
-
-
 def test_a_server_process_serves_and_ends_on_sigterm(tiny_model: Path, tmp_path: Path) -> None:
-    with process(tiny_model, f"ipc://{tmp_path}/socket") as server:
+    with server_process(tiny_model, f"ipc://{tmp_path}/socket") as server:
         endpoint = address_of(server)
         with RolloutClient(endpoint) as client, WeightPublisher() as publisher:
             assert len(client.generate(["a", "b"], LONG)) == 2

@@ -1,0 +1,1 @@
+"""How an engine is watched: Prometheus metrics, structured logs, `rollout-top`. Keeps nothing itself."""

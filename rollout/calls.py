@@ -46,6 +46,7 @@ class CallMaker:
         self._generate_numbers = itertools.count()
         self._resume_numbers = itertools.count()
         self._score_numbers = itertools.count()
+        self._session_numbers = itertools.count()
 
     def generate_call(self, prompts: Any, sampling_params: Any, request_ids: Sequence[str] | None) -> Call:
         """The requests of one generate call. Raises ValueError naming prompt index, field, value and bound.
@@ -107,6 +108,10 @@ class CallMaker:
         )
         groups = scores.groups(prefix)
         return scores, Call(groups) if groups else None
+
+    def session_seed(self) -> int:
+        """A seed for a session: of the engine's, and of how many were asked for before."""
+        return derive_seed(self._engine_seed, next(self._session_numbers), 0, "session")
 
     def rollouts(self, call: Call, inexact_versions: Set[int]) -> list[Rollout]:
         """The records of a finished generate call, with their texts."""

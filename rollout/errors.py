@@ -29,3 +29,11 @@ class HookError(RuntimeError):
 
 class PauseLiftedError(RuntimeError):
     """`resume_generation` was called before the pause that this call asked for held."""
+
+
+class SessionClosedError(RuntimeError):
+    """The session was closed; what it holds can still be read."""
+
+
+class SessionBusyError(RuntimeError):
+    """A turn of the session is running: nothing else can be done to it before its end."""

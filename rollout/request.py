@@ -329,10 +329,12 @@ def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
     return np.ascontiguousarray(array, np.int32)
 
 
-def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
+def derive_seed(engine_seed: int, call_number: int, prompt_index: int, purpose: str = "seed") -> int:
     """The seed in [0, 2^64) of a request that brings none: a hash, so that near inputs give unrelated streams.
 
     It depends on no arrival order: the same calls to an engine with the same seed draw the same random numbers.
+    `purpose` keeps seeds apart that are derived from equal numbers.
     """
     words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")
+    person = f"zerokl-{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=person).digest(), "little")

@@ -73,9 +73,9 @@ class Rollout:
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
 
     loss_mask: NDArray[np.bool_] | None = None
-    """[N], of a rollout made of a whole conversation (`Session.to_rollout`): False where a token is not the policy's but
-    a user's, a tool's or the environment's. Its entries in the other arrays are NaN, version, step and rank -1. None:
-    the policy sampled all."""
+    """[N], of a rollout made of a whole conversation (`Session.to_rollout`): False where a token is not the policy's
+    but a user's, a tool's or the environment's. Its entries in the other arrays are NaN; version, step and rank are -1.
+    None: the policy sampled all."""
 
     inexact: bool = False
     """Whether a version that sampled its tokens was published rounded, but not as in the trainer's forward.

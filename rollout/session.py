@@ -69,7 +69,7 @@ class Session:
         """
         with self._turn():
             params = self._params_of_turn(sampling_params)
-            (rollout,) = self._host.generate(self.tokens, params, request_ids=_ids(request_id))
+            (rollout,) = self._host.generate(self.tokens, params, request_ids=id_list(request_id))
             return self._keep(self._transcript, rollout)
 
     async def agenerate(
@@ -78,7 +78,7 @@ class Session:
         """`generate` for coroutines. Cancelling the task aborts the turn, and the session stays as it was."""
         with self._turn():
             params = self._params_of_turn(sampling_params)
-            (rollout,) = await self._host.agenerate(self.tokens, params, request_ids=_ids(request_id))
+            (rollout,) = await self._host.agenerate(self.tokens, params, request_ids=id_list(request_id))
             return self._keep(self._transcript, rollout)
 
     def resume(self, *, request_id: str | None = None) -> Rollout:
@@ -87,13 +87,13 @@ class Session:
         Raises ValueError where the last turn was not aborted, or was appended to.
         """
         with self._turn():
-            (rollout,) = self._host.generate(resume_from=self._aborted(), request_ids=_ids(request_id))
+            (rollout,) = self._host.generate(resume_from=self._aborted(), request_ids=id_list(request_id))
             return self._keep(self._before, rollout)
 
     async def aresume(self, *, request_id: str | None = None) -> Rollout:
         """`resume` for coroutines."""
         with self._turn():
-            (rollout,) = await self._host.agenerate(resume_from=self._aborted(), request_ids=_ids(request_id))
+            (rollout,) = await self._host.agenerate(resume_from=self._aborted(), request_ids=id_list(request_id))
             return self._keep(self._before, rollout)
 
     def append(self, tokens: ArrayLike) -> None:
@@ -286,5 +286,6 @@ def check_seed(seed: Any) -> int:
     return check_int("seed", seed, 0, UINT64_LIMIT - 1)
 
 
-def _ids(request_id: str | None) -> list[str] | None:
+def id_list(request_id: str | None) -> list[str] | None:
+    """`request_ids` of a turn."""
     return None if request_id is None else [request_id]

@@ -91,11 +91,8 @@ class Transcript:
         assert len(rollout.prompt_token_ids) == len(self.tokens), "a rollout of another conversation"
         columns = {name: getattr(rollout, name) for name in _FOREIGN if name != "loss_mask"}
         columns["loss_mask"] = np.ones(len(rollout.token_ids), bool)
-        turn = Turn(
-            start=len(self.tokens),
-            end=len(self.tokens) + len(rollout.token_ids),
-            **{field.name: getattr(rollout, field.name) for field in fields(Turn) if field.name not in ("start", "end")},
-        )
+        taken = {field.name: getattr(rollout, field.name) for field in fields(Turn)[2:]}
+        turn = Turn(start=len(self.tokens), end=len(self.tokens) + len(rollout.token_ids), **taken)
         joined = self._joined(rollout.token_ids, columns)
         return replace(joined, turns=(*self.turns, turn), routing=self._routing_with(rollout))
 
@@ -150,7 +147,7 @@ class Transcript:
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return self.tokens.nbytes + sum(getattr(self, name).nbytes for name in _FOREIGN)
+        return sum(int(getattr(self, name).nbytes) for name in ("tokens", *_FOREIGN))
 
     def _routing_before(self, end: int) -> RolloutRouting | None:
         if self.routing is None:
@@ -159,8 +156,9 @@ class Transcript:
         return replace(self.routing, experts=self.routing.experts[:size], weights=self.routing.weights[:size])
 
     def _joined(self, tokens: NDArray[np.int32], columns: dict[str, NDArray[Any]]) -> Transcript:
-        arrays = {name: np.concatenate([getattr(self, name), column]) for name, column in columns.items()}
-        return replace(self, tokens=np.concatenate([self.tokens, tokens]), **arrays)._sealed()
+        added = {"tokens": tokens, **columns}
+        joined: dict[str, Any] = {name: np.concatenate([getattr(self, name), column]) for name, column in added.items()}
+        return replace(self, **joined)._sealed()
 
     def _sealed(self) -> Transcript:
         for name in ("tokens", *_FOREIGN):

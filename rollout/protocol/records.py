@@ -18,10 +18,10 @@ from zerokl.rollout.sampling_params import SamplingParams
 
 Arrays = Mapping[str, NDArray[Any]]
 _PARAMS_FIELDS = dataclasses.fields(SamplingParams)
-_OTHER_ARRAYS = ("prompt_token_ids", "raw_logprobs", "text", "routing_experts", "routing_weights")
+_OTHER_ARRAYS = ("prompt_token_ids", "raw_logprobs", "loss_mask", "text", "routing_experts", "routing_weights")
 _TOKEN_ARRAYS = tuple(name for name in ROLLOUT_ARRAYS if name not in _OTHER_ARRAYS)
-_OTHER_FIELDS = ("num_prompt_tokens", "num_tokens", "has_raw", "num_text_bytes", "sampling_params", "routing")
-_COPIED_FIELDS = tuple(name for name in ROLLOUT_FIELDS if name not in _OTHER_FIELDS)
+_SIZES = ("num_prompt_tokens", "num_tokens", "has_raw", "has_mask", "num_text_bytes")
+_COPIED_FIELDS = tuple(name for name in ROLLOUT_FIELDS if name not in (*_SIZES, "sampling_params", "routing"))
 
 
 # -- sampling parameters ----------------------------------------------------------------------------------------------
@@ -144,6 +144,7 @@ def rollouts_to_wire(rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[
             "num_prompt_tokens": len(rollout.prompt_token_ids),
             "num_tokens": len(rollout.token_ids),
             "has_raw": rollout.raw_logprobs is not None,
+            "has_mask": rollout.loss_mask is not None,
             "sampling_params": params.place(rollout.sampling_params),
             **{name: getattr(rollout, name) for name in _COPIED_FIELDS},
         }
@@ -158,7 +159,7 @@ def rollouts_to_wire(rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[
     columns: dict[str, NDArray[Any]] = {
         name: _join([getattr(rollout, name) for rollout in rollouts], kind.dtype)
         for name, kind in ROLLOUT_ARRAYS.items()
-        if name in _TOKEN_ARRAYS or name in ("prompt_token_ids", "raw_logprobs")
+        if name in _TOKEN_ARRAYS or name in ("prompt_token_ids", "raw_logprobs", "loss_mask")
     }
     for name in ("experts", "weights"):
         parts = [getattr(rollout.routing, name).reshape(-1) for rollout in rollouts if rollout.routing is not None]
@@ -180,12 +181,14 @@ def rollouts_from_wire(body: Mapping[str, Any], arrays: Arrays) -> list[Rollout]
     columns: dict[str, Any] = {name: split(name, arrays[name], sizes) for name in _TOKEN_ARRAYS}
     prompts = split("prompt_token_ids", arrays["prompt_token_ids"], [row["num_prompt_tokens"] for row in rows])
     raw = split("raw_logprobs", arrays["raw_logprobs"], [row["num_tokens"] * row["has_raw"] for row in rows])
+    masks = split("loss_mask", arrays["loss_mask"], [row["num_tokens"] * row["has_mask"] for row in rows])
     texts = split("text", arrays["text"], [row.get("num_text_bytes", 0) for row in rows])
     routings = _routings(rows, arrays)
     return [
         Rollout(
             prompt_token_ids=prompts[index],
             raw_logprobs=raw[index] if row["has_raw"] else None,
+            loss_mask=masks[index].astype(bool) if row["has_mask"] else None,
             text=_text(texts[index].tobytes()) if "num_text_bytes" in row else None,
             sampling_params=params[row["sampling_params"]],
             routing=routings[index],

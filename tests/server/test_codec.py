@@ -99,6 +99,7 @@ def test_rollouts_come_back_as_they_were() -> None:
             ),
         ),
         rollout(2, raw_logprobs=np.array([1, -np.inf], np.float32), stop_reason=7),
+        rollout(3, loss_mask=np.array([True, False, True])),
     ]
     body, arrays = rollouts_to_wire(given)
     frames = encode(Message(kind="rollouts", call=1, seq=1, body={"first": 0, **body}, arrays=arrays))
@@ -117,6 +118,7 @@ def test_every_field_of_a_rollout_travels() -> None:
         "num_tokens",
         "num_text_bytes",
         "has_raw",
+        "has_mask",
     }
 
 

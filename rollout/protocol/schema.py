@@ -88,19 +88,19 @@ ROLLOUT_ARRAYS: Mapping[str, ArrayKind] = {
     "logprobs": _F32,
     "policy_logprobs": _F32,
     "entropy": _F32,
-    "raw_logprobs": _F32,
+    "raw_logprobs": ArrayKind("float32", optional=True),
     "policy_versions": _I64,
     "steps": _I64,
     "phases": ArrayKind("uint8"),
     "cached_lens": _I32,
     "ranks": ArrayKind("int16"),
-    "loss_mask": ArrayKind("uint8"),
-    "text": ArrayKind("uint8"),
-    "routing_experts": _I32,
-    "routing_weights": _F32,
+    "loss_mask": ArrayKind("uint8", optional=True),
+    "text": ArrayKind("uint8", optional=True),
+    "routing_experts": ArrayKind("int32", optional=True),
+    "routing_weights": ArrayKind("float32", optional=True),
 }
 """Arrays of rollouts, one rollout's after another's; `raw_logprobs`, `loss_mask` (0 or 1), `text` and routing of those
-that have them."""
+that have them, left out where none has."""
 ROLLOUT_FIELDS: Mapping[str, Field] = {
     "num_prompt_tokens": Integer(),
     "num_tokens": Integer(),

@@ -345,6 +345,16 @@ def test_a_whole_conversation_is_a_rollout(engine: RolloutEngine) -> None:
         session.to_rollout()
 
 
+def test_the_pages_program_runs(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "sessions.md"
+    program = page.read_text().split("```python\n")[1].split("```")[0]
+    assert "models/SmolLM2-135M-Instruct" in program
+    names: dict[str, Any] = {}
+    exec(program.replace("models/SmolLM2-135M-Instruct", str(tiny_model)), names)
+    assert capsys.readouterr().out.splitlines()[-1] == "0.0"
+    assert [int(rollout.generated.sum()) for rollout in names["batch"]] == [32, 48]
+
+
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("generate"), st.integers(1, 12)),

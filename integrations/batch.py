@@ -14,7 +14,10 @@ from zerokl.rollout.routing import replay_arrays
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """S sequences of prompt and output, T tokens together, R of them generated."""
+    """S sequences of prompt and output, T tokens together, R of them generated.
+
+    A conversation (`Session.to_rollout`) is one sequence; its tokens that the policy did not sample have no row.
+    """
 
     token_ids: NDArray[np.int32]
     """[T]"""
@@ -53,19 +56,20 @@ def pack_rollouts(rollouts: Sequence[Rollout], indices: Sequence[int] | None = N
     if not chosen:
         raise ValueError("rollouts must hold at least one sequence, got 0")
     for i in chosen:
-        if len(rollouts[i].token_ids) == 0:
+        if not rollouts[i].generated.any():
             raise ValueError(f"rollouts[{i}] has no generated token (finish_reason {rollouts[i].finish_reason!r})")
     prompts = np.array([len(rollouts[i].prompt_token_ids) for i in chosen])
     outputs = np.array([len(rollouts[i].token_ids) for i in chosen])
+    sampled = [np.flatnonzero(rollouts[i].generated) for i in chosen]
     starts = np.concatenate([[0], np.cumsum(prompts + outputs)])
     parts = [part for i in chosen for part in (rollouts[i].prompt_token_ids, rollouts[i].token_ids)]
-    rows = [np.arange(n) + start + p - 1 for start, p, n in zip(starts[:-1], prompts, outputs, strict=True)]
+    rows = [places + start + p - 1 for start, p, places in zip(starts[:-1], prompts, sampled, strict=True)]
     return PackedBatch(
         token_ids=np.concatenate(parts).astype(np.int32),
         cu_seqlens=starts.astype(np.int32),
         rows=np.concatenate(rows).astype(np.int32),
-        cu_rows=np.concatenate([[0], np.cumsum(outputs)]).astype(np.int32),
-        rollout_logprobs=np.concatenate([rollouts[i].policy_logprobs for i in chosen]),
+        cu_rows=np.concatenate([[0], np.cumsum([len(places) for places in sampled])]).astype(np.int32),
+        rollout_logprobs=np.concatenate([rollouts[i].policy_logprobs[rollouts[i].generated] for i in chosen]),
         indices=np.array(chosen, np.int64),
         routing=_routing([rollouts[i] for i in chosen]),
     )

@@ -114,18 +114,19 @@ class PolicyTrainer(ABC):
         version, sync_seconds = self.sync_weights()
         self.on_phase("rollout")
         start = perf_counter()
-        rollouts = self.engine.generate(prompts, self.config.sampling_params)
+        rollouts = self.roll_out(prompts)
         rollout_seconds = perf_counter() - start
         rewards = np.array([self.reward(rollout) for rollout in rollouts], np.float64)
         self.on_phase("scoring by the reference")
-        reference = self.engine.score(rollouts, policy="reference")
+        scores = self.engine.score(rollouts, policy="reference")
+        reference = [score[rollout.generated] for score, rollout in zip(scores, rollouts, strict=True)]
         self.on_phase("update")
         start = perf_counter()
         signals = self.signals(rollouts, rewards, reference)
         first_epoch, *_ = [self._epoch(rollouts, signals) for _ in range(self.config.epochs)]
         train_seconds = perf_counter() - start
         self.step_number += 1
-        rolled = np.concatenate([rollout.policy_logprobs for rollout in rollouts])
+        rolled = np.concatenate([rollout.policy_logprobs[rollout.generated] for rollout in rollouts])
         return StepReport(
             step=self.step_number - 1,
             policy_version=version,
@@ -141,6 +142,13 @@ class PolicyTrainer(ABC):
             loss=first_epoch.loss,
             train_seconds=train_seconds,
         )
+
+    def roll_out(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[Rollout]:
+        """n rollouts of each prompt, prompt by prompt, at the temperature of `config.sampling_params`.
+
+        Override it for conversations: those of a prompt are forks of a `Session`, each handed over by `to_rollout`.
+        """
+        return self.engine.generate(prompts, self.config.sampling_params)
 
     def sync_weights(self) -> tuple[int, float]:
         """Publish the policy, rounded as in its own forward, and commit it in the engine; (version, seconds)."""
@@ -161,7 +169,7 @@ class PolicyTrainer(ABC):
 
     def _epoch(self, rollouts: list[Rollout], signals: Any) -> _Epoch:
         """Accumulate gradients over all micro-batches, then one optimizer step."""
-        total_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        total_tokens = sum(int(rollout.generated.sum()) for rollout in rollouts)
         logprobs, entropy, loss = [], 0.0, 0.0
         for batch in micro_batches(rollouts, self.config.micro_batch_tokens):
             losses = self.losses(batch, signals)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         EngineFailedError,
         HookError,
         PauseLiftedError,
+        SessionBusyError,
+        SessionClosedError,
         StaleRequestError,
         WorkerError,
     )
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from zerokl.rollout.outputs import Rollout
     from zerokl.rollout.routing import RolloutRouting, replay_arrays
     from zerokl.rollout.sampling_params import SamplingParams
+    from zerokl.rollout.session import Session
     from zerokl.rollout.text import Tokenizer
 
 _MODULES = {
@@ -41,6 +44,9 @@ _MODULES = {
     "RolloutEngine": "engine",
     "RolloutRouting": "routing",
     "SamplingParams": "sampling_params",
+    "Session": "session",
+    "SessionBusyError": "errors",
+    "SessionClosedError": "errors",
     "StaleRequestError": "errors",
     "Tokenizer": "text",
     "UpdateEvent": "hooks",
@@ -61,6 +67,9 @@ __all__ = [
     "RolloutEngine",
     "RolloutRouting",
     "SamplingParams",
+    "Session",
+    "SessionBusyError",
+    "SessionClosedError",
     "StaleRequestError",
     "Tokenizer",
     "UpdateEvent",

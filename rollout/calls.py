@@ -5,7 +5,6 @@ Everything about a call is checked before its first request is made: it runs as 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence, Set
 from typing import Any
@@ -21,6 +20,7 @@ from zerokl.rollout.request import Request
 from zerokl.rollout.resumption import RoutingForm, resumed_request, rollout_list
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition, ScoreRequests, make_score_requests
+from zerokl.rollout.seeds import derive_seed
 from zerokl.rollout.stop import whole_text
 from zerokl.rollout.text import Tokenizer
 
@@ -47,6 +47,7 @@ class CallMaker:
         self._generate_numbers = itertools.count()
         self._resume_numbers = itertools.count()
         self._score_numbers = itertools.count()
+        self._session_numbers = itertools.count()
 
     def generate_call(self, prompts: Any, sampling_params: Any, request_ids: Sequence[str] | None) -> Call:
         """The requests of one generate call. Raises ValueError naming prompt index, field, value and bound.
@@ -109,6 +110,10 @@ class CallMaker:
         groups = scores.groups(prefix)
         return scores, Call(groups) if groups else None
 
+    def session_seed(self) -> int:
+        """A seed for a session: of the engine's, and of how many were asked for before."""
+        return derive_seed(self._engine_seed, next(self._session_numbers), 0, "session")
+
     def rollouts(self, call: Call, inexact_versions: Set[int]) -> list[Rollout]:
         """The records of a finished generate call, with their texts."""
 
@@ -149,12 +154,3 @@ class CallMaker:
             group_id=name if params.n > 1 else None,
             eos_token_ids=self._eos_token_ids,
         )
-
-
-def derive_seed(engine_seed: int, call_number: int, prompt_index: int) -> int:
-    """The seed in [0, 2^64) of a request that brings none: a hash, so that near inputs give unrelated streams.
-
-    It depends on no arrival order: the same calls to an engine with the same seed draw the same random numbers.
-    """
-    words = np.array([engine_seed, call_number, prompt_index], "<u8").tobytes()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8, person=b"zerokl-seed").digest(), "little")

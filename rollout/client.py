@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.rollout.client_calls import FilesCall, GenerateCall, PendingCall, RolloutStream, ScoreCall, StreamCall
-from zerokl.rollout.client_link import ClientLink, LinkOptions
+from zerokl.rollout.admission import AdmissionLimits
+from zerokl.rollout.client_calls import FilesCall, GenerateCall, PendingCall, RolloutStream, StreamCall
+from zerokl.rollout.client_link import ClientLink
 from zerokl.rollout.client_observation import ClientObservationMethods
+from zerokl.rollout.client_requests import generate_call, score_call
+from zerokl.rollout.client_session import ClientSession
+from zerokl.rollout.client_socket import LinkOptions
 from zerokl.rollout.client_weights import ClientWeightMethods
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.control import POLICY
@@ -27,13 +31,11 @@ from zerokl.rollout.mismatch import AlarmHooks
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.pause import PauseMode, pause_mode
-from zerokl.rollout.prompts import Prompt, check_ids, params_list, prompt_list
-from zerokl.rollout.protocol.records import DistinctParams, prompts_to_arrays, rollouts_to_wire
-from zerokl.rollout.resumption import rollout_list
+from zerokl.rollout.prompts import Prompt
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scoring import Definition
+from zerokl.rollout.session_host import SessionHost
 from zerokl.rollout.text import Tokenizer
-from zerokl.rollout.token_ids import as_token_ids
 from zerokl.rollout.validation import check_float, check_int
 
 _WITH_DEADLINE = frozenset(
@@ -42,7 +44,7 @@ _WITH_DEADLINE = frozenset(
 )
 
 
-class RolloutClient(ClientWeightMethods, ClientObservationMethods):
+class RolloutClient(ClientWeightMethods, ClientObservationMethods, SessionHost[ClientSession]):
     """Speaks to a `rollout-server`; a trainer that was written for `RolloutEngine` changes one line.
 
         with RolloutClient("tcp://127.0.0.1:5757") as engine:
@@ -53,6 +55,8 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
     `reconnect_seconds`, or it was restarted and knows nothing of the call), ServerClosingError, and DeadlineError (a
     TimeoutError) after `timeout` seconds, if any: `generate` returns its rollouts so far instead, as an abort does.
     """
+
+    _session_kind = ClientSession
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
-        call = self._generate_call(GenerateCall, prompts, sampling_params, request_ids, resume_from, {})
+        call = generate_call(GenerateCall, prompts, sampling_params, request_ids, resume_from, self._deadline)
         rollouts: list[Rollout] = self._wait(call)
         return rollouts
 
@@ -124,7 +128,7 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         resume_from: Rollout | Sequence[Rollout] | None = None,
     ) -> list[Rollout]:
         """`generate` for coroutines. Cancelling the task aborts its requests."""
-        call = self._generate_call(GenerateCall, prompts, sampling_params, request_ids, resume_from, {})
+        call = generate_call(GenerateCall, prompts, sampling_params, request_ids, resume_from, self._deadline)
         rollouts: list[Rollout] = await self._await(call)
         return rollouts
 
@@ -140,10 +144,14 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         """`generate` with its tokens as they come, for `for` or `async for`; each `TokenChunk` has `chunk` or more, the
         last one fewer. A loop that falls behind gets larger chunks.
         """
-        fields = {"stream": check_int("chunk", chunk, 1, 2**20)}
-        call = self._generate_call(StreamCall, prompts, sampling_params, request_ids, resume_from, fields)
-        assert isinstance(call, StreamCall)
+        fields = {"stream": check_int("chunk", chunk, 1, 2**20), **self._deadline}
+        call = generate_call(StreamCall, prompts, sampling_params, request_ids, resume_from, fields)
         return RolloutStream(call, self._link.submit, self._link.cancel)
+
+    def new_session_seed(self) -> int:
+        """See `RolloutEngine.new_session_seed`."""
+        seed: int = self._call("new_session_seed")
+        return seed
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(
@@ -155,7 +163,7 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         prompt_lens: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """See `RolloutEngine.score`."""
-        call = self._score_call(token_ids, sampling_params, definition, policy, prompt_lens)
+        call = score_call(token_ids, sampling_params, definition, policy, prompt_lens, self._deadline)
         scores: list[NDArray[np.float32]] = self._wait(call)
         return scores
 
@@ -168,7 +176,7 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         prompt_lens: Sequence[int] | None = None,
     ) -> list[NDArray[np.float32]]:
         """`score` for coroutines."""
-        call = self._score_call(token_ids, sampling_params, definition, policy, prompt_lens)
+        call = score_call(token_ids, sampling_params, definition, policy, prompt_lens, self._deadline)
         scores: list[NDArray[np.float32]] = await self._await(call)
         return scores
 
@@ -220,6 +228,18 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
         """The engine's options, as the server's engine has them."""
         return EngineConfig.from_dict(self._description[0])
 
+    @cached_property
+    def limits(self) -> AdmissionLimits:
+        """What a request may hold at most."""
+        config = self.config
+        assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
+        return AdmissionLimits(
+            max_model_len=config.max_model_len,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            vocab_size=self.model_config.vocab_size,
+        )
+
     @property
     def model_config(self) -> ModelConfig:
         """The model's configuration."""
@@ -241,52 +261,6 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
                     (folder / name).write_bytes(files[name])
             model = ModelConfig.from_json(folder)
             return value["config"], model, Tokenizer(folder) if "tokenizer.json" in files else None
-
-    def _generate_call(
-        self,
-        kind: type[GenerateCall],
-        prompts: Any,
-        sampling_params: Any,
-        request_ids: Sequence[str] | None,
-        resume_from: Any,
-        fields: Mapping[str, Any],
-    ) -> GenerateCall:
-        if resume_from is not None:
-            if prompts is not None or sampling_params is not None:
-                raise ValueError("prompts and sampling_params must be None with resume_from: a rollout has its own")
-            rollouts = rollout_list(resume_from)
-            ids = {} if request_ids is None else {"request_ids": check_ids(request_ids, len(rollouts))}
-            body, arrays = rollouts_to_wire(rollouts)
-            return kind("resume", {**body, **ids, **fields, **self._deadline}, arrays)
-        listed = prompt_list(prompts, "prompts")
-        params, index = _params(sampling_params, len(listed))
-        ids = {} if request_ids is None else {"request_ids": check_ids(request_ids, len(listed))}
-        checked = [
-            prompt if isinstance(prompt, str) else _tokens(prompt, f"prompts[{number}]")
-            for number, prompt in enumerate(listed)
-        ]
-        body = {**params, **ids, **fields, **self._deadline}
-        return kind("generate", body, prompts_to_arrays(_encodable(checked)) | index)
-
-    def _score_call(
-        self, sequences: Any, sampling_params: Any, definition: Any, policy: Any, prompt_lens: Any
-    ) -> ScoreCall:
-        items = [sequences] if isinstance(sequences, Rollout) else prompt_list(sequences, "token_ids")
-        if sampling_params is None and any(isinstance(item, Rollout) for item in items):
-            default = SamplingParams()
-            sampling_params = [item.sampling_params if isinstance(item, Rollout) else default for item in items]
-        params, index = _params(sampling_params, len(items))
-        tokens = [_tokens(item, f"token_ids[{number}]") for number, item in enumerate(items)]
-        arrays: dict[str, NDArray[Any]] = {
-            "token_ids": np.concatenate(tokens),
-            "lens": np.array([len(one) for one in tokens], np.int32),
-            **index,
-        }
-        lens = _prompt_lens(items, prompt_lens)
-        if lens is not None:
-            arrays["prompt_lens"] = lens
-        body = {**params, "definition": definition, "policy": policy, **self._deadline}
-        return ScoreCall("score", body, arrays)
 
     @property
     def _deadline(self) -> dict[str, float]:
@@ -319,42 +293,3 @@ class RolloutClient(ClientWeightMethods, ClientObservationMethods):
 
 def _timeout(seconds: float | None) -> float | None:
     return None if seconds is None else check_float("timeout", seconds, "None or in (0, 1e6]", 0.0, 1e6, open_low=True)
-
-
-def _params(given: Any, count: int) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """(fields, arrays) for the parameters of a call."""
-    if given is None:
-        return {}, {}
-    params = DistinctParams()
-    places = [params.place(one) for one in params_list(given, count)]
-    index = {} if len(params.distinct) == 1 else {"params_index": np.array(places, np.int32)}
-    return {"sampling_params": params.distinct}, index
-
-
-def _tokens(item: Any, name: str) -> NDArray[np.int32]:
-    if isinstance(item, Rollout):
-        return np.concatenate([item.prompt_token_ids, item.token_ids])
-    if isinstance(item, str):
-        raise ValueError(f"{name} must be token ids or a Rollout: scoring takes no text, got {item!r}")
-    return as_token_ids(name, item)
-
-
-def _prompt_lens(items: list[Any], given: Any) -> NDArray[np.int32] | None:
-    if given is None:
-        if not any(isinstance(item, Rollout) for item in items):
-            return None
-        given = [len(item.prompt_token_ids) if isinstance(item, Rollout) else 1 for item in items]
-    if not isinstance(given, (Sequence, np.ndarray)) or len(given) != len(items):
-        raise ValueError(f"prompt_lens must have one integer per sequence ({len(items)}), got {given!r:.200}")
-    checked = [check_int(f"prompt_lens[{index}]", value, 1, 2**31 - 1) for index, value in enumerate(given)]
-    return np.array(checked, np.int32)
-
-
-def _encodable(prompts: list[Any]) -> list[Any]:
-    for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"prompts[{index}] must be text that UTF-8 can hold: {error}") from None
-    return prompts

@@ -8,19 +8,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
-
-import zmq
-import zmq.utils.monitor
+from dataclasses import replace
 
 from zerokl.rollout.client_calls import PendingCall, token_chunks
-from zerokl.rollout.protocol.codec import MAX_HEADER_BYTES, PROTOCOL_VERSION, Message, decode, encode, size_of
+from zerokl.rollout.client_socket import ClientSocket, LinkOptions
+from zerokl.rollout.protocol.codec import MAX_HEADER_BYTES, Message, decode, encode, size_of
 from zerokl.rollout.protocol.failures import BusyError, exception_of
 from zerokl.rollout.protocol.fields import ProtocolError
 from zerokl.rollout.protocol.schema import SERVER_MESSAGES
 
-_RECONNECT_MS = 50
 _ACK_BYTES = 256 << 10
 """Received and not yet acknowledged at most; the server's window is larger."""
 _MAX_CALLS = 1024
@@ -42,26 +38,11 @@ class ServerLostError(ConnectionError):
     """No server answers at the endpoint, or it is not the one that had the call: what became of it is unknown."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkOptions:
-    """How to reach a server."""
-
-    endpoint: str
-    name: str
-    server_key: bytes | None
-    """CURVE public key of the server; with it go the client's own two."""
-    public_key: bytes
-    secret_key: bytes
-    reconnect_seconds: float
-    """How long a call waits for a connection before it fails."""
-
-
 class ClientLink:
     """Owns the socket and its thread. `submit`, `cancel` and `close` may be called from any thread."""
 
     def __init__(self, options: LinkOptions) -> None:
         self._options = options
-        self._context = zmq.Context()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._orders: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
@@ -84,7 +65,7 @@ class ClientLink:
         self._hello_again = self._last_heard + _HELLO_SECONDS
         self._max_frame = MAX_HEADER_BYTES
         self._refusal = "no answer"
-        self._socket, self._monitor = self._connect()
+        self._socket = ClientSocket(options)
         self._thread = threading.Thread(target=self._run, name="zerokl-client", daemon=True)
         self._thread.start()
 
@@ -128,81 +109,52 @@ class ClientLink:
             self._end()
 
     def _turn(self) -> None:
-        poller = zmq.Poller()
-        for source in (self._socket, self._monitor, self._wake_fd):
-            poller.register(source, zmq.POLLIN)
-        ready = dict(poller.poll(int(1000 * (self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS)) + 1))
-        if self._wake_fd in ready:
+        seconds = self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS
+        ready = self._socket.wait(self._wake_fd, int(1000 * seconds) + 1)
+        if "wake" in ready:
             os.eventfd_read(self._wake_fd)
         while self._orders:
             self._orders.popleft()()
-        if self._socket in ready:
+        if "message" in ready:
             self._receive()
-        elif self._monitor in ready:  # only once nothing is left to read
+        elif "event" in ready:  # only once nothing is left to read
             self._observe()
         self._send_waiting()
         self._keep_alive(time.monotonic())
-
-    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        options = self._options
-        socket = self._context.socket(zmq.DEALER)
-        socket.set(zmq.LINGER, 0)
-        socket.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        socket.set(zmq.SNDHWM, 0)
-        socket.set(zmq.RCVHWM, 0)  # the server's window bounds both
-        if options.server_key is not None:
-            socket.set(zmq.CURVE_SERVERKEY, options.server_key)
-            socket.set(zmq.CURVE_PUBLICKEY, options.public_key)
-            socket.set(zmq.CURVE_SECRETKEY, options.secret_key)
-        lost = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        monitor = socket.get_monitor_socket(lost | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-        socket.connect(options.endpoint)
-        body: dict[str, Any] = {"versions": [PROTOCOL_VERSION], "name": options.name}
-        if self._session is not None:
-            body["session"] = self._session
-        socket.send_multipart(encode(Message(kind="hello", seq=self._received, body=body)))
-        return socket, monitor
 
     def _reconnect(self) -> None:
         if self._is_greeted:
             self._lost_since = time.monotonic()
         self._is_greeted = False
-        self._drop_socket(0)
-        self._socket, self._monitor = self._connect()
+        self._socket.reconnect(self._session, self._received)
         self._last_heard = time.monotonic()
         self._hello_again = self._last_heard + _HELLO_SECONDS
 
-    def _drop_socket(self, linger: int) -> None:
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(linger)
-
     def _observe(self) -> None:
-        event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
-        if event == zmq.EVENT_DISCONNECTED and self._is_greeted:
-            self._reconnect()
-        elif event == zmq.EVENT_DISCONNECTED:
-            self._hello_again = time.monotonic() + _RETRY_SECONDS
-        else:
+        event = self._socket.event()
+        if event == "refused":
             self._refusal = "the handshake failed: is the server's key right, and does it know this client's?"
+        elif event == "lost" and self._is_greeted:
+            self._reconnect()
+        elif event == "lost":
+            self._hello_again = time.monotonic() + _RETRY_SECONDS
 
     # -- receiving ----------------------------------------------------------------------------------------------------
     def _receive(self) -> None:
         self._last_heard = time.monotonic()
         for _ in range(_BURST):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            frames = self._socket.receive()
+            if frames is None:
                 return
             try:
-                message = decode([frame.buffer for frame in frames], SERVER_MESSAGES)
+                message = decode(frames, SERVER_MESSAGES)
                 if message.seq:
                     if message.seq <= self._received:
                         continue
                     if message.seq != self._received + 1:
                         raise ProtocolError(f"message {message.seq} came after {self._received}")
                     self._received = message.seq
-                    self._unacknowledged += size_of([frame.buffer for frame in frames])
+                    self._unacknowledged += size_of(frames)
                 self._act(message)
             except ValueError as error:
                 self._refusal = f"the server said what is no message: {error}"
@@ -307,7 +259,7 @@ class ClientLink:
                     f"the call holds an array of {largest} bytes, over the server's max_message_bytes "
                     f"({self._max_frame}): make several calls of it"
                 )
-            self._socket.send_multipart(frames, copy=False)
+            self._socket.send(frames)
             self._unacknowledged = 0
             self._last_sent = time.monotonic()
 
@@ -352,9 +304,8 @@ class ClientLink:
     def _end(self) -> None:
         if self._is_greeted:
             self._send(Message(kind="bye"))
-        self._drop_socket(_BYE_MS)
         while self._orders:
             self._orders.popleft()()
         self._fail_all(ConnectionError("the client was closed while the call was in flight"))
-        self._context.term()
+        self._socket.close(_BYE_MS)
         os.close(self._wake_fd)

@@ -38,6 +38,8 @@ from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scoring import Definition
+from zerokl.rollout.session import Session
+from zerokl.rollout.session_host import SessionHost
 from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.stop import StopStrings
 from zerokl.rollout.submission import Result, Submission
@@ -47,7 +49,7 @@ from zerokl.rollout.weight_updates import WeightUpdates
 from zerokl.rollout.worker import Worker
 
 
-class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
+class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost[Session]):
     """Samples from a policy, and rates tokens under it, with logprobs that do not depend on what else is running.
 
         with RolloutEngine(EngineConfig(model="models/SmolLM2")) as engine:
@@ -58,6 +60,8 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
     everything as it was. When a step fails, the calls in flight and all later ones raise EngineFailedError; after
     `close` they raise EngineClosedError. An engine that is forgotten closes itself when collected, or at exit.
     """
+
+    _session_kind = Session
 
     def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] | None = None) -> None:
         """Load model and tokenizer (version 0 of the weights) and start the engine's thread.
@@ -96,14 +100,14 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
         self._mismatch = MismatchMonitor(config.k3_alarm)
-        limits = AdmissionLimits(
+        self._limits = AdmissionLimits(
             max_model_len=config.max_model_len,
             num_blocks=config.num_blocks,
             block_size=config.block_size,
             vocab_size=self._model_config.vocab_size,
         )
         self._calls = CallMaker(
-            limits, self._tokenizer, self._model_config.eos_token_ids, config.seed, self._routing_form()
+            self._limits, self._tokenizer, self._model_config.eos_token_ids, config.seed, self._routing_form()
         )
         staging = threading.Lock()
         self._balance = ExpertBalance(config, self._model_config, ranks, staging)
@@ -179,6 +183,10 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
             call = self._calls.resume_call(resume_from, request_ids)
         self._loop.submit(call)
         return Submission(call, lambda: self._calls.rollouts(call, self._weights.inexact_versions))
+
+    def new_session_seed(self) -> int:
+        """A seed that no other session gets: derived from `config.seed` and the number of seeds asked for before."""
+        return self._calls.session_seed()
 
     # -- scoring ------------------------------------------------------------------------------------------------------
     def score(
@@ -327,6 +335,11 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
     def config(self) -> EngineConfig:
         """The engine's options with those that follow from the model filled in."""
         return self._config
+
+    @property
+    def limits(self) -> AdmissionLimits:
+        """What a request may hold at most."""
+        return self._limits
 
     @property
     def model_config(self) -> ModelConfig:

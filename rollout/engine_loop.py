@@ -183,12 +183,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._inbox.run_urgent()
-                self._take_inbox()
-                if self._scheduler.num_unfinished and not self._pause.is_frozen:
-                    with contextlib.suppress(StepAbandonedError):  # applied nowhere: planned again
-                        self._step()
-                self._pause.settle(self._scheduler.num_unfinished)
+                self._turn()
         except Exception as error:  # noqa: BLE001 - whatever ends the loop, the callers that wait must hear of it
             self._end("failed", error)
         else:
@@ -196,6 +191,14 @@ class EngineLoop:
         finally:
             with contextlib.suppress(WorkerError):
                 self._ranks.close()
+
+    def _turn(self) -> None:
+        self._inbox.run_urgent()
+        self._take_inbox()
+        if self._scheduler.num_unfinished and not self._pause.is_frozen:
+            with contextlib.suppress(StepAbandonedError):  # applied nowhere: planned again
+                self._step()
+        self._pause.settle(self._scheduler.num_unfinished)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when that is to end."""

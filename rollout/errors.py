@@ -35,6 +35,14 @@ class PauseLiftedError(RuntimeError):
     """`resume_generation` was called before the pause that this call asked for held."""
 
 
+class SessionClosedError(RuntimeError):
+    """The session was closed; what it holds can still be read."""
+
+
+class SessionBusyError(RuntimeError):
+    """A turn of the session is running: nothing else can be done to it before its end."""
+
+
 _MAX_REASON = 300
 
 

@@ -72,6 +72,11 @@ class Rollout:
     logprobs_definition: LogprobsDefinition = "processed_logprobs"
     """What `logprobs` are: log-softmax of the logits after bias, penalties, temperature, top-k, top-p and min-p."""
 
+    loss_mask: NDArray[np.bool_] | None = None
+    """[N], of a rollout made of a whole conversation (`Session.to_rollout`): False where a token is not the policy's
+    but a user's, a tool's or the environment's. Its entries in the other arrays are NaN; version, step and rank are -1.
+    None: the policy sampled all."""
+
     inexact: bool = False
     """Whether a version that sampled its tokens was published rounded, but not as in the trainer's forward.
 
@@ -79,8 +84,15 @@ class Rollout:
     """
 
     @property
+    def generated(self) -> NDArray[np.bool_]:
+        """[N], which of token_ids the policy sampled: `loss_mask`, or all."""
+        return np.ones(len(self.token_ids), bool) if self.loss_mask is None else self.loss_mask
+
+    @property
     def version_spans(self) -> list[tuple[int, int, int]]:
-        """(start, end, version) of each run of tokens that one version of the weights sampled, in order."""
+        """(start, end, version) of each run of tokens that one version of the weights sampled, in order; with version
+        -1 the runs between, that nobody sampled.
+        """
         versions = self.policy_versions
         starts = [0, *(np.flatnonzero(np.diff(versions)) + 1).tolist()] if len(versions) else []
         ends = [*starts[1:], len(versions)]

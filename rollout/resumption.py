@@ -62,6 +62,8 @@ def resumed_request(
     """
     if rollout.finish_reason != "abort":
         raise ValueError(f"{name} must be a rollout cut by an abort, got finish_reason={rollout.finish_reason!r}")
+    if rollout.loss_mask is not None:
+        raise ValueError(f"{name} must have no loss_mask: a whole conversation is gone on with by Session.resume")
     params, size = rollout.sampling_params, len(rollout.token_ids)
     if size >= params.max_tokens:
         raise ValueError(f"{name} must hold fewer tokens than its max_tokens ({params.max_tokens}), got {size}")

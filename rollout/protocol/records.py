@@ -19,10 +19,11 @@ from zerokl.rollout.sampling_params import SamplingParams
 
 Arrays = Mapping[str, NDArray[Any]]
 _PARAMS_FIELDS = dataclasses.fields(SamplingParams)
-_OTHER_ARRAYS = ("prompt_token_ids", "raw_logprobs", "text", "routing_experts", "routing_weights")
+_OTHER_ARRAYS = ("prompt_token_ids", "raw_logprobs", "loss_mask", "text", "routing_experts", "routing_weights")
 _TOKEN_ARRAYS = tuple(name for name in ROLLOUT_ARRAYS if name not in _OTHER_ARRAYS)
-_OTHER_FIELDS = ("num_prompt_tokens", "num_tokens", "has_raw", "num_text_bytes", "sampling_params", "routing")
-_COPIED_FIELDS = tuple(name for name in ROLLOUT_FIELDS if name not in _OTHER_FIELDS)
+_ABSENT = {name: np.zeros(0, kind.dtype) for name, kind in ROLLOUT_ARRAYS.items() if kind.optional}
+_SIZES = ("num_prompt_tokens", "num_tokens", "has_raw", "has_mask", "num_text_bytes")
+_COPIED_FIELDS = tuple(name for name in ROLLOUT_FIELDS if name not in (*_SIZES, "sampling_params", "routing"))
 
 
 # -- sampling parameters ----------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ def rollouts_to_wire(rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[
             "num_prompt_tokens": len(rollout.prompt_token_ids),
             "num_tokens": len(rollout.token_ids),
             "has_raw": rollout.raw_logprobs is not None,
+            "has_mask": rollout.loss_mask is not None,
             "sampling_params": params.place(rollout.sampling_params),
             **{name: getattr(rollout, name) for name in _COPIED_FIELDS},
         }
@@ -162,23 +164,23 @@ def rollouts_to_wire(rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[
             experts = rollout.routing.experts
             row["routing"] = [*experts.shape, rollout.routing.start, 8 * experts.itemsize]
         rows.append(row)
-    columns: dict[str, NDArray[Any]] = {
-        name: _join([getattr(rollout, name) for rollout in rollouts], kind.dtype)
-        for name, kind in ROLLOUT_ARRAYS.items()
-        if name in _TOKEN_ARRAYS or name in ("prompt_token_ids", "raw_logprobs")
+    parts: dict[str, list[NDArray[Any]]] = {
+        name: [array for rollout in rollouts if (array := getattr(rollout, name)) is not None]
+        for name in (*_TOKEN_ARRAYS, "prompt_token_ids", "raw_logprobs", "loss_mask")
     }
     for name in ("experts", "weights"):
-        parts = [getattr(rollout.routing, name).reshape(-1) for rollout in rollouts if rollout.routing is not None]
-        columns[f"routing_{name}"] = _join(parts, ROLLOUT_ARRAYS[f"routing_{name}"].dtype)
-    columns["text"] = np.frombuffer(b"".join(text for text in texts if text), np.uint8)
-    return {"rollouts": rows, "sampling_params": params.distinct}, columns
+        given = [getattr(rollout.routing, name).reshape(-1) for rollout in rollouts if rollout.routing is not None]
+        parts[f"routing_{name}"] = given
+    parts["text"] = [np.frombuffer(text, np.uint8) for text in texts if text]
+    arrays = {name: _join(parts[name], kind.dtype) for name, kind in ROLLOUT_ARRAYS.items() if parts[name]}
+    return {"rollouts": rows, "sampling_params": params.distinct}, arrays
 
 
 def rollouts_from_wire(body: Mapping[str, Any], arrays: Arrays) -> list[Rollout]:
     """Inverse; the arrays of a rollout are its own. Raises ValueError for anything else than what `rollouts_to_wire`
     gives.
     """
-    rows = body["rollouts"]
+    rows, arrays = body["rollouts"], {**_ABSENT, **arrays}
     for index, row in enumerate(rows):
         check_fields(f"rollouts[{index}]", ROLLOUT_FIELDS, row)
     params = [params_from_wire(fields) for fields in body["sampling_params"]]
@@ -187,12 +189,14 @@ def rollouts_from_wire(body: Mapping[str, Any], arrays: Arrays) -> list[Rollout]
     columns: dict[str, Any] = {name: split(name, arrays[name], sizes) for name in _TOKEN_ARRAYS}
     prompts = split("prompt_token_ids", arrays["prompt_token_ids"], [row["num_prompt_tokens"] for row in rows])
     raw = split("raw_logprobs", arrays["raw_logprobs"], [row["num_tokens"] * row["has_raw"] for row in rows])
+    masks = split("loss_mask", arrays["loss_mask"], [row["num_tokens"] * row["has_mask"] for row in rows])
     texts = split("text", arrays["text"], [row.get("num_text_bytes", 0) for row in rows])
     routings = _routings(rows, arrays)
     return [
         Rollout(
             prompt_token_ids=prompts[index],
             raw_logprobs=raw[index] if row["has_raw"] else None,
+            loss_mask=masks[index].astype(bool) if row["has_mask"] else None,
             text=_text(texts[index].tobytes()) if "num_text_bytes" in row else None,
             sampling_params=params[row["sampling_params"]],
             routing=routings[index],
@@ -222,9 +226,9 @@ def _routings(rows: Sequence[Mapping[str, Any]], arrays: Arrays) -> list[Rollout
     ]
 
 
-def _join(arrays: list[NDArray[Any] | None], dtype: str) -> NDArray[Any]:
-    present = [array for array in arrays if array is not None]
-    return np.concatenate([np.zeros(0, dtype), *present]).astype(dtype, copy=False)
+def _join(arrays: list[NDArray[Any]], dtype: str) -> NDArray[Any]:
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return joined.astype(dtype, copy=False)
 
 
 def _places(name: str, places: list[int], count: int) -> list[int]:

@@ -88,21 +88,24 @@ ROLLOUT_ARRAYS: Mapping[str, ArrayKind] = {
     "logprobs": _F32,
     "policy_logprobs": _F32,
     "entropy": _F32,
-    "raw_logprobs": _F32,
+    "raw_logprobs": ArrayKind("float32", optional=True),
     "policy_versions": _I64,
     "steps": _I64,
     "phases": ArrayKind("uint8"),
     "cached_lens": _I32,
     "ranks": ArrayKind("int16"),
-    "text": ArrayKind("uint8"),
-    "routing_experts": _I32,
-    "routing_weights": _F32,
+    "loss_mask": ArrayKind("uint8", optional=True),
+    "text": ArrayKind("uint8", optional=True),
+    "routing_experts": ArrayKind("int32", optional=True),
+    "routing_weights": ArrayKind("float32", optional=True),
 }
-"""Arrays of rollouts, one rollout's after another's; `raw_logprobs`, `text` and routing of those that have them."""
+"""Arrays of rollouts, one rollout's after another's; `raw_logprobs`, `loss_mask` (0 or 1), `text` and routing of those
+that have them, left out where none has."""
 ROLLOUT_FIELDS: Mapping[str, Field] = {
     "num_prompt_tokens": Integer(),
     "num_tokens": Integer(),
     "has_raw": Flag(),
+    "has_mask": Flag(),
     "num_text_bytes": Optional(Integer()),
     "finish_reason": OneOf(("stop", "length", "abort")),
     "stop_reason": Optional(Plain()),
@@ -181,6 +184,9 @@ CLIENT_MESSAGES: Schema = {
             "allow_rewind": Flag(),
             "bucket_bytes": Optional(Integer(1)),
         },
+    ),
+    "new_session_seed": MessageKind(
+        "Gives a seed for a conversation, which no other one gets; the result is an integer in [0, 2^64)."
     ),
     "get_weight_version": MessageKind("Version of the live weights or of a pinned set.", "yes", {"name": Text()}),
     "pin_weights": MessageKind("Keeps the live weights under a name.", "yes", _DEADLINE | {"name": Text()}),

@@ -75,6 +75,7 @@ class EngineJobs:
                 call, engine.submit_pause(message.body["mode"])
             ),
             "resume_generation": lambda call, _: self._answer_later(call, engine.submit_resume()),
+            "new_session_seed": lambda call, _: self._answer(call, engine.new_session_seed()),
             "get_weight_version": lambda call, message: self._answer(
                 call, engine.get_weight_version(message.body["name"])
             ),

@@ -7,12 +7,12 @@ import pytest
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.admission import AdmissionLimits
-from zerokl.rollout.calls import derive_seed
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
 from zerokl.rollout.results import Origin
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import TokenHistory
+from zerokl.rollout.seeds import derive_seed
 from zerokl.rollout.token_ids import as_token_ids
 
 LIMITS = AdmissionLimits(max_model_len=32, num_blocks=3, block_size=8, vocab_size=100)

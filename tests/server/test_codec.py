@@ -23,7 +23,7 @@ from zerokl.rollout.protocol.records import (
     rollouts_from_wire,
     rollouts_to_wire,
 )
-from zerokl.rollout.protocol.schema import CLIENT_MESSAGES, ROLLOUT_FIELDS, SERVER_MESSAGES
+from zerokl.rollout.protocol.schema import CLIENT_MESSAGES, ROLLOUT_ARRAYS, ROLLOUT_FIELDS, SERVER_MESSAGES
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 
@@ -99,6 +99,7 @@ def test_rollouts_come_back_as_they_were() -> None:
             ),
         ),
         rollout(2, raw_logprobs=np.array([1, -np.inf], np.float32), stop_reason=7),
+        rollout(3, loss_mask=np.array([True, False, True])),
     ]
     body, arrays = rollouts_to_wire(given)
     frames = encode(Message(kind="rollouts", call=1, seq=1, body={"first": 0, **body}, arrays=arrays))
@@ -109,14 +110,14 @@ def test_rollouts_come_back_as_they_were() -> None:
 
 def test_every_field_of_a_rollout_travels() -> None:
     names = {field.name for field in dataclasses.fields(Rollout)}
-    _, arrays = rollouts_to_wire([rollout()])
-    assert names == (set(ROLLOUT_FIELDS) | set(arrays)) - {
+    assert names == (set(ROLLOUT_FIELDS) | set(ROLLOUT_ARRAYS)) - {
         "routing_experts",
         "routing_weights",
         "num_prompt_tokens",
         "num_tokens",
         "num_text_bytes",
         "has_raw",
+        "has_mask",
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,44 @@ class PageClient:
         return kind, call, body, arrays
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """As the page says under "Conversations"."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, turn, 0), digest_size=8, person=b"zerokl-turn").digest()
+    return int(struct.unpack("<Q", digest)[0])
+
+
+def self_made_session(client: PageClient, engine: RolloutEngine) -> None:
+    """Two turns with a tool's answer between them, against a `Session` of the engine."""
+    client.ask("new_session_seed", {})
+    kind, _, body, _ = client.receive()
+    assert kind == "result"
+    seed = body["value"]
+    tokens, mask, logprobs = [1, 2, 3], [False] * 3, [np.nan] * 3
+    session = engine.open_session(tokens, seed=seed)
+    for turn, answer in enumerate([[7, 8], []]):
+        params = {"max_tokens": 10, "ignore_eos": True, "seed": turn_seed(seed, turn)}
+        client.ask(
+            "generate",
+            {"sampling_params": [params]},
+            {
+                "prompt_lens": np.array([len(tokens)], np.int32),
+                "prompt_tokens": np.array(tokens, np.int32),
+                "prompt_text": np.zeros(0, np.uint8),
+            },
+        )
+        kind, _, body, arrays = client.receive()
+        assert kind == "rollouts" and body["rollouts"][0]["num_cached_tokens"] == 8 * turn
+        assert client.receive()[0] == "result"
+        tokens += [*arrays["token_ids"].tolist(), *answer]
+        mask += [True] * 10 + [False] * len(answer)
+        logprobs += [*arrays["policy_logprobs"].tolist(), *([np.nan] * len(answer))]
+        session.generate(SamplingParams(max_tokens=10, ignore_eos=True))
+        if answer:
+            session.append(answer)
+    assert session.tokens.tolist() == tokens and session.loss_mask.tolist() == mask
+    np.testing.assert_array_equal(session.policy_logprobs, np.array(logprobs, np.float32))
+
+
 def test_a_client_written_from_the_page_is_served(tiny_model: Path) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True, seed=5, n=2)
     with RolloutEngine(tiny_options(tiny_model)) as engine:
@@ -133,6 +173,7 @@ def test_a_client_written_from_the_page_is_served(tiny_model: Path) -> None:
             assert kind == "scores"
             np.testing.assert_array_equal(arrays["logprobs"], expected[0].policy_logprobs)
             assert client.receive()[0] == "result"
+            self_made_session(client, engine)
             client.ask("generate", {"sampling_params": [{"max_tokens": 0}]}, prompts)
             kind, _, body, _ = client.receive()
             assert kind == "error" and body["error"] == "ValueError" and "max_tokens" in body["text"]

@@ -95,6 +95,8 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
+        assert config.rank_roles is not None, "an unresolved config"
+        self._roles = config.rank_roles
         self._mismatch = MismatchMonitor(config.k3_alarm)
         limits = AdmissionLimits(
             max_model_len=config.max_model_len,
@@ -282,7 +284,7 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods):
             "ranks": [
                 {"rank": rank, "role": role, **facts, **load}
                 for rank, (role, facts, load) in enumerate(
-                    zip(self._config.rank_roles or (), self._facts, self._scheduler.rank_metrics(), strict=True)
+                    zip(self._roles, self._facts, self._scheduler.rank_metrics(), strict=True)
                 )
             ],
         }

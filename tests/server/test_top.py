@@ -121,6 +121,24 @@ def test_the_command_shows_a_server_and_outlives_it(tiny_model: Path, tmp_path: 
     watcher.close()
 
 
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("rich", "from zerokl.rollout.observe.top import main; main()"),
+        (
+            "prometheus_client",
+            "from zerokl.rollout.server.main import main; raise SystemExit("
+            "main(['--model', '/none', '--bind', 'tcp://127.0.0.1:0', '--metrics-bind', '127.0.0.1:0']))",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, command: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; {command}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode in (1, 2) and "needs `pip install zerokl[server]`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_no_server_and_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(top, "_ANSWER_SECONDS", 0.2)
     assert top.main([f"ipc://{tmp_path}/nobody", "--once"]) == 1

@@ -23,6 +23,8 @@ from zerokl.rollout.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(n=4, max_tokens=12, ignore_eos=True, seed=1)
 
+METRICS_OPTIONS = ["--model", "x", "--bind", "tcp://127.0.0.1:0", "--metrics-bind", "127.0.0.1:0"]
+
 
 def shown(frame: Frame, width: int = 80, *, styled: bool = False) -> str:
     """The frame as a terminal of so many columns has it; with `styled` also its colours."""
@@ -127,8 +129,7 @@ def test_the_command_shows_a_server_and_outlives_it(tiny_model: Path, tmp_path: 
         ("rich", "from zerokl.rollout.observe.top import main; main()"),
         (
             "prometheus_client",
-            "from zerokl.rollout.server.main import main; raise SystemExit("
-            "main(['--model', '/none', '--bind', 'tcp://127.0.0.1:0', '--metrics-bind', '127.0.0.1:0']))",
+            f"from zerokl.rollout.server.main import main; sys.exit(main({METRICS_OPTIONS}))",
         ),
     ],
 )

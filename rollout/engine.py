@@ -99,6 +99,8 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
+        assert config.rank_roles is not None, "an unresolved config"
+        self._roles = config.rank_roles
         self._mismatch = MismatchMonitor(config.k3_alarm)
         self._limits = AdmissionLimits(
             max_model_len=config.max_model_len,
@@ -295,13 +297,7 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
             "ranks": [
                 {"rank": rank, "role": role, **facts, "pid": pid, **load}
                 for rank, (role, facts, pid, load) in enumerate(
-                    zip(
-                        self._config.rank_roles or (),
-                        self._facts,
-                        self._ranks.pids,
-                        self._scheduler.rank_metrics(),
-                        strict=True,
-                    )
+                    zip(self._roles, self._facts, self._ranks.pids, self._scheduler.rank_metrics(), strict=True)
                 )
             ],
         }

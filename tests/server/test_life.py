@@ -16,6 +16,7 @@ from tiny_server import LIMITS
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.client_link import ServerLostError
 from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.observe.prometheus import MetricsServer
 from zerokl.rollout.protocol.failures import ServerClosingError
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.keys import ServerKeys, check_endpoint, write_keys
@@ -155,5 +156,11 @@ def test_wrong_options_end_with_status_2(tiny_model: Path, capsys: pytest.Captur
     for options in (["--set", "x=1"], ["--set", "x"], ["--bind", "tcp://*:1"], ["--limit", "max_calls=0"]):
         assert main(["--model", str(tiny_model), *options]) == 2
         assert capsys.readouterr().err.startswith("rollout-server: ")
+    beyond = ["--bind", "tcp://127.0.0.1:0", "--metrics-bind", "0.0.0.0:0"]
+    assert main(["--model", str(tiny_model), *beyond]) == 2
+    assert "metrics bind '0.0.0.0:0' is reachable from other machines" in capsys.readouterr().err
+    with MetricsServer("127.0.0.1:0") as metrics:
+        taken = ["--bind", "tcp://127.0.0.1:0", "--metrics-bind", metrics.address]
+        assert main(["--model", str(tiny_model), *taken]) == 3
     with pytest.raises(ValueError, match="twice heartbeat_seconds"):
         ServerLimits(heartbeat_seconds=5.0, session_seconds=6.0)

@@ -23,6 +23,8 @@ from zerokl.rollout.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(n=4, max_tokens=12, ignore_eos=True, seed=1)
 
+METRICS_OPTIONS = ["--model", "x", "--bind", "tcp://127.0.0.1:0", "--metrics-bind", "127.0.0.1:0"]
+
 
 def shown(frame: Frame, width: int = 80, *, styled: bool = False) -> str:
     """The frame as a terminal of so many columns has it; with `styled` also its colours."""
@@ -119,6 +121,23 @@ def test_the_command_shows_a_server_and_outlives_it(tiny_model: Path, tmp_path: 
             pass
         assert "running" in shown(watcher.frame)
     watcher.close()
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("rich", "from zerokl.rollout.observe.top import main; main()"),
+        (
+            "prometheus_client",
+            f"from zerokl.rollout.server.main import main; sys.exit(main({METRICS_OPTIONS}))",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, command: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; {command}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode in (1, 2) and "needs `pip install zerokl[server]`" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_no_server_and_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

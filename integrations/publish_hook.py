@@ -24,7 +24,8 @@ class PublishEvery:
         with PublishEvery(optimizer, policy.named_arrays, engine, publisher, every=4, mode="keep"):
             train()
 
-    It stands in for `optimizer.step` until it is closed. A step that raises counts for nothing. What `update_weights`
+    With `publish_options={"dtype": "bfloat16", "inexact": False}` for a policy that rounds alike; the publisher is then
+    best made with `fill=zerokl.kernels.dispatch.fill_weights`. It stands in for `optimizer.step` until it is closed. A step that raises counts for nothing. What `update_weights`
     raises comes out of `step`; the parameters have been updated then, the engine's version has not.
     """
 

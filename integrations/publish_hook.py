@@ -25,7 +25,9 @@ class PublishEvery:
             train()
 
     It stands in for `optimizer.step` until it is closed. A step that raises counts for nothing. What `update_weights`
-    raises comes out of `step`; the parameters have been updated then, the engine's version has not.
+    raises comes out of `step`; the parameters have been updated then, the engine's version has not. For a policy that
+    rounds alike `publish_options={"dtype": "bfloat16", "inexact": False}`, and best a publisher that was made with
+    `fill=zerokl.kernels.dispatch.fill_weights`.
     """
 
     def __init__(

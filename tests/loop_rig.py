@@ -19,6 +19,7 @@ from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.in_flight import InFlightOptions, InFlightRequests
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
+from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.step_order import StepOrder, StepResult
@@ -81,7 +82,7 @@ class LoopRig:
         self.scheduler = Scheduler(config, kv_caches)
         self.kv_caches = kv_caches
         self.weights = WeightSets(ranks, self.scheduler)
-        self.sleeping = Sleep(ranks, self.weights, self.scheduler)
+        self.sleeping = Sleep(ranks, self.weights, self.scheduler, NO_ROUTING)
         self.weights.load_first(TensorWeights(tensors={}))
         stop = StopStrings(None)
         self.loop = EngineLoop(

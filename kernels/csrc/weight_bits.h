@@ -21,18 +21,13 @@ inline uint32_t joined_overflow(const float* values, int64_t count) {
 }
 inline bool is_finite(uint32_t joined) { return !(joined >> 31); }
 
-// The pattern of the nearest bfloat16 in the upper half; the lower half is noise.
-inline uint32_t rounded(uint32_t bits) {
-  const uint32_t nearest = bits + 0x7FFFu + (bits >> 16 & 1u);
+// The pattern of the nearest bfloat16 in the upper half; the lower half is noise. Of one value, or of each lane.
+template <class Bits>
+inline Bits rounded_bits(Bits bits) {
+  const Bits nearest = bits + 0x7FFFu + (bits >> 16 & 1u);
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x00400000u : nearest;
 }
-
-// The same of many.
-template <class Lanes>
-inline Lanes rounded_lanes(Lanes lanes) {
-  const Lanes nearest = lanes + 0x7FFFu + (lanes >> 16 & 1u);
-  return (lanes & 0x7FFFFFFFu) > 0x7F800000u ? lanes | 0x00400000u : nearest;
-}
+inline uint32_t rounded(uint32_t bits) { return rounded_bits(bits); }
 
 // The values of bfloat16 patterns.
 inline void widen_bits(const uint16_t* from, int64_t count, float* to) {

@@ -54,7 +54,7 @@ inline words line_of(const float* in, const uint16_t*) {
   typedef uint16_t half __attribute__((vector_size(32)));
   union { half halves[2]; patterns whole; } line;
   for (int i = 0; i < 2; ++i) {
-    const bits nearest = rounded_lanes((bits)vload(in + i * LANES));
+    const bits nearest = rounded_bits((bits)vload(in + i * LANES));
     line.halves[i] = __builtin_convertvector(nearest >> 16, half);
   }
   return (words)line.whole;

@@ -11,7 +11,6 @@ namespace {
 
 typedef uint64_t words __attribute__((vector_size(64)));
 
-constexpr int64_t XXH3_SHORT = 240;  // bytes: up to here another algorithm applies
 constexpr int64_t STRIPE = 64;
 constexpr int STRIPES_PER_BLOCK = 16;
 constexpr uint64_t PRIME32_1 = 0x9E3779B1u, PRIME32_2 = 0x85EBCA77u, PRIME32_3 = 0xC2B2AE3Du;

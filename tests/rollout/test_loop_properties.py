@@ -35,13 +35,13 @@ from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 
 SETTINGS = settings(
-    max_examples=200,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-HUNT = settings(SETTINGS, max_examples=1_000, phases=[Phase.generate], report_multiple_bugs=False)
+HUNT = settings(SETTINGS, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
 OPTIONS = st.sampled_from(
     [
         InFlightOptions(),
@@ -71,7 +71,7 @@ class ControlPlane(RuleBasedStateMachine):
         self.frozen_at: int | None = None
 
     # -- calls --------------------------------------------------------------------------------------------------------
-    @rule(length=st.integers(2, 90), samples=st.integers(1, 3), max_tokens=st.integers(1, 12), rated=st.booleans())
+    @rule(length=st.integers(2, 90), samples=st.integers(1, 3), max_tokens=st.integers(1, 24), rated=st.booleans())
     def ask(self, length: int, samples: int, max_tokens: int, rated: bool) -> None:
         tokens = np.arange(length) * (len(self.calls) % 2 + 1) % VOCAB
         self._submit(tokens, samples, max_tokens, rated=rated)
@@ -111,7 +111,7 @@ class ControlPlane(RuleBasedStateMachine):
         self.aborts.append(self.rig.loop.abort(names))
 
     # -- pauses -------------------------------------------------------------------------------------------------------
-    @rule(mode=st.sampled_from(["wait", "abort", "keep"]), gives_up=st.booleans())
+    @rule(mode=st.sampled_from(["wait", "abort", "keep"]), gives_up=st.sampled_from([False] * 4 + [True]))
     def pause(self, mode: Any, gives_up: bool) -> None:
         future = self.rig.loop.pause(mode)
         self.pauses.append(future)
@@ -152,6 +152,14 @@ class ControlPlane(RuleBasedStateMachine):
             if not self.rig.turn():
                 break
             self._look()
+
+    @rule()
+    def let_a_step_pass(self) -> None:
+        self.let_time_pass(1, 0.0)
+
+    @rule()
+    def let_two_steps_pass(self) -> None:
+        self.let_time_pass(2, 60.0)
 
     def _look(self) -> None:
         for call in self.calls:

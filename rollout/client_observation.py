@@ -47,6 +47,11 @@ class ClientObservationMethods(ABC):
         health: dict[str, Any] = self._call("health")
         return health
 
+    @property
+    def rank_pids(self) -> list[int]:
+        """See `RolloutEngine.rank_pids`: processes of the server's machine. A call, as `health`."""
+        return [rank["pid"] for rank in self.health()["ranks"]]
+
     def telemetry(self) -> dict[str, Any]:
         """See `RolloutEngine.telemetry`; `metrics` has the server's counters too."""
         telemetry: dict[str, Any] = self._call("telemetry")

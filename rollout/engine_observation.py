@@ -55,7 +55,8 @@ class ObservationMethods(ABC):
     ) -> KLReport:
         """Compare the trainer's own forward with the rollouts' `policy_logprobs`: the mismatch KL, exactly 0.0.
 
-        `logprobs`: float32, an array [N] for each rollout of N tokens, or one of all tokens in the rollouts' order.
+        `logprobs`: float32, an array [N] for each rollout of N tokens, or one of all tokens in the rollouts' order;
+        what they hold for tokens that the policy did not sample (`Rollout.loss_mask`) does not count.
         `version`: of the weights that the forward had; None: the newest that sampled one of the tokens. Tokens of other
         versions, and of rollouts that are `inexact` or have `num_kept_updates`, are counted apart and never alarm: the
         report returned is about the others, or where there are none about all, with `inexact`.

@@ -62,17 +62,23 @@ class ReportedTokens:
 
     @classmethod
     def of_rollouts(cls, rollouts: Rollout | Sequence[Rollout], logprobs: Any) -> ReportedTokens:
-        """`logprobs`: float32, an array [N] for each rollout of N tokens, or one of all of them in their order."""
+        """`logprobs`: float32, an array [N] for each rollout of N tokens, or one of all of them in their order.
+
+        Tokens that the policy did not sample, those of tools in a conversation, are left out.
+        """
         listed = [rollouts] if isinstance(rollouts, Rollout) else rollouts
         if not isinstance(listed, Sequence) or not all(isinstance(one, Rollout) for one in listed):
             raise ValueError(f"rollouts must be a Rollout or a sequence of them, got {type(rollouts).__name__}")
         sizes = [len(one.token_ids) for one in listed]
         kept = [one.inexact or one.num_kept_updates > 0 for one in listed]
+        generated = np.concatenate([np.zeros(0, bool), *(one.generated for one in listed)])
+        rolled = np.concatenate([np.zeros(0, np.float32), *(one.policy_logprobs for one in listed)])
+        versions = np.concatenate([np.zeros(0, np.int64), *(one.policy_versions for one in listed)])
         return cls(
-            trainer_logprobs=_joined(logprobs, sizes),
-            rollout_logprobs=np.concatenate([np.zeros(0, np.float32), *(one.policy_logprobs for one in listed)]),
-            policy_versions=np.concatenate([np.zeros(0, np.int64), *(one.policy_versions for one in listed)]),
-            inexact=np.repeat(np.array(kept, np.uint8), sizes),
+            trainer_logprobs=_joined(logprobs, sizes)[generated],
+            rollout_logprobs=rolled[generated],
+            policy_versions=versions[generated],
+            inexact=np.repeat(np.array(kept, np.uint8), sizes)[generated],
         )
 
     def kinds(self, version: int | None) -> dict[TokenKind, NDArray[np.bool_]]:

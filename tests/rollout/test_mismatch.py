@@ -97,6 +97,22 @@ def test_what_need_not_agree_is_counted_apart() -> None:
     assert not alarms and report.inexact and report.num_tokens == 6
 
 
+def test_tokens_of_tools_do_not_count(engine: RolloutEngine) -> None:
+    session = engine.open_session("hello", seed=5)
+    session.generate(SamplingParams(max_tokens=4, ignore_eos=True))
+    session.append([5, 6, 7])
+    session.generate(SamplingParams(max_tokens=3, ignore_eos=True))
+    rollout = session.to_rollout()
+    (logprobs,) = engine.score([rollout])
+    report = engine.report_trainer_logprobs(rollout, [logprobs])
+    assert report.num_tokens == 7 and report.k3_kl_mean == 0.0 and report.differing_logprobs == 0
+    logprobs = logprobs.copy()
+    logprobs[4:7] = 0.0  # of the tool
+    assert engine.report_trainer_logprobs(rollout, [logprobs]).differing_logprobs == 0
+    logprobs[7] -= 1.0
+    assert engine.report_trainer_logprobs(rollout, [logprobs]).differing_logprobs == 1
+
+
 def test_tokens_of_kept_keys_and_values_never_alarm(engine: RolloutEngine) -> None:
     (rollout,) = engine.generate("a", dataclasses.replace(PARAMS, n=1))
     kept = dataclasses.replace(rollout, num_kept_updates=1)

@@ -105,7 +105,7 @@ def test_faults_of_ranks_are_exported_where_the_engine_counts_them(client: Rollo
     with_faults = {**seen, "metrics": {**seen["metrics"], **counted}}
     found = {series.name: list(series.read(with_faults)) for series in SERIES}
     assert found["zerokl_rank_restarts"] == [((), 2)]
-    assert found["zerokl_rank_faults"] == [(("death",), 1), (("stall",), 1)]
+    assert found["zerokl_rank_faults"] == [(("death",), 1), (("stall",), 1), (("step_timeout",), 0)]
     assert not unlisted(with_faults)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import WeightSource
-from zerokl.rollout.worker import Worker, make_worker
+from zerokl.rollout.worker import OverlappingWorker, Worker, make_worker
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
@@ -86,7 +86,7 @@ class OneRank:
     size = 1
 
     def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+        self.worker = worker
         self.stage_weights = worker.stage_weights
         self.commit_weights = worker.commit_weights
         self.discard_staged = worker.discard_staged
@@ -100,14 +100,22 @@ class OneRank:
     def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
         """See Ranks."""
         (order,) = orders
-        return [self._worker.execute(order)]
+        return [self.worker.execute(order)]
 
     def watch(self, report: Callable[[WorkerError], None]) -> None:
         """See Ranks. The next call of a lone worker reports its end."""
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
-        return [self._worker.describe()]
+        return [self.worker.describe()]
+
+
+def overlapping_worker(ranks: Ranks, config: EngineConfig) -> OverlappingWorker | None:
+    """The worker of the ranks of `config`, if its steps may overlap with the host's work: one on a GPU."""
+    if config.device != "gpu":
+        return None
+    assert isinstance(ranks, OneRank), "several ranks on a GPU"
+    return cast("OverlappingWorker", ranks.worker)
 
 
 def make_ranks(config: EngineConfig, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> Ranks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
@@ -16,6 +17,7 @@ from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin
+from zerokl.rollout.run_ahead import follow
 from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
@@ -177,10 +179,31 @@ class Scheduler:
         )
         return self._commit(plan_step(snapshot, self._config, now))
 
-    def update(self, plan: StepPlan, results: Sequence[StepResult]) -> list[Request]:
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after the latest one, before its results are in; see `run_ahead`. None where they are needed first.
+
+        Whoever calls it gives `update` the plan as `ahead`, and changes nothing else in between.
+        """
+        if len(plan.ranks) > 1 or (self._residents.size < self._config.max_num_seqs and len(self._queue)):
+            return None
+        kv_cache = self._residents.kv_caches[0]
+        num_running, num_free = self._residents.size, kv_cache.num_free_blocks
+        following = follow(plan, self.requests, num_running, num_free, kv_cache.block_size)
+        if following is None:
+            return None
+        self._step += 1
+        self._last_turn[plan.policy] = self._step
+        self._residents.grow(0, following.grown)
+        count = len(following.entries)
+        return replace(
+            plan, step=self._step, ranks=(RankPlan(0, following.entries, count, count),), handovers=(), preempted=()
+        )
+
+    def update(self, plan: StepPlan, results: Sequence[StepResult], ahead: StepPlan | None = None) -> list[Request]:
         """Apply a step's results, one per rank, and return the requests that it finished.
 
-        Requests that were aborted or preempted since the plan was made are left alone.
+        Requests that were aborted or preempted since the plan was made are left alone. `ahead` is what `plan_ahead` has
+        made of this plan: its requests are under way again, but for those that finished.
         """
         self._residents.release_copied(plan.step)
         finished: list[Request] = []
@@ -203,6 +226,11 @@ class Scheduler:
                 if entry.num_rows and self._record(request, plan, entry, sampled, tokens[entry.first_row]):
                     finished.append(request)
             self._meter.count_results(rank_plan.num_tokens, rank_plan.num_rows)
+        if ahead is not None:
+            for entry in ahead.ranks[0].entries:
+                follower = self.requests.get(entry.request_id)
+                if follower is not None and follower.status is RequestStatus.RUNNING:
+                    follower.in_flight_step = ahead.step
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished

@@ -27,7 +27,7 @@ from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWei
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
-    from zerokl.rollout.model_runner import ModelRunner
+    from zerokl.rollout.model_runner import ModelRunner, PendingStep
     from zerokl.weight_sync import Manifest, PublishedFile, PublishedWeights
     from zerokl.weight_sync.live_weights import LiveWeights
     from zerokl.weight_sync.session import UpdateSession
@@ -102,6 +102,18 @@ class Worker(Protocol):
         ...
 
 
+class OverlappingWorker(Worker, Protocol):
+    """A worker whose device runs steps while its caller goes on."""
+
+    def begin(self, order: StepOrder) -> PendingStep:
+        """`execute` without waiting. Further steps may be begun before its result is asked for; nothing else may."""
+        ...
+
+    def warm_up(self) -> None:
+        """Once, when there are weights: make ready what the first steps would have to wait for."""
+        ...
+
+
 class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
@@ -126,6 +138,14 @@ class LocalWorker:
     def execute(self, order: StepOrder) -> StepResult:
         """As `Worker.execute`."""
         return self._live_runner().execute(order)
+
+    def begin(self, order: StepOrder) -> PendingStep:
+        """As `OverlappingWorker.begin`, on a GPU."""
+        return self._live_runner().begin(order)
+
+    def warm_up(self) -> None:
+        """As `OverlappingWorker.warm_up`."""
+        self._live_runner().warm_up()
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """As `Worker.stage_weights`."""
@@ -191,6 +211,8 @@ class LocalWorker:
 
     def close(self) -> None:
         """As `Worker.close`."""
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
         self._segments.release()
 

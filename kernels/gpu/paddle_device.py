@@ -77,7 +77,8 @@ class PaddleDevice:
     def pinned(self, size: int) -> NDArray[np.int32]:
         """See Device."""
         address = check(runtime.cudaHostAlloc(max(1, size) * 4, runtime.cudaHostAllocDefault))
-        return np.frombuffer((ctypes.c_int32 * size).from_address(int(address)), np.int32)
+        array: NDArray[np.int32] = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(int(address)))
+        return array
 
     def upload(self, values: NDArray[np.int32], tensor: Tensor) -> None:
         """See Device."""

@@ -66,9 +66,9 @@ class StepLayout:
 def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
     """The flat array of a step.
 
-    Sections are token_ids, token_rows (see `StepInputs`), positions, slots, sequences (of each token, -1 for none), tables, rows, options, the history
-    and bias entries of the rows, routing [M, T, k] where it is given, and `lists`, each [n, columns] padded by zeros;
-    an empty one has no section.
+    Sections are token_ids, token_rows (see `StepInputs`), positions, slots, sequences (of each token, -1 for none),
+    tables, rows, options, the history and bias entries of the rows, routing [M, T, k] where it is given, and `lists`,
+    each [n, columns] padded by zeros; an empty one has no section.
     """
     tokens, rows = bucket(len(inputs.token_ids)), bucket(len(inputs.logit_rows))
     counts = np.diff(inputs.seq_starts)

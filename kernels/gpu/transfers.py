@@ -77,6 +77,6 @@ class Fetch:
     def result(self) -> Ints:
         """Wait; the entries [size], the caller's to keep. Asked for once."""
         self._device.wait(self._event)
-        values = self._buffer[: self._size].copy()
+        values: Ints = self._buffer[: self._size].copy()
         self._buffers.give(self._buffer)
         return values

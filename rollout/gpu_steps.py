@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +48,11 @@ class GpuSteps:
         self._graphs: dict[int, dict[Hashable, Any]] = {}
         """Per epoch of weights and kind."""
 
+        self.get: Callable[[Any], NDArray[Any]] = ops.device.get
+        """Copies a tensor to the host."""
+        self.put: Callable[[NDArray[Any]], Any] = ops.device.put
+        """Copies an array to the device."""
+
     @property
     def num_graphs(self) -> int:
         """Recorded steps that are kept."""
@@ -58,7 +63,7 @@ class GpuSteps:
     ) -> FetchedSample | None:
         """Launch a step with the weights of an epoch; its rows on their way to the host, None if it has none."""
         self._ops.begin_step(inputs, pool)
-        self._launch(epoch, params, inputs)
+        self._launch(epoch, params)
         rows = len(inputs.logit_rows)
         return self._ops.fetch(rows, want_raw=inputs.sampling.want_raw) if rows else None
 
@@ -96,13 +101,14 @@ class GpuSteps:
 
     def _warm(self, epoch: int, params: DecoderParams[Any], pool: KVPool[Any], inputs: StepInputs) -> None:
         self._ops.begin_step(inputs, pool)
-        self._launch(epoch, params, inputs)
+        self._launch(epoch, params)
 
-    def _launch(self, epoch: int, params: DecoderParams[Any], inputs: StepInputs) -> None:
+    def _launch(self, epoch: int, params: DecoderParams[Any]) -> None:
         def launches() -> None:
-            hidden = forward_begun(self._ops, params, self._spec, inputs)
-            if len(inputs.logit_rows):
-                self._ops.draw(hidden, params.lm_head, inputs.sampling)
+            begun = self._ops.inputs  # of the step that the launches are made for, if they are made again
+            hidden = forward_begun(self._ops, params, self._spec, begun)
+            if len(begun.logit_rows):
+                self._ops.draw(hidden, params.lm_head, begun.sampling)
 
         kind = self._ops.step_kind() if self._records else None
         graphs = self._graphs.setdefault(epoch, {})

@@ -34,7 +34,7 @@ from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, f
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.routing_capture import RoutingCapture
-from zerokl.rollout.spill import SpilledSets
+from zerokl.rollout.spill import HostedSets, SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
 
@@ -115,7 +115,7 @@ class ModelRunner:
         self._epochs = count(1)
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
-        self._spilled: SpilledSets | None = None
+        self._spilled: SpilledSets | HostedSets | None = None
         self._stepping = False
 
     @property
@@ -286,7 +286,8 @@ class ModelRunner:
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:
-        """Free the memory of "weights" (all sets) and "kv_cache". Level 1 writes the sets to a file in `spill_dir`.
+        """Free the memory of "weights" (all sets) and "kv_cache". Level 1 writes the sets to a file in `spill_dir`, or
+        copies those of a GPU to the host's memory.
 
         Raises ValueError where that cannot be done; nothing is freed then.
         """
@@ -306,7 +307,7 @@ class ModelRunner:
     def wake_up(self, tags: Collection[str]) -> None:
         """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
         if "weights" in tags and self._spilled is not None:
-            take = host_storage(self._ops)
+            take = host_storage(self._ops) if self._gpu_steps is None else self._gpu_steps.put
             assert take is not None, "spilled without a way back"
             self._sets = self._spilled.restore(take)
             self._spilled.close()
@@ -319,7 +320,9 @@ class ModelRunner:
         if self._gpu_steps is not None:
             self._gpu_steps.forget()
 
-    def _spill(self, spill_dir: str | None) -> SpilledSets | None:
+    def _spill(self, spill_dir: str | None) -> SpilledSets | HostedSets | None:
+        if self._gpu_steps is not None:
+            return HostedSets(self._sets, self._gpu_steps.get, self._rope) if self._sets else self._spilled
         if host_storage(self._ops) is None:
             raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
         return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled

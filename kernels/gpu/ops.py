@@ -172,6 +172,12 @@ class GpuOps:
             self._arrays[key] = made
         return made
 
+    @property
+    def inputs(self) -> StepInputs:
+        """Of the step that has begun last."""
+        assert self._inputs is not None, "no step has begun"
+        return self._inputs
+
     def _attention_lists(self, inputs: StepInputs) -> dict[str, NDArray[np.int32]]:
         per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
         singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)

@@ -1,4 +1,4 @@
-"""Sets of weights in a file of their own, or of a GPU in the host's memory, while theirs is wanted for something else."""
+"""Sets of weights in a file, or those of a GPU in host memory, while theirs is wanted for something else."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def speed(model: str, sizes: tuple[int, ...], folder: Path, repeats: int, **opti
     with make_engine(model, folder, **options) as engine:
         load(engine, SAMPLES, 1, 0)
         started = time.perf_counter()
-        print(f"model {model}: written in {written - begun:.1f} s, first token {started - written:.1f} s later", flush=True)
+        print(f"{model} written in {written - begun:.1f} s, first token {started - written:.1f} s later", flush=True)
         rows = []
         for sequences in sizes:
             load(engine, sequences, 32, 1000 + sequences)

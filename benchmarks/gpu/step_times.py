@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import Any
@@ -45,8 +46,8 @@ class TimedWorker(LocalWorker):
         if len(decodes) < 3:
             return {"decode_steps": len(decodes)}
         spans = [_milliseconds(step[3], step[4]) for step in decodes]
-        gaps = [_milliseconds(a[4], b[3]) for a, b in zip(decodes, decodes[1:], strict=False)]
-        periods = [b[2] - a[2] for a, b in zip(decodes, decodes[1:], strict=False)]
+        gaps = [_milliseconds(a[4], b[3]) for a, b in itertools.pairwise(decodes)]
+        periods = [b[2] - a[2] for a, b in itertools.pairwise(decodes)]
         return {
             "decode_steps": len(decodes),
             "gpu_span_ms": round(statistics.median(spans), 3),

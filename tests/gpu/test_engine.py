@@ -39,7 +39,7 @@ MODELS = {
     "dense": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, hidden_size=128, head_dim=32, eos_token_id=7),
     "mixture": tiny_moe_config(vocab_size=VOCAB, hidden_size=64, eos_token_id=7),
 }
-GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.path.join(os.environ.get("KIT", "/opt/kit"), "smollm2.gguf")
+GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 PLAIN = SamplingParams(n=4, max_tokens=50, seed=11)
 TRUNCATED = SamplingParams(n=3, max_tokens=40, seed=12, temperature=0.7, top_p=0.95)
 

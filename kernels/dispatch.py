@@ -120,7 +120,7 @@ def weight_packer(
     cpu = _as_cpu_ops(ops)
     if cpu is not None and type(cpu).__name__ == "CpuOps":  # a class made of it may pack otherwise
         return cpu.packer.next_set(stepping=stepping), NamedRows(tensors)
-    return ops, WholeTensors(tensors)
+    return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
 def narrow_bfloat16(values: NDArray[np.float32], patterns: NDArray[np.uint16]) -> None:

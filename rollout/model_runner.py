@@ -124,6 +124,11 @@ class ModelRunner:
         return dict(self._sets)
 
     @property
+    def takes_patterns(self) -> bool:
+        """Whether `stage` is best given bfloat16 as it is: the device keeps it so."""
+        return self._gpu_steps is not None
+
+    @property
     def placement(self) -> ExpertPlacement | None:
         """Where experts are; None where each rank has all."""
         return self._placement
@@ -179,11 +184,11 @@ class ModelRunner:
 
         May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
         ones will do) or `kernels.row_stream.RowStream`s; a mapping that reads on access, such as
-        `models.loader.open_tensors` gives, keeps the peak of memory low. Everything kept is a copy: the sources may be
-        overwritten afterwards. With `delta` they are those that differ from the live set's, and what was packed of the
-        others is shared with it. All names and shapes are checked, but experts of other ranks are not read. Raises
-        ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an infinity; nothing is
-        staged then.
+        `models.loader.open_tensors` gives (of bfloat16 patterns too), keeps the peak of memory low. Everything kept is
+        a copy: the sources may be overwritten afterwards. With `delta` they are those that differ from the live set's,
+        and what was packed of the others is shared with it. All names and shapes are checked, but experts of other
+        ranks are not read. Raises ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an
+        infinity; nothing is staged then.
         """
         self._staged = None
         live = self._sets.get(LIVE)
@@ -307,7 +312,7 @@ class ModelRunner:
     def wake_up(self, tags: Collection[str]) -> None:
         """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
         if "weights" in tags and self._spilled is not None:
-            take = host_storage(self._ops) if self._gpu_steps is None else self._gpu_steps.put
+            take: Any = host_storage(self._ops) if self._gpu_steps is None else self._gpu_steps.put
             assert take is not None, "spilled without a way back"
             self._sets = self._spilled.restore(take)
             self._spilled.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,8 @@ class HostedSets:
         self._sets = {}
 
 
-class _Held(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
     """Stands for a tensor."""
 
     index: int
@@ -122,9 +123,9 @@ class _Held(NamedTuple):
 
 def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The tree with its leaves changed."""
-    if isinstance(tree, tuple) and not isinstance(tree, _Held):
+    if isinstance(tree, tuple):
         return tuple(_mapped(child, change) for child in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, _Spilled)):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, _Spilled, _Held)):
         changed = {field.name: _mapped(getattr(tree, field.name), change) for field in dataclasses.fields(tree)}
         return dataclasses.replace(tree, **changed)
     return change(tree)

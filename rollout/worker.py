@@ -157,7 +157,8 @@ class LocalWorker:
             from zerokl.rollout.models.loader import open_tensors
 
             # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
-            runner.stage(open_tensors(source.path, self._model_config), version)
+            folder = open_tensors(source.path, self._model_config, patterns=runner.takes_patterns)
+            runner.stage(folder, version)
         else:
             self._stage_published(runner, source, version)
 

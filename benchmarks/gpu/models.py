@@ -1,19 +1,25 @@
-"""Folders of random models at the sizes of real ones, written fast: matrices N(0, 0.02), embeddings N(0, 0.05)."""
+"""Random models at the sizes of real ones, made on the GPU: matrices N(0, 0.02), embeddings N(0, 0.05), norms 1."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
+import triton
+import triton.language as tl
 
-from zerokl.rollout.models.config import ModelConfig
+from zerokl.kernels.gpu.elementwise import Tensor
+from zerokl.kernels.gpu.ops import GpuOps, PackedExperts, PackedGateUp, PackedLinear
+from zerokl.rollout import model_runner
 from zerokl.rollout.models.layout import expected_tensors
-from zerokl.rollout.models.loader import SINGLE_FILE
+from zerokl.rollout.weight_source import WeightSource
+from zerokl.rollout.worker import LocalWorker
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "eos_token_id": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -37,44 +43,88 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """A: Qwen3-0.6B, B: Llama-3.1-8B, C: Qwen3-30B-A3B."""
 
-_PATTERN = 1 << 22
-"""Values drawn per tensor at most; a larger one repeats them, at no multiple of its rows."""
 
-
-def write_model(name: str, folder: Path, seed: int = 0) -> Path:
-    """The folder of model `name`, weights in bfloat16; not written again where it is there."""
-    content = _COMMON | MODELS[name]
-    if (folder / "config.json").is_file():
-        return folder
+def model_folder(name: str, folder: Path, **changes: Any) -> Path:
+    """The folder of model `name`: config.json alone, for engines of `RandomWeights` workers."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = expected_tensors(ModelConfig.from_json(content))
-    header: dict[str, Any] = {}
-    end = 0
-    for tensor, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with (folder / SINGLE_FILE).open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        file.truncate(8 + len(head) + end)
-    stored = np.memmap(folder / SINGLE_FILE, np.uint16, "r+", offset=8 + len(head))
-
-    def fill(number: int, tensor: str) -> None:
-        start, stop = (offset // 2 for offset in header[tensor]["data_offsets"])
-        stored[start:stop] = np.resize(_patterns(tensor, shapes[tensor], seed + number), stop - start)
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, range(len(shapes)), shapes))
-    stored.flush()
-    (folder / "config.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps(_COMMON | MODELS[name] | changes))
     return folder
 
 
-def _patterns(tensor: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    if len(shape) == 1:
-        return np.full(shape, 0x3F80, np.uint16)  # norms of 1
-    scale = 0.05 if "embed" in tensor or "lm_head" in tensor else 0.02
-    count = min(math.prod(shape), _PATTERN - 12345)
-    values = np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(scale)
-    return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+class RandomWeights(LocalWorker):
+    """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
+
+    def stage_weights(self, source: WeightSource, version: int) -> None:
+        def packer(ops: GpuOps, tensors: Mapping[str, Any], _: Callable[[], bool]) -> tuple[Any, Any]:
+            return _RandomPacker(ops, version), tensors
+
+        with mock.patch.object(model_runner, "weight_packer", packer):
+            self._live_runner().stage(_Named(expected_tensors(self._model_config)), version)
+
+
+class _Name(NamedTuple):
+    """Stands for a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class _Named(Mapping[str, _Name]):
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def __getitem__(self, name: str) -> _Name:
+        return _Name(name, self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+
+class _RandomPacker:
+    """Packs as `GpuOps` does, from names."""
+
+    def __init__(self, ops: GpuOps, version: int) -> None:
+        self._ops = ops
+        self._version = version
+
+    def tensor(self, named: _Name) -> Tensor:
+        if len(named.shape) == 1:
+            return self._ops.tensor(np.ones(named.shape, np.float32))
+        return self._matrix(named.name, *named.shape)
+
+    def pack_linear(self, weights: Sequence[Any], biases: Sequence[Any]) -> PackedLinear:
+        assert all(bias is None for bias in biases)
+        if not isinstance(weights[0], _Name):
+            return PackedLinear(weights[0], None)
+        rows = sum(weight.shape[0] for weight in weights)
+        return PackedLinear(self._matrix(weights[0].name, rows, weights[0].shape[1]), None)
+
+    def pack_gate_up(self, gate: _Name, up: _Name) -> PackedGateUp:
+        return PackedGateUp(self._matrix(gate.name, 2 * gate.shape[0], gate.shape[1]))
+
+    def pack_experts(self, count: int, experts: Iterable[tuple[_Name, _Name, _Name]]) -> PackedExperts:
+        gate, _, down = next(iter(experts))
+        return PackedExperts(
+            self._matrix(gate.name, count, 2 * gate.shape[0], gate.shape[1]),
+            self._matrix(down.name, count, *down.shape),
+        )
+
+    def _matrix(self, name: str, *shape: int) -> Tensor:
+        out = self._ops.device.empty(shape, self._ops.dtype)
+        scale = 0.05 if "embed" in name or "lm_head" in name else 0.02
+        seed = zlib.crc32(f"{name} {self._version}".encode()) >> 1
+        size = math.prod(shape)
+        _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, BLOCK=1024)
+        return out
+
+
+@triton.jit
+def _fill_kernel(ptr, n, seed, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(ptr + i, (tl.randn(seed, i.to(tl.uint32)) * scale).to(ptr.dtype.element_ty), mask=i < n)

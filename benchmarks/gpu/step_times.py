@@ -10,13 +10,13 @@ from typing import Any
 import triton
 from cuda.bindings import runtime
 
+from models import RandomWeights
 from zerokl.kernels.gpu.paddle_device import check
 from zerokl.rollout.model_runner import PendingStep
 from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.worker import LocalWorker
 
 
-class TimedWorker(LocalWorker):
+class TimedWorker(RandomWeights):
     """Events around the launches of each step; `log` has (tokens, rows, host seconds, first event, last event)."""
 
     latest: TimedWorker

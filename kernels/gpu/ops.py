@@ -60,13 +60,17 @@ class PackedExperts:
 
 
 class GpuOps:
-    """`zerokl.kernels.ops.Ops[paddle.Tensor]` on one GPU. Weights are given as NumPy arrays.
+    """`zerokl.kernels.ops.Ops[paddle.Tensor]` on one GPU. Weights are given as NumPy arrays of float32 or, as uint16
+    patterns, of bfloat16.
 
     `dtype` is the type of matrices, activations, keys and values; the residual stream and sums are float32 either way.
     An op never writes what an earlier one of the step has returned while that is referred to, and a later step with the
     same shapes has the same addresses. Serves pools of one `AttentionSpec`. One thread runs steps; packing may go on
     in another one meanwhile.
     """
+
+    takes_patterns = True
+    """Whether packing takes bfloat16 patterns."""
 
     _attention_spec: AttentionSpec
 
@@ -131,7 +135,7 @@ class GpuOps:
             pairs = zip(weights, biases, strict=True)
             parts = [np.zeros(len(w), np.float32) if b is None else _widened(b) for w, b in pairs]
             bias = self._place_float32(np.concatenate(parts))
-        return PackedLinear(self._matrix(np.concatenate(weights)), bias)
+        return PackedLinear(self._matrix(np.concatenate(_alike(weights))), bias)
 
     def pack_gate_up(self, gate: Any, up: Any) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
@@ -141,7 +145,7 @@ class GpuOps:
         """See `Ops.pack_experts`."""
         parts = [(_in_turn(gate, up), down) for gate, up, down in experts]
         assert len(parts) == count, f"{count} experts were promised, {len(parts)} came"
-        gate_ups, downs = zip(*parts, strict=True)
+        gate_ups, downs = (_alike(some) for some in zip(*parts, strict=True))
         return PackedExperts(self._matrix(np.stack(gate_ups)), self._matrix(np.stack(downs)))
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -379,13 +383,18 @@ def _gpu() -> Device:
 
 
 def _in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
-    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+    return np.stack(_alike([gate, up]), axis=1).reshape(-1, gate.shape[1])
 
 
 def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 rounded to nearest even, as bits: Paddle takes uint16 for bfloat16. NaNs may change."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _alike(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """The arrays as they are if all are patterns, else as float32."""
+    return list(arrays) if all(array.dtype == np.uint16 for array in arrays) else [_widened(a) for a in arrays]
 
 
 def _widened(values: NDArray[Any]) -> NDArray[np.float32]:

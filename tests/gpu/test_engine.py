@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +32,15 @@ from zerokl.rollout.models.saver import save_pretrained  # noqa: E402
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.rollout.outputs import Rollout  # noqa: E402
 from zerokl.rollout.sampling_params import SamplingParams  # noqa: E402
+from zerokl.weight_sync import WeightPublisher  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
 VOCAB = 1500
+COMMON = {"eos_token_id": 7, "max_position_embeddings": 4096}
 MODELS = {
-    "dense": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, hidden_size=128, head_dim=32, eos_token_id=7),
-    "mixture": tiny_moe_config(vocab_size=VOCAB, hidden_size=64, eos_token_id=7),
+    "dense": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, hidden_size=128, head_dim=32, **COMMON),
+    "mixture": tiny_moe_config(vocab_size=VOCAB, hidden_size=64, **COMMON),
 }
 GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 PLAIN = SamplingParams(n=4, max_tokens=50, seed=11)
@@ -154,6 +157,55 @@ def test_new_weights_take_the_place_of_the_old_ones(folders: dict[str, Path], tm
         assert num_differing(expected, sampled(engine, PLAIN)) == 0
         engine.update_weights(str(folders[name]))
         assert num_differing(first, sampled(engine, PLAIN)) == 0
+
+
+def test_weights_come_through_shared_memory(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = tensors_of("dense", 3)
+    with engine_on(save_pretrained(tmp_path, MODELS["dense"], tensors)) as engine:
+        expected = sampled(engine, PLAIN)
+    with engine_on(folders["dense"]) as engine, WeightPublisher() as publisher:
+        for version in (1, 2, 3):
+            engine.update_weights(publisher.publish(tensors if version % 2 else tensors_of("dense", 1), version))
+        assert num_differing(expected, sampled(engine, PLAIN)) == 0
+
+
+def test_requests_in_flight_go_on_under_new_weights(folders: dict[str, Path]) -> None:
+    """What comes after the update is what the new weights give, and nothing that was under way gets in between."""
+    params = SamplingParams(n=8, max_tokens=3000, seed=3, ignore_eos=True)
+    with engine_on(folders["dense"], max_model_len=4096, num_blocks=4096) as engine:
+        call = engine.submit([[5, 6, 7, 8]], params)
+        _wait_for_steps(engine, 20)
+        engine.update_weights(tensors_of("dense", 2), mode="keep")
+        rollouts = call.read() if call.future.result() is None else []
+        for rollout in rollouts:
+            later = rollout.policy_versions == 1
+            assert later.any() and not later.all(), "the update came too late or too early to show anything"
+            (whole,) = engine.score(rollout)
+            np.testing.assert_array_equal(whole[later], rollout.policy_logprobs[later])
+            assert (whole[~later] != rollout.policy_logprobs[~later]).any()
+
+
+def test_an_abort_leaves_the_others_as_they_are(folders: dict[str, Path]) -> None:
+    params = SamplingParams(n=4, max_tokens=1000, seed=4, ignore_eos=True)
+    with engine_on(folders["dense"], max_model_len=4096, num_blocks=4096) as engine:
+        expected = engine.generate([[9, 8, 7]], params)
+        kept = engine.submit([[9, 8, 7]], params)
+        cut = engine.submit([[1, 2, 3]], params, request_ids=["cut"])
+        _wait_for_steps(engine, 20)
+        engine.abort("cut")
+        kept.future.result()
+        cut.future.result()
+        assert num_differing(expected, kept.read()) == 0
+        resumed = engine.generate(resume_from=cut.read())
+        assert num_differing(engine.generate([[1, 2, 3]], params), resumed) == 0
+
+
+def _wait_for_steps(engine: RolloutEngine, count: int) -> None:
+    """Returns after that many further steps."""
+    done, left = threading.Event(), iter(range(count - 1))
+    end = engine._loop.watch_steps(lambda: done.set() if next(left, None) is None else None)
+    assert done.wait(60)
+    end()
 
 
 def test_sleep_frees_memory_and_waking_restores_the_bits(folders: dict[str, Path]) -> None:

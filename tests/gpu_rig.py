@@ -131,7 +131,9 @@ def put(values: NDArray[Any], dtype: str | None = None) -> Any:
         return HostArray(values.copy())
     import paddle
 
-    return paddle.to_tensor(values, place=paddle.CUDAPlace(0))
+    tensor = paddle.to_tensor(values, place=paddle.CUDAPlace(0))
+    paddle.device.cuda.synchronize()  # kernels may be launched on another stream than Paddle's
+    return tensor
 
 
 def empty(*shape: int, dtype: str | None = None) -> Any:

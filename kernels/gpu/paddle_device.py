@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class PaddleDevice:
         self._number = number
         self._threads = threading.local()
         self.enter()
-        self.stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+        self.stream = _stream(number)
         driver.use_stream(int(self.stream))
         self._spare_events: list[Any] = []
 
@@ -128,6 +129,13 @@ class PaddleDevice:
     def memory(self) -> tuple[int, int]:
         """See Device."""
         return memory()
+
+
+@cache
+def _stream(number: int) -> Any:
+    """The process's stream on a GPU: Triton launches on one, whoever asks it to."""
+    check(runtime.cudaSetDevice(number))
+    return check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
 
 
 def memory(number: int = 0) -> tuple[int, int]:

@@ -321,7 +321,8 @@ class ModelRunner:
             self._pool = self._make_pool()
 
     def close(self) -> None:
-        """Wait for steps that were begun and free what they have in memory."""
+        """Wait for steps that were begun, and free the device's memory; nothing is to be run afterwards."""
+        self._sets, self._staged, self._pool = {}, None, None
         if self._gpu_steps is not None:
             self._gpu_steps.forget()
 

@@ -78,7 +78,7 @@ def speed(model: str, sizes: tuple[int, ...], folder: Path, repeats: int, **opti
 def peer(script: Path, site: Path, model: str, groups: list[int]) -> list[Row]:
     """What `script` says of vLLM, found in `site`, on the same load."""
     kept = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "PYTHONSAFEPATH")}
-    command = [sys.executable, str(script), "--model", model, "--groups", *map(str, groups), "--reps", "2"]
+    command = [sys.executable, str(script), "--model", model, "--groups", ",".join(map(str, groups)), "--reps", "2"]
     done = subprocess.run(
         command, env=kept | {"PYTHONPATH": str(site)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -116,6 +116,7 @@ def main() -> None:
     log = logging.getLogger("zerokl")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
+    log.propagate = False  # Paddle prints what reaches the root
     with tempfile.TemporaryDirectory() as scratch:
         rows = run(args.part, args, Path(scratch))
     if args.json:

@@ -60,10 +60,12 @@ class PaddleDevice:
 
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
         """See Device."""
+        self.enter()
         return paddle.empty(list(shape), dtype)
 
     def put(self, values: NDArray[Any]) -> Tensor:
         """See Device."""
+        self.enter()
         tensor = paddle.to_tensor(np.ascontiguousarray(values), place=self._place)
         # Paddle copies on streams of its own, which ours does not wait for.
         paddle.device.cuda.current_stream().synchronize()
@@ -72,6 +74,7 @@ class PaddleDevice:
 
     def get(self, tensor: Tensor) -> NDArray[Any]:
         """See Device."""
+        self.enter()
         self.synchronize()
         return np.asarray(tensor.numpy())
 
@@ -123,6 +126,7 @@ class PaddleDevice:
 
     def release_unused(self) -> None:
         """See Device."""
+        self.enter()
         self.synchronize()
         paddle.device.cuda.empty_cache()
 

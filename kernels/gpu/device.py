@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.gpu.elementwise import Tensor
+if TYPE_CHECKING:
+    from zerokl.kernels.gpu.elementwise import Tensor
 
 
 class Graph(Protocol):

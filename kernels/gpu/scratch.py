@@ -11,15 +11,17 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-from zerokl.kernels.gpu.elementwise import Tensor
+if TYPE_CHECKING:
+    from zerokl.kernels.gpu.elementwise import Tensor
 
 ALIGN = 128
 """Entries between tensors: Triton compiles apart what is not aligned to 16 bytes, and bulk copies want 128."""
 
 CHUNK_ENTRIES = 1 << 24
 
-_Kind = dict[tuple[tuple[int, ...], str], list[Tensor]]
+_Kind: TypeAlias = "dict[tuple[tuple[int, ...], str], list[Tensor]]"
 
 
 class Scratch:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.gpu.device import Device
-from zerokl.kernels.gpu.elementwise import Tensor
+
+if TYPE_CHECKING:
+    from zerokl.kernels.gpu.elementwise import Tensor
 
 Ints = NDArray[np.int32]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,14 @@ from zerokl.kernels.communicator import Communicator
 from zerokl.kernels.ops import AttentionSpec, KVPool, Ops
 from zerokl.kernels.row_stream import NamedRows, WholeTensors
 
+if TYPE_CHECKING:
+    from zerokl.kernels.cpu.ops import CpuOps
+
 Array = TypeVar("Array")
 
 DEVICES = ("cpu", "gpu", "reference")
+DTYPES = {"cpu": ("float32",), "gpu": ("bfloat16", "float32"), "reference": ("float32",)}
+"""Types of weights, keys and values by device, the default first."""
 
 
 class WeightPacker(Protocol[Array]):
@@ -49,13 +55,15 @@ class EngineOps(Ops[Array], Protocol[Array]):
         ...
 
 
-def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[Any]:
+def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | None = None) -> EngineOps[Any]:
     """The ops of a device, with buffers of their own.
 
     "cpu": NumPy over the C++ extension; `num_threads` is for the whole process (None: leave as is). "gpu": Paddle
-    tensors over Triton kernels, needs the `gpu` extra. "reference": the definition in NumPy float64, slow. Raises
-    ValueError for another name, ImportError if what the device needs is not installed: there is no fallback.
+    tensors over Triton kernels, needs the `gpu` extra. "reference": the definition in NumPy float64, slow. `dtype` is
+    one of the device's (None: the first of `DTYPES`). Raises ValueError for another name, ImportError if what the
+    device needs is not installed: there is no fallback.
     """
+    dtype = resolve_dtype(device, dtype)
     if device == "cpu":
         from zerokl.kernels.cpu.ops import CpuOps
 
@@ -64,12 +72,28 @@ def get_ops(device: str = "cpu", num_threads: int | None = None) -> EngineOps[An
     if device == "gpu":
         from zerokl.kernels.gpu.ops import GpuOps
 
-        return GpuOps()
-    if device == "reference":
-        from zerokl.kernels.reference.ops import ReferenceOps
+        return GpuOps(dtype=dtype)  # type: ignore[arg-type]
+    from zerokl.kernels.reference.ops import ReferenceOps
 
-        return ReferenceOps()
-    raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    return ReferenceOps()
+
+
+def resolve_dtype(device: str, dtype: str | None) -> str:
+    """`dtype`, or the device's default for None. Raises ValueError for a device or a type that there is not."""
+    if device not in DTYPES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if dtype is None:
+        return DTYPES[device][0]
+    if dtype not in DTYPES[device]:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES[device])} on device {device!r}, got {dtype!r}")
+    return dtype
+
+
+def gpu_memory() -> tuple[int, int]:
+    """Bytes of the GPU's memory that are free, and all. Raises RuntimeError where there is no usable GPU."""
+    from zerokl.kernels.gpu.paddle_device import memory
+
+    return memory()
 
 
 def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
@@ -77,12 +101,12 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
 
     Raises ValueError for ops of a device that cannot.
     """
-    from zerokl.kernels.cpu.ops import CpuOps
+    cpu = _as_cpu_ops(ops)
+    if cpu is None:
+        raise ValueError(f"device must be 'cpu' where experts are on {group.size} ranks, got {type(ops).__name__}")
     from zerokl.kernels.cpu.spread_experts import SpreadExperts
 
-    if not isinstance(ops, CpuOps):
-        raise ValueError(f"device must be 'cpu' where experts are on {group.size} ranks, got {type(ops).__name__}")
-    ops.experts = SpreadExperts(group)
+    cpu.experts = SpreadExperts(group)
 
 
 def weight_packer(
@@ -93,11 +117,10 @@ def weight_packer(
     `stepping` says whether another thread runs a step now. A value that is not finite raises NonFiniteWeightsError
     when its tensor is read.
     """
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    if type(ops) is CpuOps:  # a class made of it may pack otherwise
-        return ops.packer.next_set(stepping=stepping), NamedRows(tensors)
-    return ops, WholeTensors(tensors)
+    cpu = _as_cpu_ops(ops)
+    if cpu is not None and type(cpu).__name__ == "CpuOps":  # a class made of it may pack otherwise
+        return cpu.packer.next_set(stepping=stepping), NamedRows(tensors)
+    return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
 def embeds_from_head(ops: EngineOps[Any]) -> bool:
@@ -120,27 +143,31 @@ def fill_weights(values: NDArray[np.float32], out: NDArray[Any]) -> int:
 
 def release_spare_weights(ops: EngineOps[Any]) -> int:
     """Give memory of dropped sets of weights, which the next set would use again, to the system; returns its bytes."""
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    return ops.packer.slabs.release_spare() if isinstance(ops, CpuOps) else 0
+    cpu = _as_cpu_ops(ops)
+    return 0 if cpu is None else cpu.packer.slabs.release_spare()
 
 
 def forget_step(ops: EngineOps[Any]) -> None:
     """Have `ops` let go of the pool and the buffers of the last step."""
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    if isinstance(ops, CpuOps):
-        ops.forget_step()
+    forget = getattr(ops, "forget_step", None)  # the reference has none
+    if forget is not None:
+        forget()
 
 
 def host_storage(ops: EngineOps[Any]) -> Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]] | None:
     """What gives uninitialised NumPy arrays for weights of `ops`; None where its arrays are not NumPy's."""
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    if not isinstance(ops, CpuOps):
+    cpu = _as_cpu_ops(ops)
+    if cpu is None:
         return None
+    slabs = cpu.packer.slabs
 
     def take(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        return ops.packer.slabs.take(*shape) if dtype == np.float32 else np.empty(shape, dtype)
+        return slabs.take(*shape) if dtype == np.float32 else np.empty(shape, dtype)
 
     return take
+
+
+def _as_cpu_ops(ops: EngineOps[Any]) -> CpuOps | None:
+    """`ops` if they are those of the CPU, whose extension other devices do without."""
+    module = sys.modules.get("zerokl.kernels.cpu.ops")
+    return ops if module is not None and isinstance(ops, module.CpuOps) else None

@@ -139,6 +139,9 @@ class StepInputs:
     step: int = 0
     policy: str = "policy"
     """Name of the weight set to run: "policy" or a pinned one such as "reference"."""
+    token_rows: NDArray[np.int32] | None = None
+    """[T], rows of the step before whose tokens take the place of `token_ids`, -1 where there is none: a step may be
+    given to a device before its host has seen the results of the last one. None: there is none anywhere."""
     routing: NDArray[np.int32] | None = None
     """[M, T, k], experts of each mixture in slot order in place of the routers' choice (routing replay).
 

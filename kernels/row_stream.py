@@ -79,15 +79,20 @@ class NamedRows(Mapping[str, RowStream]):
         return len(self._tensors)
 
 
-class WholeTensors(Mapping[str, NDArray[np.float32]]):
-    """The same as one of float32 arrays, for ops that take whole tensors."""
+class WholeTensors(Mapping[str, NDArray[Any]]):
+    """The same as one of float32 arrays, for ops that take whole tensors; with `patterns` of bfloat16 patterns too."""
 
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: Mapping[str, Any], *, patterns: bool = False) -> None:
         self._streams = NamedRows(tensors)
+        self._patterns = patterns
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
+    def __getitem__(self, name: str) -> NDArray[Any]:
         stream = self._streams[name]
         rows = stream.read(stream.shape[0] if len(stream.shape) == 2 else 1)
+        if self._patterns and rows.dtype == np.uint16:
+            if ((rows & 0x7F80) == 0x7F80).any():
+                raise NonFiniteWeightsError(name)
+            return rows.reshape(stream.shape)
         wide = (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows
         if not np.isfinite(wide).all():
             raise NonFiniteWeightsError(name)

@@ -42,8 +42,9 @@ class EngineConfig:
     """Tokens per KV block: a multiple of 8 in [8, 128]. Changes no output bit."""
     num_blocks: int | None = None
     """KV blocks in the pool. None: as many as fit kv_cache_bytes."""
-    kv_cache_bytes: int = GIB
-    """Bytes for the KV pool where num_blocks is None."""
+    kv_cache_bytes: int | None = None
+    """Bytes for the KV pool where num_blocks is None. None: 1 GiB on the CPU; on a GPU what `gpu_memory_fraction`
+    leaves beside weights and steps."""
     max_num_seqs: int = 128
     """Requests that run at the same time at most."""
     max_num_batched_tokens: int = 2048
@@ -59,6 +60,14 @@ class EngineConfig:
     for one rank, processes for several, which must be."""
     device: str = "cpu"
     """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
+    dtype: str | None = None
+    """Type of weights, keys and values on the device. None: "float32" on the CPU, "bfloat16" on a GPU."""
+    gpu_memory_fraction: float = 0.9
+    """Part of a GPU's memory that the engine may use, in (0, 1]."""
+    weight_slots: int = 2
+    """Sets of weights that a GPU's memory is to hold: the live one, and those that are staged or pinned beside it."""
+    record_graphs: bool = True
+    """Record the launches of decode steps on a GPU, to make them at once. Changes no output bit."""
     expert_parallel_size: int = 1
     """Ranks that the experts of one model are spread over. It divides the experts, redundant ones included."""
     data_parallel_size: int = 1
@@ -101,7 +110,7 @@ class EngineConfig:
             self._set("tokenizer", _path("tokenizer", self.tokenizer))
         for name in _COUNTS:
             self._set(name, check_int(name, getattr(self, name), 1))
-        for name in ("max_model_len", "num_blocks", "num_threads", "expert_rebalance_interval"):
+        for name in ("max_model_len", "num_blocks", "kv_cache_bytes", "num_threads", "expert_rebalance_interval"):
             value = getattr(self, name)
             if value is not None:
                 self._set(name, check_int(name, value, 2 if name == "max_model_len" else 1))
@@ -118,6 +127,7 @@ class EngineConfig:
             self._set("k3_alarm", check_float("k3_alarm", self.k3_alarm, "None or a number >= 0", 0.0))
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
+        self._check_gpu()
         self._check_ranks()
         self._check_supervision()
 
@@ -128,6 +138,21 @@ class EngineConfig:
         self._set("rank_heartbeat_timeout", timeout)
         for name in ("step_timeout_base", "step_timeout_per_token"):
             self._set(name, _timeout(name, getattr(self, name)))
+
+    def _check_gpu(self) -> None:
+        if self.dtype is not None and (not isinstance(self.dtype, str) or not self.dtype):
+            raise ValueError(f"dtype must be None or the name of a type such as 'bfloat16', got {self.dtype!r}")
+        check_bool("record_graphs", self.record_graphs)
+        fraction = check_float(
+            "gpu_memory_fraction", self.gpu_memory_fraction, "a part in (0, 1]", 0.0, 1.0, open_low=True
+        )
+        self._set("gpu_memory_fraction", fraction)
+        if self.device == "gpu":
+            for name, only in (("worker", "inprocess"), ("return_routing", "none")):
+                if getattr(self, name) not in (None, only):
+                    raise ValueError(f"{name} must be {only!r} on device 'gpu', got {getattr(self, name)!r}")
+            if self.num_ranks > 1:
+                raise ValueError(f"device 'gpu' runs on one rank, got {self.num_ranks}")
 
     def _check_ranks(self) -> None:
         self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))
@@ -172,10 +197,11 @@ class EngineConfig:
                 f"got {max_model_len}"
             )
         block_bytes = kv_bytes_per_token * self.block_size
-        num_blocks = self.kv_cache_bytes // block_bytes if self.num_blocks is None else self.num_blocks
+        kv_cache_bytes = GIB if self.kv_cache_bytes is None else self.kv_cache_bytes
+        num_blocks = kv_cache_bytes // block_bytes if self.num_blocks is None else self.num_blocks
         if num_blocks < 1:
             raise ValueError(
-                f"kv_cache_bytes must hold at least one KV block ({block_bytes} bytes), got {self.kv_cache_bytes}"
+                f"kv_cache_bytes must hold at least one KV block ({block_bytes} bytes), got {kv_cache_bytes}"
             )
         self._check_experts(num_experts)
         return dataclasses.replace(self, max_model_len=max_model_len, num_blocks=num_blocks, **self._of_ranks())
@@ -254,7 +280,7 @@ def check_roles(name: str, roles: Sequence[Role]) -> tuple[Role, ...]:
 
 
 _COUNTS = (
-    "kv_cache_bytes",
+    "weight_slots",
     "max_num_seqs",
     "max_num_batched_tokens",
     "expert_parallel_size",

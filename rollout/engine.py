@@ -32,7 +32,7 @@ from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import Prompt
-from zerokl.rollout.ranks import Ranks, make_ranks
+from zerokl.rollout.ranks import Ranks, make_ranks, overlapping_worker
 from zerokl.rollout.resumption import RoutingForm
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
@@ -98,6 +98,9 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
         self._sleep = Sleep(ranks, self._weights, self._scheduler, routing)
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
+        overlapping = overlapping_worker(ranks, config)
+        if overlapping is not None:
+            overlapping.warm_up()
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]
         assert config.rank_roles is not None, "an unresolved config"
         self._roles = config.rank_roles
@@ -122,6 +125,7 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
             self._sleep.check_awake,
             after_step=self._balance.count_step,
             routing=routing,
+            begin_step=None if overlapping is None else overlapping.begin,
         )
         in_flight = InFlightRequests(
             self._scheduler, kv_caches, stop_strings, deliver=self._loop.deliver, refuse=self._loop.refuse

@@ -28,9 +28,9 @@ from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
 from zerokl.rollout.running_calls import RunningCalls
 from zerokl.rollout.scheduler import Scheduler
-from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepResult
-from zerokl.rollout.step_plan import Hold
+from zerokl.rollout.step_pipeline import Begin, DoneStep, StepPipeline
+from zerokl.rollout.step_plan import Hold, StepPlan
 from zerokl.rollout.stop import StopStrings
 
 CLOSE_SECONDS = 5.0
@@ -54,16 +54,17 @@ class EngineLoop:
         after_step: Callable[[Sequence[StepResult]], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         routing: RankRouting = NO_ROUTING,
+        begin_step: Begin | None = None,
     ) -> None:
         """`check_awake` raises EngineAsleepError where requests cannot run. `after_step` is given each step's results;
         `clock` gives seconds. `routing` hears of each step's handovers and outcome before the scheduler takes it.
+        `begin_step`: as `StepPipeline` takes it.
         """
         self._scheduler = scheduler
         self._ranks = ranks
         self._after_step = after_step
         self._clock = clock
-        self._block_size = block_size
-        self._routing = routing
+        self._steps = StepPipeline(scheduler, ranks, block_size, routing, self._take_results, begin_step)
         self._inbox = LoopInbox(check_awake, clock)
         self._calls = RunningCalls(scheduler, self._inbox, stop_strings, check_awake)
         self._draining: Exclusive | None = None
@@ -193,8 +194,10 @@ class EngineLoop:
                 self._ranks.close()
 
     def _turn(self) -> None:
-        self._inbox.run_urgent()
-        self._take_inbox()
+        if self._steps.is_empty or self._is_asked():
+            self._steps.finish()  # what others want is done between steps
+            self._inbox.run_urgent()
+            self._take_inbox()
         if self._scheduler.num_unfinished and not self._pause.is_frozen:
             with contextlib.suppress(StepAbandonedError):  # applied nowhere: planned again
                 self._step()
@@ -216,6 +219,11 @@ class EngineLoop:
         if self._hold is not None:
             return self._clock() >= self._hold.until
         return unfinished
+
+    def _is_asked(self) -> bool:
+        """Whether there is anything to do beside further steps."""
+        asks = len(self._inbox) or self._inbox.num_urgent or self._draining is not None
+        return bool(asks) or self._pause.holds_calls
 
     def _take_inbox(self) -> None:
         while True:
@@ -264,6 +272,9 @@ class EngineLoop:
         return True
 
     def _step(self) -> None:
+        if not self._steps.is_empty:
+            self._steps.run_ahead()
+            return
         start = time.perf_counter()
         # While a change or a pause waits for those in flight nobody else is let in: nothing is worth waiting for.
         is_open = self._draining is None and not self._pause.holds_calls
@@ -272,16 +283,15 @@ class EngineLoop:
         if isinstance(plan, Hold):
             self._hold = plan
             return
-        self._routing.hand_over(plan.handovers)
-        orders = build_step_orders(plan, self._scheduler.requests, self._block_size)
-        called = time.perf_counter()
-        results = self._ranks.execute(orders)
-        worker_seconds = time.perf_counter() - called
-        self._routing.record(orders, results)
-        for request in self._scheduler.update(plan, results):
+        self._steps.begin(plan, start)
+
+    def _take_results(self, step: DoneStep, ahead: StepPlan | None) -> None:
+        for request in self._scheduler.update(step.plan, step.results, ahead):
             self.deliver(request)
-        self._after_step(results)
-        self._meter.count_step(plan, start=start, called=called, worker_seconds=worker_seconds)
+        self._after_step(step.results)
+        self._meter.count_step(
+            step.plan, start=step.start, plan_seconds=step.plan_seconds, worker_seconds=step.worker_seconds
+        )
         for watcher in self._watchers:
             watcher()
 

@@ -26,8 +26,8 @@ class LoopMeter:
         self._last_end: float | None = None
         self._num_updates = 0
 
-    def count_step(self, plan: StepPlan, *, start: float, called: float, worker_seconds: float) -> None:
-        """A step that began at `start`, and whose ranks were called at `called`, is done."""
+    def count_step(self, plan: StepPlan, *, start: float, plan_seconds: float, worker_seconds: float) -> None:
+        """A step is done that began at `start`, was planned and laid out in `plan_seconds`, and was waited for."""
         end = time.perf_counter()
         if self._weights.num_updates != self._num_updates:
             self._num_updates = self._weights.num_updates
@@ -36,7 +36,7 @@ class LoopMeter:
         self._last_end = end if self._scheduler.num_unfinished else None
         self._decode_tokens += sum(entry.num_tokens == 1 for rank in plan.ranks for entry in rank.entries)
         self._steps.observe(end - start)
-        self._plans.observe(called - start)
+        self._plans.observe(plan_seconds)
         self._worker_seconds += worker_seconds
 
     def begin_drain(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from zerokl.kernels.dispatch import gpu_memory, resolve_dtype
 from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.gpu_memory import DTYPE_BYTES, kv_cache_bytes
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.text import Tokenizer
-
-FLOAT32_BYTES = 4
 
 
 def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -18,10 +19,14 @@ def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
             f"return_routing must be 'none' for {model.architecture}, which has no mixture of experts, "
             f"got {config.return_routing!r}"
         )
+    dtype = resolve_dtype(config.device, config.dtype)
+    if config.device == "gpu" and config.num_blocks is None and config.kv_cache_bytes is None:
+        free, total = gpu_memory()
+        config = dataclasses.replace(config, kv_cache_bytes=kv_cache_bytes(config, model, dtype, free, total))
     keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    return config.resolve(
+    return dataclasses.replace(config, dtype=dtype).resolve(
         max_position_embeddings=model.max_position_embeddings,
-        kv_bytes_per_token=keys_and_values * FLOAT32_BYTES,
+        kv_bytes_per_token=keys_and_values * DTYPE_BYTES[dtype],
         num_experts=None if model.moe is None else model.moe.num_experts,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,12 +29,13 @@ from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
+from zerokl.rollout.gpu_steps import make_gpu_steps
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward, held_tensors
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.routing_capture import RoutingCapture
-from zerokl.rollout.spill import SpilledSets
+from zerokl.rollout.spill import HostedSets, SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
 
@@ -71,6 +72,14 @@ class WeightSet:
     params: DecoderParams[Any]
 
 
+class PendingStep(Protocol):
+    """A step that runs on a device while the host goes on."""
+
+    def result(self) -> StepResult:
+        """Wait for it; asked for once. Raises NonFiniteLogitsError as `ModelRunner.execute`."""
+        ...
+
+
 class ModelRunner:
     """One model, one KV pool, several sets of weights. One thread calls; `stage` may run beside it."""
 
@@ -88,10 +97,12 @@ class ModelRunner:
         self._device = config.device
         self._place = RankPlace() if place is None else place
         self._placement = self._place.initial_placement(model_config)
-        self._ops = get_ops(config.device, num_threads)
+        self._ops = get_ops(config.device, num_threads, config.dtype)
         self._place.prepare(self._ops)
+        self._gpu_steps = make_gpu_steps(config, self._ops, self._spec)
         self._return_routing = config.return_routing != "none"
-        self._capture = None if model_config.moe is None else RoutingCapture(self._ops, model_config.moe)
+        moe = model_config.moe if self._gpu_steps is None else None
+        self._capture = None if moe is None else RoutingCapture(self._ops, moe)
         self._forward_ops = self._ops if self._capture is None else self._capture.recording_ops
         self._make_pool = partial(
             self._ops.kv_pool,
@@ -106,13 +117,18 @@ class ModelRunner:
         self._epochs = count(1)
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
-        self._spilled: SpilledSets | None = None
+        self._spilled: SpilledSets | HostedSets | None = None
         self._stepping = False
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
         """The committed sets by name: "policy" once there was a commit, and the pinned ones."""
         return dict(self._sets)
+
+    @property
+    def takes_patterns(self) -> bool:
+        """Whether `stage` is best given bfloat16 as it is: the device keeps it so."""
+        return self._gpu_steps is not None
 
     @property
     def placement(self) -> ExpertPlacement | None:
@@ -128,31 +144,53 @@ class ModelRunner:
         Raises ValueError when there is no such set, NonFiniteLogitsError naming step and rows when a distribution is
         broken (keys and values of the step are written then).
         """
+        if self._gpu_steps is not None:
+            return self.begin(order).result()
         inputs = order.inputs
+        weights, pool = self._operands(inputs)
+        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
+        try:
+            self._place.begin_step(order, pool)
+            hidden = forward(self._forward_ops, weights.params, self._spec, inputs, pool)
+            sampled = self._sample(hidden, weights, inputs)
+        finally:
+            self._stepping = False
+        return self._with_routing(sampled)
+
+    def begin(self, order: StepOrder) -> PendingStep:
+        """`execute` on a GPU without waiting: further steps may be begun before the result is asked for.
+
+        Results are to be asked for in the order of the steps, and before weights or pool change.
+        """
+        assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
+        weights, pool = self._operands(order.inputs)
+        fetched = self._gpu_steps.begin(weights.epoch, weights.params, order.inputs, pool)
+        return _PendingGpuStep(fetched, order.inputs)
+
+    def _operands(self, inputs: StepInputs) -> tuple[WeightSet, KVPool[Any]]:
         weights = self._sets.get(inputs.policy)
         if weights is None:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
-        try:
-            self._place.begin_step(order, self._pool)
-            hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
-            sampled = self._sample(hidden, weights, inputs)
-        finally:
-            self._stepping = False
-        return self._with_routing(sampled)
+        return weights, self._pool
+
+    def warm_up(self) -> None:
+        """Before the first step, where the device gains by it: compile kernels and record steps."""
+        if self._gpu_steps is not None and self._pool is not None and LIVE in self._sets:
+            live = self._sets[LIVE]
+            self._gpu_steps.warm_up(live.epoch, live.params, self._pool)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
 
         May run in another thread than `execute`. `tensors` maps Hugging Face names to float32 NumPy arrays (read-only
         ones will do) or `kernels.row_stream.RowStream`s; a mapping that reads on access, such as
-        `models.loader.open_tensors` gives, keeps the peak of memory low. Everything kept is a copy: the sources may be
-        overwritten afterwards. With `delta` they are those that differ from the live set's, and what was packed of the
-        others is shared with it. All names and shapes are checked, but experts of other ranks are not read. Raises
-        ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an infinity; nothing is
-        staged then.
+        `models.loader.open_tensors` gives (of bfloat16 patterns too), keeps the peak of memory low. Everything kept is
+        a copy: the sources may be overwritten afterwards. With `delta` they are those that differ from the live set's,
+        and what was packed of the others is shared with it. All names and shapes are checked, but experts of other
+        ranks are not read. Raises ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an
+        infinity; nothing is staged then.
         """
         self._staged = None
         live = self._sets.get(LIVE)
@@ -218,6 +256,7 @@ class ModelRunner:
         """Make the staged set the live one, from the next step on."""
         assert self._staged is not None, "commit without staged weights"
         self._sets[LIVE], self._staged = self._staged, None
+        self._forget_dropped()
 
     def discard_staged(self) -> None:
         """Forget the staged set, if there is one."""
@@ -239,14 +278,16 @@ class ModelRunner:
         if name == LIVE or name not in self._sets:
             raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
         del self._sets[name]
+        self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        if self._gpu_steps is not None:
+            self._gpu_steps.keep({weights.epoch for weights in self._sets.values()})
 
     def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
         if not len(inputs.logit_rows):
             return _no_rows(inputs.sampling.want_raw)
-        result = self._ops.sample(hidden, weights.params.lm_head, inputs.sampling)
-        if result.tokens.min() < 0:
-            raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-        return result
+        return _checked(self._ops.sample(hidden, weights.params.lm_head, inputs.sampling), inputs)
 
     def _with_routing(self, sampled: SampleResult) -> StepResult:
         capture = self._capture
@@ -257,7 +298,8 @@ class ModelRunner:
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:
-        """Free the memory of "weights" (all sets) and "kv_cache". Level 1 writes the sets to a file in `spill_dir`.
+        """Free the memory of "weights" (all sets) and "kv_cache". Level 1 writes the sets to a file in `spill_dir`, or
+        copies those of a GPU to the host's memory.
 
         Raises ValueError where that cannot be done; nothing is freed then.
         """
@@ -268,13 +310,16 @@ class ModelRunner:
             self._spilled, self._sets, self._staged = spilled, {}, None
         if "kv_cache" in tags:
             self._pool = None
-        forget_step(self._ops)
+        if self._gpu_steps is None:
+            forget_step(self._ops)
+        else:
+            self._gpu_steps.forget()
         release_spare_weights(self._ops)
 
     def wake_up(self, tags: Collection[str]) -> None:
         """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
         if "weights" in tags and self._spilled is not None:
-            take = host_storage(self._ops)
+            take: Any = host_storage(self._ops) if self._gpu_steps is None else self._gpu_steps.put
             assert take is not None, "spilled without a way back"
             self._sets = self._spilled.restore(take)
             self._spilled.close()
@@ -282,10 +327,37 @@ class ModelRunner:
         if "kv_cache" in tags and self._pool is None:
             self._pool = self._make_pool()
 
-    def _spill(self, spill_dir: str | None) -> SpilledSets | None:
+    def close(self) -> None:
+        """Wait for steps that were begun, and free the device's memory; nothing is to be run afterwards."""
+        self._sets, self._staged, self._pool = {}, None, None
+        if self._gpu_steps is not None:
+            self._gpu_steps.forget()
+
+    def _spill(self, spill_dir: str | None) -> SpilledSets | HostedSets | None:
+        if self._gpu_steps is not None:
+            return HostedSets(self._sets, self._gpu_steps.get, self._rope) if self._sets else self._spilled
         if host_storage(self._ops) is None:
             raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
         return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled
+
+
+class _PendingGpuStep:
+    """A step under way on a GPU; `fetched` is None where it gives no rows."""
+
+    def __init__(self, fetched: Any, inputs: StepInputs) -> None:
+        self._fetched, self._inputs = fetched, inputs
+
+    def result(self) -> StepResult:
+        """See PendingStep."""
+        if self._fetched is None:
+            return StepResult(sampled=_no_rows(self._inputs.sampling.want_raw))
+        return StepResult(sampled=_checked(self._fetched.result(), self._inputs))
+
+
+def _checked(result: SampleResult, inputs: StepInputs) -> SampleResult:
+    if result.tokens.min() < 0:
+        raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
+    return result
 
 
 def _no_rows(want_raw: bool) -> SampleResult:

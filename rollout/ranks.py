@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.rank_faults import FaultMeter
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import WeightSource
-from zerokl.rollout.worker import LocalWorker, Worker
+from zerokl.rollout.worker import LocalWorker, OverlappingWorker, Worker
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
@@ -122,7 +122,7 @@ class OneRank:
     size = 1
 
     def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+        self.worker = worker
         self.pids = [worker.describe()["pid"]]
         self.stage_weights = worker.stage_weights
         self.commit_weights = worker.commit_weights
@@ -137,7 +137,7 @@ class OneRank:
     def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
         """See Ranks."""
         (order,) = orders
-        return [self._worker.execute(order)]
+        return [self.worker.execute(order)]
 
     def metrics(self) -> dict[str, float]:
         """See Ranks."""
@@ -151,7 +151,15 @@ class OneRank:
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
-        return [self._worker.describe()]
+        return [self.worker.describe()]
+
+
+def overlapping_worker(ranks: Ranks, config: EngineConfig) -> OverlappingWorker | None:
+    """The worker of the ranks of `config`, if its steps may overlap with the host's work: one on a GPU."""
+    if config.device != "gpu":
+        return None
+    assert isinstance(ranks, OneRank), "several ranks on a GPU"
+    return cast("OverlappingWorker", ranks.worker)
 
 
 def make_ranks(config: EngineConfig, make_worker: Callable[[EngineConfig], Worker] | None = None) -> Ranks:

@@ -53,8 +53,8 @@ class RunningSet:
         self._by_policy[request.policy].next_entries[request_id] = entry
 
     def note_grown(self, request: Request) -> None:
-        """A member has got a block for its next token."""
-        del self._short[request.request_id]
+        """A member has got a block for its next token, perhaps before the result came that shows the need of it."""
+        self._short.pop(request.request_id, None)
 
     def remove(self, request: Request) -> None:
         """Take out a member."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
@@ -16,6 +17,7 @@ from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin
+from zerokl.rollout.run_ahead import follow
 from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
@@ -189,15 +191,34 @@ class Scheduler:
         )
         return self._commit(plan_step(snapshot, self._config, now))
 
-    def update(self, plan: StepPlan, results: Sequence[StepResult]) -> list[Request]:
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after the latest one, before its results are in; see `run_ahead`. None where they are needed first.
+
+        Whoever calls it gives `update` the plan as `ahead`, and changes nothing else in between.
+        """
+        if len(plan.ranks) > 1 or (self._residents.size < self._config.max_num_seqs and len(self._queue)):
+            return None
+        kv_cache = self._residents.kv_caches[0]
+        num_running, num_free = self._residents.size, kv_cache.num_free_blocks
+        following = follow(plan, self.requests, self._residents.left, num_running, num_free, kv_cache.block_size)
+        if following is None:
+            return None
+        self._step += 1
+        self._weights.take(plan.policy, self._step)
+        self._residents.grow(0, following.grown)
+        count = len(following.entries)
+        return replace(
+            plan, step=self._step, ranks=(RankPlan(0, following.entries, count, count),), handovers=(), preempted=()
+        )
+
+    def update(self, plan: StepPlan, results: Sequence[StepResult], ahead: StepPlan | None = None) -> list[Request]:
         """Apply a step's results, one per rank, and return the requests that it finished.
 
         Requests that were aborted or preempted since the plan was made are left alone; a plan that is not the latest
-        changes nothing.
+        changes nothing. `ahead` is what `plan_ahead` has made of this plan: its results are to come next.
         """
         if plan.step != self._awaited_step:
             return []
-        self._awaited_step = 0
         self._residents.release_copied(plan.step)
         finished: list[Request] = []
         leaders: list[Request] = []
@@ -224,6 +245,7 @@ class Scheduler:
                 else:
                     running.advance(request)
             self.meter.count_results(plan, rank_plan, num_generated)
+        self._awaited_step = 0 if ahead is None else ahead.step
         for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
             self._queue.release_group(leader)
         return finished

@@ -1,4 +1,4 @@
-"""Sets of weights in a file of their own, while their memory is wanted for something else."""
+"""Sets of weights in a file, or those of a GPU in host memory, while theirs is wanted for something else."""
 
 from __future__ import annotations
 
@@ -79,11 +79,53 @@ class SpilledSets:
             self._file = None
 
 
+class HostedSets:
+    """The same of a GPU: its tensors as arrays in the host's memory."""
+
+    def __init__(self, sets: Mapping[str, Any], get: Callable[[Any], Array], resident: Any) -> None:
+        """`get` copies a tensor to the host; `resident` stays where it is."""
+        held: dict[int, _Held] = {}
+
+        def hold(leaf: Any) -> Any:
+            if not hasattr(leaf, "data_ptr") or leaf is resident:
+                return leaf
+            if id(leaf) not in held:
+                held[id(leaf)] = _Held(len(held), get(leaf))
+            return held[id(leaf)]
+
+        self._sets = {name: _mapped(tree, hold) for name, tree in sets.items()}
+
+    def restore(self, put: Callable[[Array], Any]) -> dict[str, Any]:
+        """The sets as they were, in tensors of `put(array)`."""
+        tensors: dict[int, Any] = {}
+
+        def bring(leaf: Any) -> Any:
+            if not isinstance(leaf, _Held):
+                return leaf
+            if leaf.index not in tensors:
+                tensors[leaf.index] = put(leaf.array)
+            return tensors[leaf.index]
+
+        return {name: _mapped(tree, bring) for name, tree in self._sets.items()}
+
+    def close(self) -> None:
+        """Forget the arrays; idempotent."""
+        self._sets = {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Held:
+    """Stands for a tensor."""
+
+    index: int
+    array: Array
+
+
 def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The tree with its leaves changed."""
     if isinstance(tree, tuple):
         return tuple(_mapped(child, change) for child in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, _Spilled)):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, _Spilled, _Held)):
         changed = {field.name: _mapped(getattr(tree, field.name), change) for field in dataclasses.fields(tree)}
         return dataclasses.replace(tree, **changed)
     return change(tree)

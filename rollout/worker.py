@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
-    from zerokl.rollout.model_runner import ModelRunner
+    from zerokl.rollout.model_runner import ModelRunner, PendingStep
     from zerokl.weight_sync import Manifest, PublishedFile, PublishedWeights
     from zerokl.weight_sync.live_weights import LiveWeights
     from zerokl.weight_sync.session import UpdateSession
@@ -103,6 +103,18 @@ class Worker(Protocol):
         ...
 
 
+class OverlappingWorker(Worker, Protocol):
+    """A worker whose device runs steps while its caller goes on."""
+
+    def begin(self, order: StepOrder) -> PendingStep:
+        """`execute` without waiting. Further steps may be begun before its result is asked for; nothing else may."""
+        ...
+
+    def warm_up(self) -> None:
+        """Once, when there are weights: make ready what the first steps would have to wait for."""
+        ...
+
+
 class LocalWorker:
     """A worker inside the calling process, around a ModelRunner."""
 
@@ -128,6 +140,14 @@ class LocalWorker:
         """As `Worker.execute`."""
         return self._live_runner().execute(order)
 
+    def begin(self, order: StepOrder) -> PendingStep:
+        """As `OverlappingWorker.begin`, on a GPU."""
+        return self._live_runner().begin(order)
+
+    def warm_up(self) -> None:
+        """As `OverlappingWorker.warm_up`."""
+        self._live_runner().warm_up()
+
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """As `Worker.stage_weights`."""
         runner = self._live_runner()
@@ -138,7 +158,8 @@ class LocalWorker:
             from zerokl.rollout.models.loader import open_tensors
 
             # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
-            runner.stage(open_tensors(source.path, self._model_config), version)
+            folder = open_tensors(source.path, self._model_config, patterns=runner.takes_patterns)
+            runner.stage(folder, version)
         else:
             self._stage_published(runner, source, version)
 
@@ -196,6 +217,8 @@ class LocalWorker:
 
     def close(self) -> None:
         """As `Worker.close`."""
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
         self._segments.release()
 

@@ -7,6 +7,7 @@ tested. Claims about bits are claims about the GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,62 @@ class HostArray:
 
     stride = size
 
+    def __getitem__(self, span: slice) -> HostArray:
+        return HostArray(self.values[span])
+
+    def reshape(self, shape: Sequence[int]) -> HostArray:
+        return HostArray(self.values.reshape(shape))
+
+
+class HostGraph:
+    """Launches that are made again each time."""
+
+    def __init__(self, launches: Callable[[], None]) -> None:
+        self.launch = launches
+
+
+class HostDevice:
+    """A `zerokl.kernels.gpu.device.Device` of NumPy arrays, for kernels under the interpreter."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+
+    def enter(self) -> None: ...
+
+    def empty(self, shape: Sequence[int], dtype: str) -> HostArray:
+        fill = 2**30 if dtype.startswith("int") else np.nan
+        return HostArray(np.full(shape, fill, dtype))
+
+    def put(self, values: NDArray[Any]) -> HostArray:
+        return HostArray(values.copy())
+
+    def get(self, tensor: HostArray) -> NDArray[Any]:
+        return tensor.values.copy()
+
+    def pinned(self, size: int) -> NDArray[np.int32]:
+        return np.zeros(size, np.int32)
+
+    def upload(self, values: NDArray[np.int32], tensor: HostArray) -> None:
+        tensor.values.reshape(-1)[: len(values)] = values
+
+    def download(self, tensor: HostArray, values: NDArray[np.int32]) -> None:
+        values[:] = tensor.values.reshape(-1)[: len(values)]
+
+    def mark(self) -> None: ...
+
+    def wait(self, event: None) -> None: ...
+
+    def record(self, launches: Callable[[], None]) -> HostGraph:
+        self.num_recorded += 1
+        return HostGraph(launches)
+
+    def synchronize(self) -> None: ...
+
+    def release_unused(self) -> None: ...
+
+    def memory(self) -> tuple[int, int]:
+        return 1 << 30, 1 << 30
+
 
 def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
     """Bits of float32 values rounded to nearest even."""
@@ -74,7 +131,9 @@ def put(values: NDArray[Any], dtype: str | None = None) -> Any:
         return HostArray(values.copy())
     import paddle
 
-    return paddle.to_tensor(values, place=paddle.CUDAPlace(0))
+    tensor = paddle.to_tensor(values, place=paddle.CUDAPlace(0))
+    paddle.device.cuda.synchronize()  # kernels may be launched on another stream than Paddle's
+    return tensor
 
 
 def empty(*shape: int, dtype: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Makes Triton launch on Paddle's current CUDA stream. Triton's own driver asks torch for device and stream."""
+"""Makes Triton launch on a stream of ours, or Paddle's. Triton's own driver asks torch for device and stream."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
         # Not the base class's: it imports torch.
         self.utils = CudaUtils()
         self.launcher_cls = CudaLauncher
+        self.stream: int | None = None
+        """Handle of the stream to launch on; None: Paddle's."""
         self._device = device
         self._capability: tuple[int, int] = tuple(paddle.device.cuda.get_device_capability(device))
 
@@ -32,8 +34,8 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
         return self._capability
 
     def get_current_stream(self, device: int) -> int:
-        """Handle of the stream that Paddle works on."""
-        return int(paddle.device.cuda.current_stream().cuda_stream)
+        """Handle of the stream to launch on."""
+        return int(paddle.device.cuda.current_stream().cuda_stream) if self.stream is None else self.stream
 
 
 def activate(device: int = 0) -> Any:
@@ -46,3 +48,8 @@ def activate(device: int = 0) -> Any:
     paddle.set_device(f"gpu:{device}")
     triton.runtime.driver.set_active(PaddleDriver(device))
     return paddle.CUDAPlace(device)
+
+
+def use_stream(stream: int) -> None:
+    """Launch on the stream with this handle from now on; `activate` was called before."""
+    triton.runtime.driver.active.stream = stream

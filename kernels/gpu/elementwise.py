@@ -56,3 +56,31 @@ def gather(table: Tensor, ids: Tensor, out: Tensor) -> None:
     """out [R, E] = rows ids [R] of the table [N, E], in the type of `out`."""
     rows, width = out.shape
     gather_kernel[(rows,)](table, ids, out, WIDTH=width, BLOCK=triton.next_power_of_2(width))
+
+
+@triton.jit
+def embed_kernel(
+    table_ptr, ids_ptr, rows_ptr, results_ptr, out_ptr, RESULT_COLUMNS, TOKEN, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[row] = table[id], the id being ids[row] or, where rows[row] >= 0, the token of that row of the results."""
+    row = tl.program_id(0).to(tl.int64)
+    drawn = tl.load(rows_ptr + row)
+    source = tl.load(ids_ptr + row)
+    if drawn >= 0:
+        # A row without a distribution gave -1; what it leads to is thrown away, but must not be read out of bounds.
+        source = tl.maximum(tl.load(results_ptr + drawn * RESULT_COLUMNS + TOKEN), 0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(table_ptr + source.to(tl.int64) * WIDTH + column, mask=inside)
+    tl.store(out_ptr + row * WIDTH + column, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def embed(table: Tensor, ids: Tensor, rows: Tensor, results: Tensor, token_column: int, out: Tensor) -> None:
+    """out [T, E] = rows of the table [V, E]: of ids [T], or of the tokens of the results [R, columns] where rows [T]
+    are not -1. All but table and out are int32.
+    """
+    tokens, width = out.shape
+    embed_kernel[(tokens,)](
+        table, ids, rows, results, out, results.shape[1], token_column,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip

@@ -1,32 +1,39 @@
 """The op table on Paddle's GPU tensors, in bfloat16 on tensor cores or in float32, by Triton kernels.
 
 One copy to the device opens a step (`begin_step`: metadata and sampling options together), one copy back closes it
-(end of `sample`); nothing between waits for the host. Rows are padded to the step's bucket; what padding rows hold is
-arbitrary. Which tensor has which type, and the order of every sum, is said in docs/numerics.md.
-Paddle serves memory and copies alone: no Paddle operator computes anything here.
+(`fetch`); nothing waits for the host but the reader of its result, so steps may be launched one after the other. Rows
+are padded to the step's bucket; what padding rows hold is arbitrary. Which tensor has which type, and the order of
+every sum, is said in docs/numerics.md. Paddle serves memory alone: no Paddle operator computes anything here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import paddle
 import triton
 from numpy.typing import NDArray
 
 from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
-from zerokl.kernels.gpu import driver, elementwise, matmul, norms, paged_attention, sampling, tiles
+from zerokl.kernels.gpu import elementwise, matmul, norms, paged_attention, sampling, tiles
 from zerokl.kernels.gpu import experts as mixtures
 from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu.attention_tiles import attention_tiles
+from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
+from zerokl.kernels.gpu.scratch import Scratch
 from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
+from zerokl.kernels.gpu.transfers import Downloads, Fetch, Uploads
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Dtype = Literal["float32", "bfloat16"]
+
+_MAX_ROWS = 1 << 16
+"""Rows of results that a step can have."""
+_ROWS_PER_PASS = 512
+"""Rows whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,52 +60,66 @@ class PackedExperts:
 
 
 class GpuOps:
-    """`zerokl.kernels.ops.Ops[paddle.Tensor]` on one GPU. Weights are given as NumPy arrays.
+    """`zerokl.kernels.ops.Ops[paddle.Tensor]` on one GPU. Weights are given as NumPy arrays of float32 or, as uint16
+    patterns, of bfloat16.
 
     `dtype` is the type of matrices, activations, keys and values; the residual stream and sums are float32 either way.
-    Results live in buffers found by their place in the order of the step's calls: no op of a step writes what an
-    earlier one returned, and a later step with the same shapes has the same addresses. Serves pools of one
-    `AttentionSpec`; not for several threads. Raises RuntimeError where there is no usable GPU.
+    An op never writes what an earlier one of the step has returned while that is referred to, and a later step with the
+    same shapes has the same addresses. Serves pools of one `AttentionSpec`. One thread runs steps; packing may go on
+    in another one meanwhile.
     """
+
+    takes_patterns = True
+    """Whether packing takes bfloat16 patterns."""
 
     _attention_spec: AttentionSpec
 
-    def __init__(self, device: int = 0, dtype: Dtype = "float32") -> None:
-        self._place = driver.activate(device)
-        self._dtype = dtype
-        self._buffers: dict[tuple[int, tuple[int, ...], str], Tensor] = {}
-        self._calls = 0
+    def __init__(self, device: Device | None = None, dtype: Dtype = "float32") -> None:
+        """On GPU 0 unless a device is given. Raises RuntimeError where there is no usable GPU."""
+        self.device = _gpu() if device is None else device
+        self.dtype = dtype
+        self._scratch = Scratch(self.device.empty)
+        self._uploads = Uploads(self.device)
+        self._downloads = Downloads(self.device)
         self._inputs: StepInputs | None = None
         self._layout: StepLayout | None = None
+        self._flat: Tensor = None
         self._sections: dict[str, Tensor] = {}
-        self._bucket_arrays: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        self._arrays: dict[tuple[tuple[str, int], ...], tuple[Tensor, dict[str, Tensor]]] = {}
         self._pool: KVPool[Tensor] | None = None
+        self._results = self.device.empty([_MAX_ROWS, int(sampling.NUM_RESULTS)], "int32")
+        """Of the last step that drew; the tokens of the next one may be taken from here."""
 
     # -- placement -----------------------------------------------------------------------------------------------------
-    def tensor(self, values: NDArray[np.float32]) -> Tensor:
+    def tensor(self, values: NDArray[Any]) -> Tensor:
         """A copy on the device: matrices in the table's type, vectors and angle tables in float32."""
         return self._matrix(values) if values.ndim == 2 and len(values) > 1 else self._place_float32(values)
 
-    def _matrix(self, values: NDArray[np.float32]) -> Tensor:
-        if self._dtype == "float32":
+    def _matrix(self, values: NDArray[Any]) -> Tensor:
+        if self.dtype == "float32":
             return self._place_float32(values)
-        return paddle.to_tensor(_bfloat16_bits(values), place=self._place)
+        return self.device.put(values if values.dtype == np.uint16 else _bfloat16_bits(values))
 
-    def _place_float32(self, values: NDArray[np.float32]) -> Tensor:
-        return paddle.to_tensor(np.ascontiguousarray(values, np.float32), place=self._place)
+    def _place_float32(self, values: NDArray[Any]) -> Tensor:
+        return self.device.put(_widened(values))
 
     def kv_pool(self, num_layers: int, num_blocks: int, block_size: int, spec: AttentionSpec) -> KVPool[Tensor]:
         """An uninitialised pool, keys and values [layers, blocks, KV, B, D]; nothing is read before it was written."""
         self._attention_spec = spec
         shape = [num_layers, num_blocks, spec.num_kv_heads, block_size, spec.head_dim]
-        return KVPool(paddle.empty(shape, self._dtype), paddle.empty(shape, self._dtype), block_size)
+        return KVPool(self.device.empty(shape, self.dtype), self.device.empty(shape, self.dtype), block_size)
 
     def _take(self, *shape: int, dtype: str | None = None) -> Tensor:
-        key = (self._calls, shape, dtype or self._dtype)
-        self._calls += 1
-        if key not in self._buffers:
-            self._buffers[key] = paddle.empty(list(shape), key[2])
-        return self._buffers[key]
+        return self._scratch.take(shape, dtype or self.dtype)
+
+    def forget_step(self) -> None:
+        """Let go of the pool and of what steps have in memory; recorded steps are not to be launched any more."""
+        self.device.synchronize()
+        self._inputs = self._layout = self._pool = self._flat = None
+        self._sections = {}
+        self._arrays.clear()
+        self._scratch.clear()
+        self.device.release_unused()
 
     # -- packing -------------------------------------------------------------------------------------------------------
     def pack_linear(self, weights: Sequence[Any], biases: Sequence[Any]) -> PackedLinear:
@@ -111,9 +132,10 @@ class GpuOps:
             return PackedLinear(weights[0], None)
         bias = None
         if any(part is not None for part in biases):
-            parts = [np.zeros(len(w), np.float32) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            pairs = zip(weights, biases, strict=True)
+            parts = [np.zeros(len(w), np.float32) if b is None else _widened(b) for w, b in pairs]
             bias = self._place_float32(np.concatenate(parts))
-        return PackedLinear(self._matrix(np.concatenate(weights)), bias)
+        return PackedLinear(self._matrix(np.concatenate(_alike(weights))), bias)
 
     def pack_gate_up(self, gate: Any, up: Any) -> PackedGateUp:
         """See `Ops.pack_gate_up`."""
@@ -123,39 +145,81 @@ class GpuOps:
         """See `Ops.pack_experts`."""
         parts = [(_in_turn(gate, up), down) for gate, up, down in experts]
         assert len(parts) == count, f"{count} experts were promised, {len(parts)} came"
-        gate_ups, downs = zip(*parts, strict=True)
+        gate_ups, downs = (_alike(some) for some in zip(*parts, strict=True))
         return PackedExperts(self._matrix(np.stack(gate_ups)), self._matrix(np.stack(downs)))
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
-        """See `Ops.begin_step`. Waits for the step before, whose arrays it overwrites.
+        """See `Ops.begin_step`. Waits for no step before.
 
         Raises ValueError for given gate weights: only expert ids can be given here.
         """
         if inputs.routing_weights is not None:
             raise ValueError("routing_weights must be None on a GPU, which replays expert ids alone")
-        self._inputs, self._pool, self._calls = inputs, pool, 0
+        assert len(inputs.logit_rows) <= _MAX_ROWS, f"{len(inputs.logit_rows)} rows of results"
+        self.device.enter()
+        self._inputs, self._pool = inputs, pool
+        self._layout = layout = lay_out(inputs, **self._attention_lists(inputs))
+        self._restart()
+        self._flat, self._sections = self._metadata(layout)
+        self._uploads.send(layout.flat, self._flat)
+
+    def _metadata(self, layout: StepLayout) -> tuple[Tensor, dict[str, Tensor]]:
+        """Where the layout goes on the device, for what may be recorded an address of its own, and its sections."""
+        key, kept = layout.key(), self.step_kind() is not None
+        if kept and key in self._arrays:
+            return self._arrays[key]
+        size = len(layout.flat)
+        flat = self.device.empty([size], "int32") if kept else self._take(size, dtype="int32")
+        made = flat, {name: flat[section] for name, section in layout.sections.items()}
+        if kept:
+            self._arrays[key] = made
+        return made
+
+    @property
+    def inputs(self) -> StepInputs:
+        """Of the step that has begun last."""
+        assert self._inputs is not None, "no step has begun"
+        return self._inputs
+
+    def _attention_lists(self, inputs: StepInputs) -> dict[str, NDArray[np.int32]]:
         per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
         singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
-        self._layout = layout = lay_out(inputs, single_tiles=singles, chunk_tiles=chunks)
-        paddle.device.cuda.synchronize()
-        staged = paddle.to_tensor(layout.flat, place=self._place)
-        # Into the bucket's own array, at an address that a recorded step may keep.
-        flat = self._bucket_arrays.setdefault(layout.key(), staged)
-        if flat is not staged:
-            sampling.copy(staged, flat, layout.flat.size)
-            paddle.device.cuda.synchronize()
-        self._sections = {name: flat[section] for name, section in layout.sections.items()}
+        return {"single_tiles": singles, "chunk_tiles": chunks}
+
+    def _restart(self) -> None:
+        assert self._layout is not None
+        self._scratch.begin((self._layout.num_tokens, self._layout.num_rows))
+
+    def step_kind(self) -> tuple[Any, ...] | None:
+        """Equal for steps that launch the same kernels at the same addresses with equal parameters and pool.
+
+        None for a step with more than a token of any sequence, whose kind seldom comes again. After `begin_step`.
+        """
+        assert self._layout is not None and self._inputs is not None
+        if self._layout.num_entries("chunk_tiles"):
+            return None
+        return self._layout.key(), heads.serves(self._inputs.sampling)
+
+    def record(self, launches: Callable[[], None]) -> Any:
+        """A `device.Graph` of the ops that `launches` calls for the step that has begun; it serves its kind."""
+
+        def again() -> None:
+            self._restart()
+            launches()
+
+        return self.device.record(again)
 
     def _chunk_tile(self) -> tiles.Tile:
-        return tiles.PREFILL_ATTENTION if self._dtype == "bfloat16" else tiles.DECODE_ATTENTION
+        return tiles.PREFILL_ATTENTION if self.dtype == "bfloat16" else tiles.DECODE_ATTENTION
 
     # -- ops -----------------------------------------------------------------------------------------------------------
     def embedding(self, token_ids: NDArray[np.int32], table: Tensor) -> Tensor:
         """Rows of the table, widened to the float32 residual: [T] -> [T, E]."""
         assert self._inputs is not None and self._layout is not None and token_ids is self._inputs.token_ids
         out = self._take(self._layout.num_tokens, table.shape[1], dtype="float32")
-        elementwise.gather(table, self._sections["token_ids"], out)
+        ids, rows = self._sections["token_ids"], self._sections["token_rows"]
+        elementwise.embed(table, ids, rows, self._results, int(sampling.TOKEN), out)
         return out
 
     def gather_rows(self, x: Tensor, rows: NDArray[np.int32]) -> Tensor:
@@ -179,7 +243,7 @@ class GpuOps:
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         """[T, K] -> [T, sum N_i], biases added."""
-        return self._product(x, weight, self._dtype)
+        return self._product(x, weight, self.dtype)
 
     qkv_linear = linear
 
@@ -241,7 +305,7 @@ class GpuOps:
     def moe(self, x: Tensor, routing: Routing[Tensor], experts: PackedExperts, shared: Tensor | None) -> Tensor:
         """See `Ops.moe`."""
         (tokens, slots), (count, k, width) = routing.experts.shape, experts.down.shape
-        tile = mixtures.expert_tile(tokens * slots, count, self._dtype)
+        tile = mixtures.expert_tile(tokens * slots, count, self.dtype)
         num_tiles = mixtures.num_tiles(tokens * slots, count, tile.BLOCK_M)
         counts, tile_expert, order = (
             self._take(size, dtype="int32") for size in (count, num_tiles, num_tiles * tile.BLOCK_M)
@@ -257,40 +321,87 @@ class GpuOps:
 
     # -- sampling ------------------------------------------------------------------------------------------------------
     def sample(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> SampleResult:
-        """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1.
+        """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1."""
+        self.draw(hidden, lm_head, batch)
+        return self.fetch(len(batch.forced), want_raw=batch.want_raw).result()
+
+    def draw(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> None:
+        """`sample` without its result, which `fetch` gets.
 
         A batch without penalties and truncation needs one pass over the logits.
         """
         assert self._inputs is not None and batch is self._inputs.sampling
-        out = self._take(hidden.shape[0], int(sampling.NUM_RESULTS), dtype="int32")
-        if heads.serves(batch):
-            self._settle(hidden, lm_head.weight, out)
-        else:
-            logits = self._product(hidden, lm_head, "float32")
-            processed = self._take(*logits.shape, dtype="float32")
-            sampling.sample(logits, processed, self._sections, out)
-        paddle.device.cuda.synchronize()
-        return _sample_result(out.numpy()[: len(batch.forced)], batch.want_raw)
+        draw = self._settle if heads.serves(batch) else self._sample_any
+        rows, options = hidden.shape[0], int(sampling.NUM_OPTIONS)
+        for first in range(0, rows, _ROWS_PER_PASS):
+            last = min(first + _ROWS_PER_PASS, rows)
+            whole = last - first == rows
+            at = dict(self._sections)
+            if not whole:
+                at["options"] = at["options"][first * options : last * options]
+                at["history_start"] = at["history_start"][first : last + 1]
+                at["bias_start"] = at["bias_start"][first : last + 1]
+            draw(hidden if whole else hidden[first:last], lm_head, at, self._results[first:last])
 
-    def _settle(self, hidden: Tensor, head: Tensor, out: Tensor) -> None:
-        rows, vocab = hidden.shape[0], head.shape[0]
+    def fetch(self, rows: int, *, want_raw: bool) -> FetchedSample:
+        """Begin to copy the first rows of what was drawn last to the host."""
+        size = rows * int(sampling.NUM_RESULTS)
+        return FetchedSample(self._downloads.fetch(self._results, size), want_raw)
+
+    def _sample_any(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
+        logits = self._product(hidden, lm_head, "float32")
+        processed = self._take(*logits.shape, dtype="float32")
+        sampling.sample(logits, processed, at, out)
+
+    def _settle(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
+        rows, vocab = hidden.shape[0], lm_head.weight.shape[0]
         chunks = heads.num_chunks(vocab)
         logits, tile_max = (
-            self._take(rows, width, dtype="float32") for width in (vocab, heads.num_tiles(rows, vocab, self._dtype))
+            self._take(rows, width, dtype="float32") for width in (vocab, heads.num_tiles(rows, vocab, self.dtype))
         )
         sums = self._take(rows, chunks, 2, dtype="float32")
         masses = self._take(rows, chunks, dtype="int64")
-        heads.settle(hidden, head, self._sections["options"], logits, tile_max, sums, masses, out)
+        heads.settle(hidden, lm_head.weight, at["options"], logits, tile_max, sums, masses, out)
 
 
-def _in_turn(gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+class FetchedSample:
+    """Results of a step on their way to the host."""
+
+    def __init__(self, fetch: Fetch, want_raw: bool) -> None:
+        self._fetch, self._want_raw = fetch, want_raw
+
+    def result(self) -> SampleResult:
+        """Wait for them; asked for once."""
+        columns = self._fetch.result().reshape(-1, int(sampling.NUM_RESULTS))
+        return _sample_result(columns, self._want_raw)
+
+
+def _gpu() -> Device:
+    from zerokl.kernels.gpu.paddle_device import PaddleDevice
+
+    return PaddleDevice()
+
+
+def _in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:
+    return np.stack(_alike([gate, up]), axis=1).reshape(-1, gate.shape[1])
 
 
 def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 rounded to nearest even, as bits: Paddle takes uint16 for bfloat16. NaNs may change."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _alike(arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """The arrays as they are if all are patterns, else as float32."""
+    return list(arrays) if all(array.dtype == np.uint16 for array in arrays) else [_widened(a) for a in arrays]
+
+
+def _widened(values: NDArray[Any]) -> NDArray[np.float32]:
+    """float32 values, of bfloat16 patterns too."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(values, np.float32)
 
 
 def _sample_result(columns: NDArray[np.int32], want_raw: bool) -> SampleResult:

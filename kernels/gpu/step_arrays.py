@@ -1,7 +1,7 @@
 """A step's metadata and sampling options as one int32 array for the device, in a layout that a bucket of sizes fixes.
 
-Sizes are rounded up to powers of two, so that few layouts occur and a recorded step can be replayed for every step of
-its bucket. Padding is inert: tokens of no sequence with slot -1, rows of no interest, empty histories.
+Sizes are rounded up to those of buckets, so that few layouts occur and a recorded step can be replayed for every step
+of its bucket. Padding is inert: tokens of no sequence with slot -1, rows of no interest, empty histories.
 """
 
 from __future__ import annotations
@@ -20,9 +20,25 @@ Ints = NDArray[np.int32]
 _ALIGN = 64  # entries between sections: Triton compiles apart what is not aligned to 16 bytes
 
 
+_FINE = 512  # up to here buckets are powers of two, beyond it multiples of it: padding costs more than a layout
+
+
 def bucket(count: int, least: int = 16) -> int:
-    """The next power of two, at least `least`."""
+    """The next power of two, at least `least`; beyond 512 the next multiple of 512."""
+    return -(-count // _FINE) * _FINE if count > _FINE else power_bucket(count, least)
+
+
+def power_bucket(count: int, least: int = 16) -> int:
+    """The next power of two, at least `least`: for lists whose length may change with every step."""
     return max(least, 1 << (count - 1).bit_length() if count > 1 else 1)
+
+
+def _table_bucket(blocks: int) -> int:
+    """Entries of a block table: 8, 32, 128, ... Wide tables cost a copy, many widths a recorded step each."""
+    width = 8
+    while width < blocks:
+        width *= 4
+    return width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,24 +66,25 @@ class StepLayout:
 def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
     """The flat array of a step.
 
-    Sections are token_ids, positions, slots, sequences (of each token, -1 for none), tables, rows, options, the history
-    and bias entries of the rows, routing [M, T, k] where it is given, and `lists`, each [n, columns] padded by zeros;
-    an empty one has no section.
+    Sections are token_ids, token_rows (see `StepInputs`), positions, slots, sequences (of each token, -1 for none),
+    tables, rows, options, the history and bias entries of the rows, routing [M, T, k] where it is given, and `lists`,
+    each [n, columns] padded by zeros; an empty one has no section.
     """
     tokens, rows = bucket(len(inputs.token_ids)), bucket(len(inputs.logit_rows))
     counts = np.diff(inputs.seq_starts)
-    max_blocks = bucket(inputs.block_tables.shape[1], 4)
+    max_blocks = _table_bucket(inputs.block_tables.shape[1])
     tables = np.full((bucket(len(counts)), max_blocks), -1, np.int32)
     tables[: len(counts), : inputs.block_tables.shape[1]] = inputs.block_tables
     sections = {
         "token_ids": _padded(inputs.token_ids, tokens, 0),
+        "token_rows": _padded(_none(tokens) if inputs.token_rows is None else inputs.token_rows, tokens, -1),
         "positions": _padded(inputs.positions, tokens, 0),
         "slots": _padded(inputs.slot_mapping, tokens, -1),
         "sequences": _padded(np.repeat(np.arange(len(counts)), counts), tokens, -1),
         "tables": tables,
         "rows": _padded(inputs.logit_rows, rows, 0),
         **_sampling_sections(inputs.sampling, rows),
-        **{name: _padded_rows(values, bucket(len(values))) for name, values in lists.items() if len(values)},
+        **{name: _padded_rows(values, power_bucket(len(values))) for name, values in lists.items() if len(values)},
     }
     if inputs.routing is not None:
         sections["routing"] = np.stack([_padded_rows(ids, tokens) for ids in inputs.routing])
@@ -98,7 +115,7 @@ def sampling_options(batch: SamplingBatch, rows: int) -> Ints:
 
 
 def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
-    history, bias = bucket(len(batch.history_token)), bucket(len(batch.bias_token))
+    history, bias = power_bucket(len(batch.history_token)), power_bucket(len(batch.bias_token))
     return {
         "options": sampling_options(batch, rows),
         "history_start": _padded(batch.history_start, rows + 1, len(batch.history_token)),
@@ -108,6 +125,10 @@ def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any
         "bias_token": _padded(batch.bias_token, bias, 0),
         "bias_value": _padded(batch.bias_value.view(np.int32), bias, 0),
     }
+
+
+def _none(count: int) -> Ints:
+    return np.full(count, -1, np.int32)
 
 
 def _padded(values: NDArray[Any], length: int, fill: int) -> Ints:

@@ -312,6 +312,11 @@ def forward(
     logit rows the result has no rows either and the head is not worth a call.
     """
     ops.begin_step(inputs, pool)
+    return forward_begun(ops, params, spec, inputs)
+
+
+def forward_begun(ops: Ops[Array], params: DecoderParams[Array], spec: DecoderSpec, inputs: StepInputs) -> Array:
+    """`forward` of a step that has begun: nothing here depends on the values of `inputs`, so it may be recorded."""
     residual = ops.embedding(inputs.token_ids, params.embed)
     x = ops.rms_norm(residual, params.layers[0].input_norm, spec.norm_eps)
     # The sum that closes a layer is fused with the norm that opens the next one.

@@ -35,14 +35,19 @@ class HasShapes(Protocol):
         ...
 
 
-class TensorFolder(Mapping[str, NDArray[np.float32]]):
-    """Tensors of a checked folder by name; each access reads from disk and gives a fresh float32 array."""
+class TensorFolder(Mapping[str, NDArray[Any]]):
+    """Tensors of a checked folder by name; each access reads from disk and gives a fresh float32 array.
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+    With `patterns`, bfloat16 ones are given as uint16 patterns.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], *, patterns: bool = False) -> None:
         self._tensors = dict(tensors)
+        self._patterns = patterns
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return self._tensors[name].read()
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        tensor = self._tensors[name]
+        return tensor.read_stored() if self._patterns and tensor.dtype == "BF16" else tensor.read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -55,8 +60,8 @@ class TensorFolder(Mapping[str, NDArray[np.float32]]):
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
 
-def open_tensors(folder: str | Path, config: ModelConfig) -> TensorFolder:
-    """Check a folder against the layout and return its tensors, to be read on access.
+def open_tensors(folder: str | Path, config: ModelConfig, *, patterns: bool = False) -> TensorFolder:
+    """Check a folder against the layout and return its tensors, to be read on access; `patterns` as `TensorFolder`.
 
     The folder holds model.safetensors, or the shards that model.safetensors.index.json names. Raises ValueError naming
     the file for a broken file, and naming the tensors where some are missing, extra or misshapen. A tied
@@ -71,12 +76,12 @@ def open_tensors(folder: str | Path, config: ModelConfig) -> TensorFolder:
         for name, tensor in stored.items()
         if not name.endswith(_DERIVED_SUFFIX) and not name.startswith(unused)
     }
-    tensors = TensorFolder(stored)
+    tensors = TensorFolder(stored, patterns=patterns)
     check_shapes(tensors.shapes(), config, str(folder))
     if config.tie_word_embeddings and LM_HEAD in tensors:
         _check_tied(tensors, str(folder))
         del stored[LM_HEAD]
-        tensors = TensorFolder(stored)
+        tensors = TensorFolder(stored, patterns=patterns)
     return tensors
 
 

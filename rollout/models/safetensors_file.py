@@ -42,10 +42,15 @@ class StoredTensor:
 
     def read(self) -> NDArray[np.float32]:
         """A fresh C-contiguous float32 array. Raises ValueError naming the file if it has become shorter."""
-        stored = np.fromfile(self.file, _STORED_DTYPES[self.dtype], count=math.prod(self.shape), offset=self.start)
-        if stored.size != math.prod(self.shape):
+        return widen(self.read_stored(), bfloat16=self.dtype == "BF16")
+
+    def read_stored(self) -> NDArray[Any]:
+        """The same as it is stored, bfloat16 as uint16 patterns."""
+        dtype, size = _STORED_DTYPES[self.dtype], math.prod(self.shape)
+        stored: NDArray[Any] = np.fromfile(self.file, dtype, count=size, offset=self.start)
+        if stored.size != size:
             raise ValueError(f"{self.file}: ends inside tensor {self.name!r}")
-        return widen(stored.reshape(self.shape), bfloat16=self.dtype == "BF16")
+        return stored.reshape(self.shape)
 
 
 def widen(stored: NDArray[Any], *, bfloat16: bool = False) -> NDArray[np.float32]:

@@ -1,0 +1,166 @@
+"""Steps of one model on one GPU, launched without waiting for any; those that come again are recorded once as a graph.
+
+A step in which every sequence has one token is of a kind that the next one is likely to be, too: same bucket of
+sequences, same width of block tables, same way to draw. Launching its hundreds of kernels one by one takes the host
+longer than the GPU runs, so the launches of a kind are recorded when it comes for the second time and made at once from
+then on. Graphs hold addresses: they belong to one set of weights and one KV pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Hashable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.ops import DecoderParams, KVPool, StepInputs, neutral_sampling
+from zerokl.rollout.models.decoder import DecoderSpec, forward_begun
+
+if TYPE_CHECKING:
+    from zerokl.kernels.gpu.ops import FetchedSample, GpuOps
+    from zerokl.rollout.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+MIB = 1 << 20
+
+
+class GpuSteps:
+    """Runs steps over a `GpuOps`. One thread calls."""
+
+    def __init__(
+        self, ops: GpuOps, spec: DecoderSpec, *, records: bool, max_num_seqs: int, max_num_tokens: int, max_blocks: int
+    ) -> None:
+        """`records`: whether to make graphs. The rest says which steps can come: sequences and tokens of a step at
+        most, and blocks of a sequence.
+        """
+        self._ops = ops
+        self._spec = spec
+        self._records = records
+        self._max_num_seqs = max_num_seqs
+        self._max_num_tokens = max_num_tokens
+        self._max_blocks = max_blocks
+        self._known: set[Hashable] = set()
+        """Kinds that have run: their kernels are compiled, their memory is there."""
+        self._graphs: dict[int, dict[Hashable, Any]] = {}
+        """Per epoch of weights and kind."""
+
+        self.get: Callable[[Any], NDArray[Any]] = ops.device.get
+        """Copies a tensor to the host."""
+        self.put: Callable[[NDArray[Any]], Any] = ops.device.put
+        """Copies an array to the device."""
+
+    @property
+    def num_graphs(self) -> int:
+        """Recorded steps that are kept."""
+        return sum(len(graphs) for graphs in self._graphs.values())
+
+    def begin(
+        self, epoch: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]
+    ) -> FetchedSample | None:
+        """Launch a step with the weights of an epoch; its rows on their way to the host, None if it has none."""
+        self._ops.begin_step(inputs, pool)
+        self._launch(epoch, params)
+        rows = len(inputs.logit_rows)
+        return self._ops.fetch(rows, want_raw=inputs.sampling.want_raw) if rows else None
+
+    def keep(self, epochs: Collection[int]) -> None:
+        """Forget the graphs of weights of other epochs, which are gone."""
+        for epoch in self._graphs.keys() - set(epochs):
+            del self._graphs[epoch]
+
+    def forget(self) -> None:
+        """Forget all graphs and the memory of steps: weights or the KV pool go away. No step is under way."""
+        self._graphs.clear()
+        self._known.clear()
+        self._ops.forget_step()
+
+    def warm_up(self, epoch: int, params: DecoderParams[Any], pool: KVPool[Any]) -> None:
+        """Compile the kernels of steps without penalties and truncation, and record those that can be.
+
+        Writes no key or value. Takes minutes where Triton has not compiled the kernels before.
+        """
+        start = time.perf_counter()
+        for inputs in (*self._prefills(), *self._decodes()):
+            self._warm(epoch, params, pool, inputs)
+        self._ops.device.synchronize()
+        compiled, free = time.perf_counter(), self._ops.device.memory()[0]
+        if self._records:
+            for inputs in self._decodes():
+                self._warm(epoch, params, pool, inputs)
+            self._ops.device.synchronize()
+        left, total = self._ops.device.memory()
+        logger.info(
+            "kernels ready in %.1f s; %d decode graphs recorded in %.2f s, %d MiB; %d of %d MiB of the GPU in use",
+            compiled - start, self.num_graphs, time.perf_counter() - compiled, (free - left) // MIB,
+            (total - left) // MIB, total // MIB,
+        )  # fmt: skip
+
+    def _warm(self, epoch: int, params: DecoderParams[Any], pool: KVPool[Any], inputs: StepInputs) -> None:
+        self._ops.begin_step(inputs, pool)
+        self._launch(epoch, params)
+
+    def _launch(self, epoch: int, params: DecoderParams[Any]) -> None:
+        def launches() -> None:
+            begun = self._ops.inputs  # of the step that the launches are made for, if they are made again
+            hidden = forward_begun(self._ops, params, self._spec, begun)
+            if len(begun.logit_rows):
+                self._ops.draw(hidden, params.lm_head, begun.sampling)
+
+        kind = self._ops.step_kind() if self._records else None
+        graphs = self._graphs.setdefault(epoch, {})
+        if kind is not None and kind in self._known and kind not in graphs:
+            graphs[kind] = self._ops.record(launches)
+        if kind in graphs:
+            graphs[kind].launch()
+        else:
+            launches()
+            self._known.add(kind)
+
+    def _decodes(self) -> Iterator[StepInputs]:
+        """A step of every bucket of sequences and width of block tables, the largest first."""
+        widths = {min(4**power * 8, self._max_blocks) for power in range(16)}
+        sizes = {min(size, self._max_num_seqs) for size in (16 << power for power in range(16))}
+        for size in sorted(sizes, reverse=True):
+            for width in sorted(widths, reverse=True):
+                yield _step_of_nothing(np.ones(size, np.int32), width)
+
+    def _prefills(self) -> Iterator[StepInputs]:
+        """Steps with chunks of some sizes, each of another tile."""
+        most = min(self._max_num_tokens, self._max_blocks * 8, 1024)
+        for size in sorted({min(size, most) for size in (32, 64, 128, 256, 1024)}, reverse=True):
+            yield _step_of_nothing(np.array([size], np.int32), self._max_blocks)
+
+
+def _step_of_nothing(lengths: NDArray[np.int32], width: int) -> StepInputs:
+    """Sequences of these many tokens from position 0 on, whose keys and values go nowhere."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens = int(starts[-1])
+    return StepInputs(
+        token_ids=np.zeros(tokens, np.int32),
+        positions=np.concatenate([np.arange(length) for length in lengths]).astype(np.int32),
+        slot_mapping=np.full(tokens, -1, np.int32),
+        seq_starts=starts,
+        context_lens=lengths,
+        block_tables=np.zeros((len(lengths), width), np.int32),
+        logit_rows=starts[1:] - 1,
+        sampling=neutral_sampling(len(lengths)),
+    )
+
+
+def make_gpu_steps(config: EngineConfig, ops: Any, spec: DecoderSpec) -> GpuSteps | None:
+    """The steps of `config`, which must be resolved, over its device's ops; None where that is no GPU."""
+    if config.device != "gpu":
+        return None
+    assert config.max_model_len is not None, "an unresolved EngineConfig"
+    return GpuSteps(
+        ops,
+        spec,
+        records=config.record_graphs,
+        max_num_seqs=config.max_num_seqs,
+        max_num_tokens=config.max_num_batched_tokens,
+        max_blocks=-(-config.max_model_len // config.block_size),
+    )

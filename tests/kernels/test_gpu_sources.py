@@ -1,0 +1,40 @@
+"""What the GPU worker asks of Paddle: memory, copies and streams, and no computation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import zerokl.kernels
+import zerokl.rollout
+
+ROOMS = [Path(next(iter(room.__path__))) for room in (zerokl.kernels, zerokl.rollout)]
+SOURCES = [*(ROOMS[0] / "gpu").glob("*.py"), *ROOMS[1].rglob("*.py")]
+ALLOWED = re.compile(
+    r"paddle\.(empty|to_tensor|set_device|CUDAPlace|device\.is_compiled_with_cuda|device\.cuda\.(current_stream"
+    r"|device_count|empty_cache|get_device_capability))$"
+)
+
+
+def computations(source: str) -> list[str]:
+    """Names of Paddle in code, strings and comments left out, that are not on the list."""
+    code = re.sub(r'"""(.|\n)*?"""|#.*|"[^"\n]*"', "", source)
+    return [name for name in re.findall(r"\bpaddle\.[\w.]+", code) if not ALLOWED.match(name)]
+
+
+def test_the_gpu_worker_uses_no_operator_of_paddle():
+    assert len(SOURCES) > 50
+    assert {path.name: found for path in SOURCES if (found := computations(path.read_text()))} == {}
+
+
+def test_paddle_is_imported_in_two_modules_of_the_gpu_path():
+    importing = {path.name for path in SOURCES if re.search(r"^\s*(import|from) paddle\b", path.read_text(), re.M)}
+    assert importing <= {"driver.py", "paddle_device.py"}, importing
+
+
+@pytest.mark.parametrize("line", ["x = paddle.concat([a, b])", "y = paddle.nn.functional.relu(x)", "paddle.zeros([2])"])
+def test_an_operator_is_found(line):
+    """The control."""
+    assert computations(f'"""Talks of paddle.matmul."""\n{line}\n')

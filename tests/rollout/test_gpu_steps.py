@@ -1,0 +1,134 @@
+"""Which steps of a GPU are recorded, launched again and forgotten: over ops that note what is asked of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_rig import HostDevice
+
+from zerokl.kernels.ops import StepInputs
+from zerokl.rollout import gpu_steps
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.gpu_memory import OTHER_BYTES, kv_cache_bytes, step_bytes, weight_bytes
+from zerokl.rollout.gpu_steps import GpuSteps
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.models.synthetic import step_inputs, tiny_config, tiny_moe_config
+
+
+class FakeOps:
+    """A step's kind is its number of sequences, unless one has several tokens."""
+
+    def __init__(self) -> None:
+        self.device = HostDevice()
+        self.done: Counter[str] = Counter()
+
+    def begin_step(self, inputs: StepInputs, pool: Any) -> None:
+        self.inputs = inputs
+
+    def step_kind(self) -> int | None:
+        lengths = np.diff(self.inputs.seq_starts)
+        return len(lengths) if (lengths == 1).all() else None
+
+    def record(self, launches: Any) -> Any:
+        self.done["recorded"] += 1
+        return SimpleNamespace(launch=lambda: self.done.update(["graph"]))
+
+    def draw(self, *args: Any) -> None:
+        self.done["drawn"] += 1
+
+    def fetch(self, rows: int, *, want_raw: bool) -> int:
+        return rows
+
+    def forget_step(self) -> None:
+        self.done["forgotten"] += 1
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> FakeOps:
+    monkeypatch.setattr(gpu_steps, "forward_begun", lambda ops, params, spec, inputs: None)
+    return FakeOps()
+
+
+def steps_over(ops: Any, **options: Any) -> GpuSteps:
+    defaults: Any = {"records": True, "max_num_seqs": 40, "max_num_tokens": 64, "max_blocks": 20}
+    return GpuSteps(ops, None, **(defaults | options))  # type: ignore[arg-type]
+
+
+def step(sequences: int, tokens: int = 1) -> StepInputs:
+    return step_inputs([np.ones(tokens, np.int32)] * sequences, [0] * sequences, [[i] for i in range(sequences)], 16)
+
+
+PARAMS: Any = SimpleNamespace(lm_head=None)
+
+
+def test_a_kind_is_recorded_when_it_comes_again(ops: FakeOps) -> None:
+    steps = steps_over(ops)
+    seen = []
+    for _ in range(4):
+        assert steps.begin(1, PARAMS, step(3), None) == 3  # type: ignore[arg-type, comparison-overlap]
+        seen.append(dict(ops.done))
+    assert seen[0] == {"drawn": 1}
+    assert seen[1] == {"drawn": 1, "recorded": 1, "graph": 1}
+    assert seen[3] == {"drawn": 1, "recorded": 1, "graph": 3}
+
+
+def test_chunks_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
+    for steps, inputs in ((steps_over(ops), step(2, tokens=5)), (steps_over(ops, records=False), step(2))):
+        for _ in range(3):
+            steps.begin(1, PARAMS, inputs, None)  # type: ignore[arg-type]
+    assert ops.done == {"drawn": 6}
+
+
+def test_graphs_go_with_their_weights(ops: FakeOps) -> None:
+    steps = steps_over(ops)
+    for epoch in (1, 1, 2, 2):
+        steps.begin(epoch, PARAMS, step(3), None)  # type: ignore[arg-type]
+    assert ops.done["recorded"] == steps.num_graphs == 2, "the kernels are known by then: no step of its own"
+    steps.keep({2})
+    assert steps.num_graphs == 1
+    steps.begin(2, PARAMS, step(3), None)  # type: ignore[arg-type]
+    assert ops.done["recorded"] == 2
+    steps.forget()
+    assert steps.num_graphs == 0 and ops.done["forgotten"] == 1
+
+
+def test_warming_up_records_every_bucket_and_writes_no_key(ops: FakeOps) -> None:
+    steps, slots, shapes = steps_over(ops), [], set()
+    begin = ops.begin_step
+
+    def noted(inputs: StepInputs, pool: Any) -> None:
+        slots.extend(inputs.slot_mapping.tolist())
+        shapes.add((len(inputs.seq_starts) - 1, inputs.block_tables.shape[1]))
+        begin(inputs, pool)
+
+    ops.begin_step = noted  # type: ignore[method-assign]
+    steps.warm_up(1, PARAMS, None)  # type: ignore[arg-type]
+    assert set(slots) == {-1}
+    assert {(size, width) for size in (16, 32, 40) for width in (8, 20)} <= shapes
+    assert steps.num_graphs == 3
+
+
+def test_memory_is_shared_out_between_weights_steps_and_keys() -> None:
+    for content in (tiny_config(), tiny_moe_config()):
+        model = ModelConfig.from_json(content)
+        config = EngineConfig(model="folder", device="gpu", gpu_memory_fraction=0.5, weight_slots=3)
+        total = 8 << 30
+        room = kv_cache_bytes(config, model, "bfloat16", total - 1000, total)
+        used = 3 * weight_bytes(model, "bfloat16") + step_bytes(model, "bfloat16", config)
+        assert room + used + OTHER_BYTES + 1000 == total // 2
+        assert weight_bytes(model, "bfloat16") < weight_bytes(model, "float32") < 2.01 * weight_bytes(model, "bfloat16")
+        with pytest.raises(ValueError, match=r"gpu_memory_fraction 0.5 .* must hold weight_slots = 3"):
+            kv_cache_bytes(config, model, "bfloat16", OTHER_BYTES, total)
+
+
+def test_what_a_gpu_cannot_is_refused() -> None:
+    for options in ({"worker": "process"}, {"return_routing": "all"}, {"data_parallel_size": 2}):
+        with pytest.raises(ValueError, match="gpu"):
+            EngineConfig(model="folder", device="gpu", **options)  # type: ignore[arg-type]
+    for fraction in (0.0, 1.1):
+        with pytest.raises(ValueError, match="gpu_memory_fraction"):
+            EngineConfig(model="folder", gpu_memory_fraction=fraction)

@@ -21,7 +21,7 @@ from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
 from zerokl.kernels.gpu import driver, elementwise, matmul, norms, paged_attention, sampling, tiles
 from zerokl.kernels.gpu import experts as mixtures
 from zerokl.kernels.gpu import lm_head as heads
-from zerokl.kernels.gpu.attention_tiles import attention_tiles
+from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
@@ -135,9 +135,7 @@ class GpuOps:
         if inputs.routing_weights is not None:
             raise ValueError("routing_weights must be None on a GPU, which replays expert ids alone")
         self._inputs, self._pool, self._calls = inputs, pool, 0
-        per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
-        singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
-        self._layout = layout = lay_out(inputs, single_tiles=singles, chunk_tiles=chunks)
+        self._layout = layout = lay_out(inputs, **self._attention_lists(inputs, pool.block_size))
         paddle.device.cuda.synchronize()
         staged = paddle.to_tensor(layout.flat, place=self._place)
         # Into the bucket's own array, at an address that a recorded step may keep.
@@ -146,6 +144,14 @@ class GpuOps:
             sampling.copy(staged, flat, layout.flat.size)
             paddle.device.cuda.synchronize()
         self._sections = {name: flat[section] for name, section in layout.sections.items()}
+
+    def _attention_lists(self, inputs: StepInputs, block_size: int) -> dict[str, NDArray[np.int32]]:
+        spec = self._attention_spec
+        per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), spec)
+        singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
+        members = paged_attention.members_per_tile(spec)
+        shared = share_prefixes(singles, inputs.block_tables, block_size, members, paged_attention.SPLIT)
+        return {"single_tiles": singles, "chunk_tiles": chunks, "shared_tiles": shared}
 
     def _chunk_tile(self) -> tiles.Tile:
         return tiles.PREFILL_ATTENTION if self._dtype == "bfloat16" else tiles.DECODE_ATTENTION
@@ -206,14 +212,30 @@ class GpuOps:
         )
         tables = at["tables"].reshape([-1, self._layout.max_blocks])
         for section, tile in (("single_tiles", tiles.DECODE_ATTENTION), ("chunk_tiles", self._chunk_tile())):
-            count = self._layout.num_entries(section) // paged_attention.TILE_COLUMNS
+            count = self._layout.num_entries(section) // TILE_COLUMNS
             if count:
-                partial = self._partial(qkv.shape[0], count, spec) if section == "single_tiles" else None
-                tile_list = at[section].reshape([count, paged_attention.TILE_COLUMNS])
+                partial = shared = None
+                if section == "single_tiles":
+                    partial = self._partial(qkv.shape[0], count, spec)
+                    shared = self._shared(qkv.shape[0], spec) if partial is None else None
+                tile_list = at[section].reshape([count, TILE_COLUMNS])
                 paged_attention.attention(
-                    query, pool, layer, tables, tile_list, out, spec, partial=partial, tile=tile
+                    query, pool, layer, tables, tile_list, out, spec, partial=partial, shared=shared, tile=tile
                 )  # fmt: skip
         return out
+
+    def _shared(self, tokens: int, spec: AttentionSpec) -> paged_attention.Shared | None:
+        """The step's tokens that share keys, with buffers for their state; None where there are none."""
+        assert self._layout is not None
+        columns = SHARED_HEAD + paged_attention.members_per_tile(spec)
+        count = self._layout.num_entries("shared_tiles") // columns
+        if not count:
+            return None
+        return paged_attention.Shared(
+            self._sections["shared_tiles"].reshape([count, columns]),
+            self._take(tokens, spec.num_heads, spec.head_dim, dtype="float32"),
+            self._take(tokens, spec.num_heads, 2, dtype="float32"),
+        )
 
     def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
         """Buffers for a program per split, where a program per sequence and key head would leave the chip idle."""

@@ -81,6 +81,8 @@ FLOAT32 = Tile(16, 32, 32, 4, 3)
 # Query rows (tokens times heads of a group) of an attention program, with warps and stages.
 DECODE_ATTENTION = Tile(16, 0, 0, 4, 2)
 PREFILL_ATTENTION = Tile(64, 0, 0, 4, 2)
+# The rows of this one follow from the model: see `paged_attention.members_per_tile`.
+SHARED_ATTENTION = Tile(0, 0, 0, 4, 2)
 
 
 def choose(table: _Table, rows: int, outputs: int, dtype: str) -> Tile:

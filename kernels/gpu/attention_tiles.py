@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,8 +24,7 @@ def attention_tiles(seq_starts: Ints, context_lens: Ints, tokens_per_tile: int) 
     """
     counts = np.diff(seq_starts)
     (single,) = np.nonzero(counts == 1)
-    none = np.zeros_like(single)
-    columns = [single, seq_starts[single], counts[single], context_lens[single] - 1, none]
+    columns: list[NDArray[Any]] = [single, seq_starts[single], counts[single], context_lens[single] - 1, 0 * single]
     chunks = [
         (sequence, seq_starts[sequence] + at, min(tokens_per_tile, count - at), context_lens[sequence] - count + at, 0)
         for sequence, count in enumerate(counts.tolist())

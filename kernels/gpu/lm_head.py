@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from zerokl.kernels.gpu import matmul, sampling, tiles
-from zerokl.kernels.gpu.elementwise import Tensor, vexp
+from zerokl.kernels.gpu.elementwise import Tensor, vexp_to_one
 from zerokl.kernels.gpu.sampling import chunk_sums, drawn_bits, join_chunks, logprob_of, mass_of, option_of
 from zerokl.kernels.gpu.tiles import Tile
 from zerokl.kernels.ops import SamplingBatch
 
 CHUNK = 1024
-_CHUNKS_PER_PROGRAM = 4
+_MOST_CHUNKS_PER_PROGRAM = 8
 
 
 @triton.jit
@@ -48,8 +48,10 @@ def chunk_sums_kernel(
     for chunk in range(first, tl.minimum(first + CHUNKS_PER_PROGRAM, NUM_CHUNKS)):
         i = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits_ptr + row.to(tl.int64) * V + i, mask=i < V, other=float("-inf"))
-        d = tl.div_rn(x, tl.broadcast_to(temperature, x.shape)) - best
-        e = vexp(d)
+        if temperature != 1.0:
+            x = tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
+        d = x - best
+        e = vexp_to_one(d)
         total, weighted = chunk_sums(e, d, CHUNK)
         at = row * NUM_CHUNKS + chunk
         tl.store(sums_ptr + at * 2, total)
@@ -102,7 +104,7 @@ def settle_kernel(
             chunk, before = _chunk_of(masses, chunks, wanted)
             i = chunk * CHUNK + tl.arange(0, CHUNK)
             x = tl.load(logits + i, mask=i < V, other=float("-inf"))
-            mass = mass_of(vexp(tl.div_rn(x, tl.broadcast_to(temperature, x.shape)) - best))
+            mass = mass_of(vexp_to_one(tl.div_rn(x, tl.broadcast_to(temperature, x.shape)) - best))
             token = tl.min(tl.where(before + tl.cumsum(mass, axis=0) > wanted, i, V), axis=0)
         chosen = tl.load(logits + token)
         policy = logprob_of(tl.div_rn(chosen, temperature), best, total)
@@ -140,6 +142,11 @@ def num_chunks(vocab: int) -> int:
     return triton.cdiv(vocab, CHUNK)
 
 
+def chunks_per_program(rows: int) -> int:
+    """Chunks of a row that a program sums: few where rows alone do not fill the chip."""
+    return max(1, min(_MOST_CHUNKS_PER_PROGRAM, triton.next_power_of_2(rows) // 16))
+
+
 def settle(
     hidden: Tensor, head: Tensor, options: Tensor, logits: Tensor, tile_max: Tensor, sums: Tensor, masses: Tensor,
     out: Tensor, *, tile: Tile | None = None,
@@ -154,9 +161,10 @@ def settle(
     columns, chunks = triton.cdiv(vocab, tile.BLOCK_N), num_chunks(vocab)
     matmul.linear_with_tile_max(hidden, head, logits, tile_max, tile=tile)
     block = {"TILES_BLOCK": triton.next_power_of_2(columns), "CHUNK": CHUNK, "enable_fp_fusion": False}
-    chunk_sums_kernel[(rows, triton.cdiv(chunks, _CHUNKS_PER_PROGRAM))](
+    per_program = chunks_per_program(rows)
+    chunk_sums_kernel[(rows, triton.cdiv(chunks, per_program))](
         logits, tile_max, options, sums, masses, vocab, columns, chunks,
-        CHUNKS_PER_PROGRAM=_CHUNKS_PER_PROGRAM, num_warps=1, **block,
+        CHUNKS_PER_PROGRAM=per_program, num_warps=1, **block,
     )  # fmt: skip
     settle_kernel[(rows,)](
         logits, tile_max, options, sums, masses, out, vocab, columns, chunks,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,9 +20,9 @@ import numpy as np
 from gpu_timing import PEAK, Bench, Launch, copies_past_cache
 
 from zerokl.kernels.experts import RouterSpec
-from zerokl.kernels.gpu import experts, lm_head, matmul, norms, paged_attention, sampling, tiles
+from zerokl.kernels.gpu import experts, general_sampling, lm_head, matmul, norms, paged_attention, sampling, tiles
 from zerokl.kernels.gpu.attention_tiles import attention_tiles, share_prefixes
-from zerokl.kernels.gpu.step_arrays import sampling_options
+from zerokl.kernels.gpu.step_arrays import sampling_options, sampling_sections
 from zerokl.kernels.gpu.tiles import Tile
 from zerokl.kernels.ops import neutral_sampling
 
@@ -223,6 +223,31 @@ def head_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None) -
     )  # fmt: skip
 
 
+def truncated_head_case(bench: Bench, shape: Shape, rows: int) -> Case:
+    """The same with top-p of 0.95 at temperature 0.7 in every row."""
+    batch = replace(
+        neutral_sampling(rows), temperature=np.full(rows, 0.7, np.float32), top_p=np.full(rows, 0.95, np.float32)
+    )
+    hidden, head = bench.normal(rows, shape.hidden), bench.normal(shape.vocab, shape.hidden, scale=0.05)
+    sections = {name: bench.ints(values) for name, values in sampling_sections(batch, rows).items()}
+    out, needs = bench.empty(rows, int(sampling.NUM_RESULTS), dtype="int32"), general_sampling.needs_of(batch)
+    buffers: list[Any] = []
+
+    def launch(_: int) -> None:
+        given = iter(list(buffers))
+
+        def take(*shape: int, dtype: str) -> Any:
+            if (buffer := next(given, None)) is None:
+                buffer = bench.empty(*shape, dtype=dtype)
+                buffers.append(buffer)
+            return buffer
+
+        general_sampling.sample(hidden, head, sections, out, needs, take)
+
+    operations = 2.0 * rows * shape.vocab * shape.hidden
+    return Case("lm_head+top_p", 2.0 * (shape.vocab + rows) * shape.hidden, operations, 1, launch)
+
+
 def mixture_case(bench: Bench, shape: Shape, rows: int, tile: Tile | None = None) -> Case:
     """Choice, sort, grouped products and sum; router logits are given."""
     x_count, k, f, e = shape.experts, shape.top_k, shape.inner, shape.hidden
@@ -262,6 +287,7 @@ def cases(bench: Bench, shape: Shape, rows: int) -> Iterator[Callable[[], Iterat
         yield lambda: shared_attention_cases(bench, shape, rows)
     if rows <= MOST_SEQUENCES:
         yield lambda: iter([head_case(bench, shape, rows)])
+        yield lambda: iter([truncated_head_case(bench, shape, rows)])
 
 
 def launches(case: Case) -> list[Launch]:
@@ -290,7 +316,7 @@ def step_milliseconds(lines: list[dict[str, Any]], shape: Shape, attention: str)
     """Kernel time of a decode step and its floor: two norms a layer, one head, and the attention of that name."""
     total = floor = 0.0
     for line in lines:
-        if line["op"].startswith("attention") and line["op"] != attention:
+        if (line["op"].startswith("attention") and line["op"] != attention) or line["op"] == "lm_head+top_p":
             continue
         times = 1 if line["op"] == "lm_head+draw" else shape.layers * (2 if line["op"] == "add_rms_norm" else 1)
         total, floor = total + times * line["us"] / 1e3, floor + times * line["floor_us"] / 1e3

@@ -53,9 +53,8 @@ def vexp_to_one(x):
 
     Nothing can overflow, one factor 2^n suffices, and its bits are shifted out of the sum that rounds to n.
     """
-    shifted = tl.fma(
-        tl.maximum(x, -87.3), tl.full(x.shape, 1.44269504088896341, tl.float32), tl.full(x.shape, 12582912.0, tl.float32)
-    )
+    log2_e = tl.full(x.shape, 1.44269504088896341, tl.float32)
+    shifted = tl.fma(tl.maximum(x, -87.3), log2_e, tl.full(x.shape, 12582912.0, tl.float32))
     n = shifted - 12582912.0
     r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), x)
     r = tl.fma(n, tl.full(x.shape, 2.12194440e-4, tl.float32), r)

@@ -18,7 +18,7 @@ import triton
 from numpy.typing import NDArray
 
 from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
-from zerokl.kernels.gpu import driver, elementwise, matmul, norms, paged_attention, sampling, tiles
+from zerokl.kernels.gpu import driver, elementwise, general_sampling, matmul, norms, paged_attention, sampling, tiles
 from zerokl.kernels.gpu import experts as mixtures
 from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
@@ -281,16 +281,15 @@ class GpuOps:
     def sample(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> SampleResult:
         """See `Ops.sample`; `batch` is the step's. A row whose logits are not all finite gets token -1.
 
-        A batch without penalties and truncation needs one pass over the logits.
+        Each option that some row has costs passes over the logits: see `general_sampling`.
         """
         assert self._inputs is not None and batch is self._inputs.sampling
         out = self._take(hidden.shape[0], int(sampling.NUM_RESULTS), dtype="int32")
         if heads.serves(batch):
             self._settle(hidden, lm_head.weight, out)
         else:
-            logits = self._product(hidden, lm_head, "float32")
-            processed = self._take(*logits.shape, dtype="float32")
-            sampling.sample(logits, processed, self._sections, out)
+            needs = general_sampling.needs_of(batch)
+            general_sampling.sample(hidden, lm_head.weight, self._sections, out, needs, self._take)
         paddle.device.cuda.synchronize()
         return _sample_result(out.numpy()[: len(batch.forced)], batch.want_raw)
 

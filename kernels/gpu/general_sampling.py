@@ -109,5 +109,5 @@ def _search(rows: int, vocab: int, take: Take) -> truncation.Search:
     return truncation.Search(
         cuts=take(rows, dtype="int64"), kept=take(rows, 2, dtype="int64"), interval=take(rows, 2, dtype="float32"),
         tallies=take(rows, parts, truncation.BINS, dtype="float32"), above=take(rows, parts, 2, dtype="int64"),
-        found=take(rows, dtype="int32"), candidates=take(rows, truncation.CANDIDATES, dtype="int64"),
+        found=take(rows, 2, dtype="int32"), candidates=take(rows, truncation.CANDIDATES, dtype="int64"),
     )  # fmt: skip

@@ -43,7 +43,10 @@ LINEAR: _Table = (
     (128, None, Tile(128, 64, 128, 4, 4, tma=True)),
     (256, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
     (256, 4096, Tile(128, 64, 128, 4, 4, tma=True)),
+    (256, 6144, Tile(64, 128, 64, 4, 4, tma=True)),
     (256, None, Tile(128, 128, 64, 8, 4, tma=True)),
+    (512, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
+    (512, 4096, Tile(128, 128, 64, 8, 4, tma=True)),
     (None, 1024, Tile(128, 128, 64, 8, 4, tma=True)),
     (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
 )

@@ -3,9 +3,9 @@
 """Where top-k and top-p cut a row of logits off: exact, in a few passes that all of the chip takes part in.
 
 The cut is the smallest key of `sampling.order_key` whose prefix of the row has the count or the mass that is wanted.
-Float32 tallies above BINS thresholds narrow the interval of logits that holds it, three times; then entries above the
-interval are counted exactly and those inside are listed, and the cut is found among these by their keys. Whatever the
-tallies were, the end checks that the cut lies in the interval: a row where it does not, or whose interval holds more
+Float32 tallies above BINS thresholds narrow the interval of logits that holds it, up to three times; then entries above the
+interval are counted exactly and those inside are listed, and the cut is found among these by their keys. A row whose
+interval surely holds few entries skips the rounds that are left. Whatever the tallies were, the end checks that the cut lies in the interval: a row where it does not, or whose interval holds more
 than CANDIDATES entries (equal logits), is bisected as a whole.
 """
 
@@ -26,6 +26,8 @@ CANDIDATES = 2048
 _ROUNDS = 3
 _LEAST = tl.constexpr(-28.0)  # below the largest logit by more: no mass
 _SLACK = tl.constexpr(1e-4)  # relative, far above the error of a tally
+_NUDGE = tl.constexpr(2.0**-21)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _MASS_ONE = tl.constexpr(1099511627776.0)
 
 
@@ -44,7 +46,7 @@ class Search:
     above: Tensor
     """[R, parts, 2] int64: mass and count above the interval"""
     found: Tensor
-    """[R] int32"""
+    """[R, 2] int32: entries in the interval, whether it is narrow enough"""
     candidates: Tensor
     """[R, CANDIDATES] int64: keys of the entries in the interval, in any order"""
 
@@ -104,20 +106,21 @@ def begin_kernel(masses_ptr, cuts_ptr, kept_ptr, V, NUM_CHUNKS, CHUNKS: tl.const
 @triton.jit
 def narrow_kernel(
     maxima_ptr, options_ptr, kept_ptr, interval_ptr, tallies_ptr, found_ptr, V, NUM_TILES, NUM_PARTS,
-    TILES_BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, BINS: tl.constexpr, FIRST: tl.constexpr,
-    BY_MASS: tl.constexpr,
+    TILES_BLOCK: tl.constexpr, PARTS_BLOCK: tl.constexpr, BINS: tl.constexpr, CANDIDATES: tl.constexpr,
+    FIRST: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
     """The interval between the neighbouring thresholds that hold the cut; FIRST: all logits that have mass."""
     row = tl.program_id(0)
     active, wanted = _wants(options_ptr, kept_ptr, row, V, BY_MASS)
     if active:
+        temperature = row_temperature(options_ptr, row)
+        best = tl.div_rn(row_max(maxima_ptr, row, NUM_TILES, TILES_BLOCK), temperature)
         if FIRST:
-            temperature = row_temperature(options_ptr, row)
-            best = tl.div_rn(row_max(maxima_ptr, row, NUM_TILES, TILES_BLOCK), temperature)
             tl.store(interval_ptr + row * 2, best + _LEAST)
             tl.store(interval_ptr + row * 2 + 1, best)
-            tl.store(found_ptr + row, 0)
-        else:
+            tl.store(found_ptr + row * 2, 0)
+            tl.store(found_ptr + row * 2 + 1, 0)
+        elif tl.load(found_ptr + row * 2 + 1) == 0:
             j = tl.arange(0, BINS)
             part = tl.arange(0, PARTS_BLOCK)
             at = (row * NUM_PARTS + part)[:, None] * BINS + j[None, :]
@@ -132,33 +135,44 @@ def narrow_kernel(
             short = tally < target * (1.0 - slack)
             low = tl.max(tl.where(enough, threshold, float("-inf")), axis=0)
             high = tl.min(tl.where(short, threshold, float("inf")), axis=0)
+            inside = tl.min(tl.where(enough, tally, float("inf")), axis=0)
+            inside -= tl.max(tl.where(short, tally, 0.0), axis=0)
+            if BY_MASS:
+                inside = inside / tl.exp2((low - best) * _LOG2_E)  # none of them has less
             tl.debug_barrier()
             tl.store(interval_ptr + row * 2, low)
             tl.store(interval_ptr + row * 2 + 1, high)
+            tl.store(found_ptr + row * 2 + 1, (inside <= CANDIDATES // 2).to(tl.int32))
 
 
 @triton.jit
 def tally_kernel(
-    logits_ptr, maxima_ptr, options_ptr, kept_ptr, interval_ptr, tallies_ptr, V, NUM_TILES, NUM_CHUNKS,
+    logits_ptr, maxima_ptr, options_ptr, kept_ptr, interval_ptr, found_ptr, tallies_ptr, V, NUM_TILES, NUM_CHUNKS,
     TILES_BLOCK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS_PER_PROGRAM: tl.constexpr, BINS: tl.constexpr,
     BY_MASS: tl.constexpr,
 ):  # fmt: skip
-    """tallies[row, part, j]: mass (of 1 for the likeliest) or count of the entries from threshold j up, about."""
+    """tallies[row, part, j]: mass (of 1 for the likeliest) or count of the entries from threshold j up, about.
+
+    Thresholds are put at logits that were not scaled, a little low, so that an entry at a threshold counts.
+    """
     row = tl.program_id(0)
     active, _ = _wants(options_ptr, kept_ptr, row, V, BY_MASS)
-    if active:
+    if active & (tl.load(found_ptr + row * 2 + 1) == 0):
         temperature = row_temperature(options_ptr, row)
-        best = tl.div_rn(row_max(maxima_ptr, row, NUM_TILES, TILES_BLOCK), temperature)
+        largest = row_max(maxima_ptr, row, NUM_TILES, TILES_BLOCK)
+        factor = _LOG2_E / temperature
         j = tl.arange(0, BINS)
         tally = tl.zeros((BINS,), tl.float32)
         first = tl.program_id(1) * CHUNKS_PER_PROGRAM
         for chunk in range(first, tl.minimum(first + CHUNKS_PER_PROGRAM, NUM_CHUNKS)):
-            i, x = _scaled_chunk(logits_ptr + row.to(tl.int64) * V, chunk, V, temperature, CHUNK)
+            i = chunk * CHUNK + tl.arange(0, CHUNK)
+            x = tl.load(logits_ptr + row.to(tl.int64) * V + i, mask=i < V, other=float("-inf"))
             weight = tl.where(i < V, 1.0, 0.0)
             if BY_MASS:
-                weight = vexp_to_one(x - best)
+                weight = tl.exp2((x - largest) * factor)
             for number in tl.static_range(BINS):
-                threshold = _threshold(interval_ptr, row, tl.full((), number, tl.int32), BINS)
+                threshold = _threshold(interval_ptr, row, tl.full((), number, tl.int32), BINS) * temperature
+                threshold -= tl.abs(threshold) * _NUDGE
                 tally += tl.where(j == number, tl.sum(tl.where(x >= threshold, weight, 0.0), axis=0), 0.0)
         tl.store(tallies_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * BINS + j, tally)
 
@@ -188,7 +202,7 @@ def collect_kernel(
             inside = (x >= low) & (x < high) & (i < V)
             number = tl.sum(inside.to(tl.int32), axis=0)
             if number > 0:
-                at = tl.atomic_add(found_ptr + row, number) + tl.cumsum(inside.to(tl.int32), axis=0) - 1
+                at = tl.atomic_add(found_ptr + row * 2, number) + tl.cumsum(inside.to(tl.int32), axis=0) - 1
                 keys = order_key(x, i).to(tl.int64, bitcast=True)
                 tl.store(candidates_ptr + row.to(tl.int64) * CANDIDATES + at, keys, mask=inside & (at < CANDIDATES))
         at = (row * tl.num_programs(1) + tl.program_id(1)) * 2
@@ -220,7 +234,7 @@ def cut_kernel(
         at = (row * NUM_PARTS + part) * 2
         mass_above = tl.sum(tl.load(above_ptr + at, mask=part < NUM_PARTS, other=0), axis=0).to(tl.uint64)
         count_above = tl.sum(tl.load(above_ptr + at + 1, mask=part < NUM_PARTS, other=0), axis=0).to(tl.uint64)
-        found = tl.load(found_ptr + row)
+        found = tl.load(found_ptr + row * 2)
         j = tl.arange(0, CANDIDATES)
         here = j < found
         keys = tl.load(candidates_ptr + row.to(tl.int64) * CANDIDATES + j, mask=here, other=-1).to(tl.uint64)
@@ -282,12 +296,13 @@ def cut(logits: Tensor, maxima: Tensor, options: Tensor, search: Search, *, by_m
     for turn in range(_ROUNDS + 1):
         narrow_kernel[(rows,)](
             maxima, options, search.kept, search.interval, search.tallies, search.found, vocab, tiles, num_parts,
-            PARTS_BLOCK=parts_block, BINS=BINS, FIRST=turn == 0, **block,
+            PARTS_BLOCK=parts_block, BINS=BINS, CANDIDATES=CANDIDATES,
+            FIRST=turn == 0, **block,
         )  # fmt: skip
         if turn < _ROUNDS:
             tally_kernel[(rows, num_parts)](
-                logits, maxima, options, search.kept, search.interval, search.tallies, vocab, tiles, chunks,
-                BINS=BINS, **walk,
+                logits, maxima, options, search.kept, search.interval, search.found, search.tallies,
+                vocab, tiles, chunks, BINS=BINS, **walk,
             )  # fmt: skip
     collect_kernel[(rows, num_parts)](
         logits, maxima, options, search.kept, search.interval, search.above, search.found, search.candidates, vocab,

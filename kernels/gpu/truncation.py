@@ -3,10 +3,11 @@
 """Where top-k and top-p cut a row of logits off: exact, in a few passes that all of the chip takes part in.
 
 The cut is the smallest key of `sampling.order_key` whose prefix of the row has the count or the mass that is wanted.
-Float32 tallies above BINS thresholds narrow the interval of logits that holds it, up to three times; then entries above the
-interval are counted exactly and those inside are listed, and the cut is found among these by their keys. A row whose
-interval surely holds few entries skips the rounds that are left. Whatever the tallies were, the end checks that the cut lies in the interval: a row where it does not, or whose interval holds more
-than CANDIDATES entries (equal logits), is bisected as a whole.
+Float32 tallies above BINS thresholds narrow the interval of logits that holds it, up to three times: a row whose
+interval surely holds few entries skips the rounds that are left. Then entries above the interval are counted exactly
+and those inside are listed, and the cut is found among these by their keys. Whatever the tallies were, the end checks
+that the cut lies in the interval: a row where it does not, or whose interval holds more than CANDIDATES entries (equal
+logits), is bisected as a whole.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from zerokl.kernels.gpu import experts as mixtures
 from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
 from zerokl.kernels.gpu.elementwise import Tensor
-from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
+from zerokl.kernels.gpu.step_arrays import StepLayout, bucket, lay_out
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Dtype = Literal["float32", "bfloat16"]
@@ -151,6 +151,9 @@ class GpuOps:
         singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
         members = paged_attention.members_per_tile(spec)
         shared = share_prefixes(singles, inputs.block_tables, block_size, members, paged_attention.SPLIT)
+        if len(shared):
+            # To the most that so many sequences can have: a recorded step serves any groups.
+            shared = np.pad(shared, ((0, bucket(len(singles)) // 2 - len(shared)), (0, 0)))
         return {"single_tiles": singles, "chunk_tiles": chunks, "shared_tiles": shared}
 
     def _chunk_tile(self) -> tiles.Tile:

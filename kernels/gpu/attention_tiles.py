@@ -75,7 +75,8 @@ def _shared_with_next(singles: Ints, tables: Ints, block_size: int, split: int) 
     """Whole splits [n - 1] that each token and the next one both see, in the same blocks."""
     blocks = tables[singles[:, 0]]
     differ = blocks[1:] != blocks[:-1]
-    equal = np.where(differ.any(axis=1), differ.argmax(axis=1), blocks.shape[1])
+    equal = differ.argmax(axis=1)
+    equal[~differ[np.arange(len(equal)), equal]] = blocks.shape[1]
     seen = singles[:, 3].astype(np.int64) + 1
     keys: NDArray[np.int64] = np.minimum(equal * block_size, np.minimum(seen[1:], seen[:-1]))
     return keys // split

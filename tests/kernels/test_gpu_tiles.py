@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerokl.kernels.gpu import tiles
@@ -65,6 +65,7 @@ def decode_step(groups, order):
 GROUP = st.tuples(st.integers(0, 400), st.lists(st.integers(1, 150), min_size=1, max_size=20))
 
 
+@settings(deadline=None)
 @given(st.lists(GROUP, min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_members_share_whole_splits_of_equal_blocks_that_all_of_them_see(groups, random):
     order = list(range(sum(len(own) for _, own in groups)))

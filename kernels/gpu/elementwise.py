@@ -17,6 +17,18 @@ Tensor = Any  # paddle.Tensor, or anything else with shape, dtype and data_ptr()
 
 
 @triton.jit
+def _exp_near_zero(r):
+    """e^r for |r| <= ln(2) / 2, by the polynomial of `vexp`."""
+    p = tl.full(r.shape, 1.9875691500e-4, tl.float32)
+    p = tl.fma(p, r, tl.full(r.shape, 1.3981999507e-3, tl.float32))
+    p = tl.fma(p, r, tl.full(r.shape, 8.3334519073e-3, tl.float32))
+    p = tl.fma(p, r, tl.full(r.shape, 4.1665795894e-2, tl.float32))
+    p = tl.fma(p, r, tl.full(r.shape, 1.6666665459e-1, tl.float32))
+    p = tl.fma(p, r, tl.full(r.shape, 5.0000001201e-1, tl.float32))
+    return tl.fma(p, r * r, r) + 1.0
+
+
+@triton.jit
 def vexp(x):
     """e^x, the same operations in the same order as `vexp` of csrc/simd.h; 0 below -87.3, infinity above 88.72."""
     clamped = tl.minimum(tl.maximum(x, -87.3), 88.72)
@@ -24,13 +36,7 @@ def vexp(x):
     n = n - 12582912.0
     r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), clamped)
     r = tl.fma(n, tl.full(x.shape, 2.12194440e-4, tl.float32), r)
-    p = tl.full(x.shape, 1.9875691500e-4, tl.float32)
-    p = tl.fma(p, r, tl.full(x.shape, 1.3981999507e-3, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 8.3334519073e-3, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 4.1665795894e-2, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 1.6666665459e-1, tl.float32))
-    p = tl.fma(p, r, tl.full(x.shape, 5.0000001201e-1, tl.float32))
-    p = tl.fma(p, r * r, r) + 1.0
+    p = _exp_near_zero(r)
     e = n.to(tl.int32)
     e1 = e >> 1
     e2 = e - e1
@@ -39,6 +45,21 @@ def vexp(x):
     y = tl.where(x < -87.3, 0.0, y)
     y = tl.where(x > 88.72, float("inf"), y)
     return tl.where(x == x, y, x)
+
+
+@triton.jit
+def vexp_to_one(x):
+    """`vexp` of x <= 0 (or NaN) in fewer instructions, bit for bit.
+
+    Nothing can overflow, one factor 2^n suffices, and its bits are shifted out of the sum that rounds to n.
+    """
+    log2_e = tl.full(x.shape, 1.44269504088896341, tl.float32)
+    shifted = tl.fma(tl.maximum(x, -87.3), log2_e, tl.full(x.shape, 12582912.0, tl.float32))
+    n = shifted - 12582912.0
+    r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), x)
+    r = tl.fma(n, tl.full(x.shape, 2.12194440e-4, tl.float32), r)
+    factor = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.3, 0.0, _exp_near_zero(r) * factor)
 
 
 @triton.jit

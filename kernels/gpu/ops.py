@@ -17,14 +17,14 @@ import triton
 from numpy.typing import NDArray
 
 from zerokl.kernels.experts import MoeParams, RouterSpec, Routing
-from zerokl.kernels.gpu import elementwise, matmul, norms, paged_attention, sampling, tiles
+from zerokl.kernels.gpu import elementwise, general_sampling, matmul, norms, paged_attention, sampling, tiles
 from zerokl.kernels.gpu import experts as mixtures
 from zerokl.kernels.gpu import lm_head as heads
-from zerokl.kernels.gpu.attention_tiles import attention_tiles
+from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.scratch import Scratch
-from zerokl.kernels.gpu.step_arrays import StepLayout, lay_out
+from zerokl.kernels.gpu.step_arrays import StepLayout, bucket, lay_out
 from zerokl.kernels.gpu.transfers import Downloads, Fetch, Uploads
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
@@ -159,7 +159,7 @@ class GpuOps:
         assert len(inputs.logit_rows) <= _MAX_ROWS, f"{len(inputs.logit_rows)} rows of results"
         self.device.enter()
         self._inputs, self._pool = inputs, pool
-        self._layout = layout = lay_out(inputs, **self._attention_lists(inputs))
+        self._layout = layout = lay_out(inputs, **self._attention_lists(inputs, pool.block_size))
         self._restart()
         self._flat, self._sections = self._metadata(layout)
         self._uploads.send(layout.flat, self._flat)
@@ -182,11 +182,6 @@ class GpuOps:
         assert self._inputs is not None, "no step has begun"
         return self._inputs
 
-    def _attention_lists(self, inputs: StepInputs) -> dict[str, NDArray[np.int32]]:
-        per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), self._attention_spec)
-        singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
-        return {"single_tiles": singles, "chunk_tiles": chunks}
-
     def _restart(self) -> None:
         assert self._layout is not None
         self._scratch.begin((self._layout.num_tokens, self._layout.num_rows))
@@ -199,7 +194,7 @@ class GpuOps:
         assert self._layout is not None and self._inputs is not None
         if self._layout.num_entries("chunk_tiles"):
             return None
-        return self._layout.key(), heads.serves(self._inputs.sampling)
+        return self._layout.key(), general_sampling.needs_of(self._inputs.sampling)
 
     def record(self, launches: Callable[[], None]) -> Any:
         """A `device.Graph` of the ops that `launches` calls for the step that has begun; it serves its kind."""
@@ -209,6 +204,17 @@ class GpuOps:
             launches()
 
         return self.device.record(again)
+
+    def _attention_lists(self, inputs: StepInputs, block_size: int) -> dict[str, NDArray[np.int32]]:
+        spec = self._attention_spec
+        per_tile = paged_attention.tokens_per_tile(self._chunk_tile(), spec)
+        singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
+        members = paged_attention.members_per_tile(spec)
+        shared = share_prefixes(singles, inputs.block_tables, block_size, members, paged_attention.SPLIT)
+        if len(shared):
+            # To the most that so many sequences can have: a recorded step serves any groups.
+            shared = np.pad(shared, ((0, bucket(len(singles)) // 2 - len(shared)), (0, 0)))
+        return {"single_tiles": singles, "chunk_tiles": chunks, "shared_tiles": shared}
 
     def _chunk_tile(self) -> tiles.Tile:
         return tiles.PREFILL_ATTENTION if self.dtype == "bfloat16" else tiles.DECODE_ATTENTION
@@ -270,14 +276,30 @@ class GpuOps:
         )
         tables = at["tables"].reshape([-1, self._layout.max_blocks])
         for section, tile in (("single_tiles", tiles.DECODE_ATTENTION), ("chunk_tiles", self._chunk_tile())):
-            count = self._layout.num_entries(section) // paged_attention.TILE_COLUMNS
+            count = self._layout.num_entries(section) // TILE_COLUMNS
             if count:
-                partial = self._partial(qkv.shape[0], count, spec) if section == "single_tiles" else None
-                tile_list = at[section].reshape([count, paged_attention.TILE_COLUMNS])
+                partial = shared = None
+                if section == "single_tiles":
+                    partial = self._partial(qkv.shape[0], count, spec)
+                    shared = self._shared(qkv.shape[0], spec) if partial is None else None
+                tile_list = at[section].reshape([count, TILE_COLUMNS])
                 paged_attention.attention(
-                    query, pool, layer, tables, tile_list, out, spec, partial=partial, tile=tile
+                    query, pool, layer, tables, tile_list, out, spec, partial=partial, shared=shared, tile=tile
                 )  # fmt: skip
         return out
+
+    def _shared(self, tokens: int, spec: AttentionSpec) -> paged_attention.Shared | None:
+        """The step's tokens that share keys, with buffers for their state; None where there are none."""
+        assert self._layout is not None
+        columns = SHARED_HEAD + paged_attention.members_per_tile(spec)
+        count = self._layout.num_entries("shared_tiles") // columns
+        if not count:
+            return None
+        return paged_attention.Shared(
+            self._sections["shared_tiles"].reshape([count, columns]),
+            self._take(tokens, spec.num_heads, spec.head_dim, dtype="float32"),
+            self._take(tokens, spec.num_heads, 2, dtype="float32"),
+        )
 
     def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
         """Buffers for a program per split, where a program per sequence and key head would leave the chip idle."""
@@ -328,7 +350,7 @@ class GpuOps:
     def draw(self, hidden: Tensor, lm_head: PackedLinear, batch: SamplingBatch) -> None:
         """`sample` without its result, which `fetch` gets.
 
-        A batch without penalties and truncation needs one pass over the logits.
+        Each option that some row has costs passes over the logits: see `general_sampling`.
         """
         assert self._inputs is not None and batch is self._inputs.sampling
         draw = self._settle if heads.serves(batch) else self._sample_any
@@ -349,9 +371,9 @@ class GpuOps:
         return FetchedSample(self._downloads.fetch(self._results, size), want_raw)
 
     def _sample_any(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
-        logits = self._product(hidden, lm_head, "float32")
-        processed = self._take(*logits.shape, dtype="float32")
-        sampling.sample(logits, processed, at, out)
+        assert self._inputs is not None
+        needs = general_sampling.needs_of(self._inputs.sampling)
+        general_sampling.sample(hidden, lm_head.weight, at, out, needs, self._take)
 
     def _settle(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
         rows, vocab = hidden.shape[0], lm_head.weight.shape[0]

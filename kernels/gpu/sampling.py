@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # Kernel functions are Triton's language in Python's syntax: types do not apply.
-"""Triton kernels from logits to tokens and log-probabilities: the definition of docs/numerics.md, one program per row.
+"""The parts of sampling that docs/numerics.md defines: bias, penalties, integer masses, order keys, chunk sums, draws.
 
 Decisions are on integer masses and on keys that order entries by (logit descending, id ascending). The cut of top-k and
-top-p is the smallest key whose prefix is large enough; it is found by bisection over the key's 64 bits, a pass over
-the row each: slow and simple.
+top-p is the smallest key whose prefix is large enough. `cut_at` finds it by bisection over the key's 64 bits, a pass
+over the row each: slow and simple; `truncation` is the fast way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ENTROPY = tl.constexpr(3)
 RAW_LOGPROB = tl.constexpr(4)
 NUM_RESULTS = tl.constexpr(8)
 
-_VOCAB_BLOCK = 1024  # the fixed partition of a row of logits
+VOCAB_BLOCK = 1024  # the fixed partition of a row of logits
 _ENTRY_BLOCK = 64
 
 
@@ -88,22 +88,23 @@ def option_of(options_ptr, row, column: tl.constexpr):
 
 
 @triton.jit
-def _scaled(row_ptr, i, V, temperature):
-    x = tl.load(row_ptr + i, mask=i < V, other=float("-inf"))
-    return tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
+def least_mass(options_ptr, row):
+    """floor(min_p * 2^40) of a row."""
+    return (option_of(options_ptr, row, MIN_P).to(tl.float64) * 1099511627776.0).to(tl.int64).to(tl.uint64)
 
 
 @triton.jit
-def _row_max(row_ptr, V, temperature, BLOCK: tl.constexpr):
-    """(largest scaled logit, number of entries that are NaN or +inf)."""
-    best = tl.full((), float("-inf"), tl.float32)
-    broken = tl.zeros((), tl.int32)
-    for start in range(0, V, BLOCK):
-        x = _scaled(row_ptr, start + tl.arange(0, BLOCK), V, temperature)
-        sound = x < float("inf")
-        broken += tl.sum(tl.where(sound, 0, 1), axis=0)
-        best = tl.maximum(best, tl.max(tl.where(sound, x, float("-inf")), axis=0))
-    return best, broken
+def share_of(top_p, mass):
+    """floor(top_p * mass), at least 1."""
+    wanted = (top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64).to(tl.uint64)
+    return tl.maximum(wanted, tl.full((), 1, tl.uint64))
+
+
+@triton.jit
+def scaled(row_ptr, i, V, temperature):
+    """Entries i of a row over its temperature, -inf past its end."""
+    x = tl.load(row_ptr + i, mask=i < V, other=float("-inf"))
+    return tl.div_rn(x, tl.broadcast_to(temperature, x.shape))
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def join_chunks(sums, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _order_key(x, i):
+def order_key(x, i):
     """Ascending keys are descending logits, then ascending ids. Adding 0 makes -0 equal to +0."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     ascending = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
@@ -133,7 +134,7 @@ def _order_key(x, i):
 
 
 @triton.jit
-def _row_sums(row_ptr, V, temperature, best, cut, least, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+def row_sums(row_ptr, V, temperature, best, cut, least, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     """Over entries with key <= cut and mass >= least: (sum of e, sum of e * d, mass, count); float64, uint64, int64."""
     chunks = tl.arange(0, CHUNKS)
     totals = tl.zeros((CHUNKS,), tl.float32)
@@ -142,10 +143,10 @@ def _row_sums(row_ptr, V, temperature, best, cut, least, BLOCK: tl.constexpr, CH
     count = tl.zeros((), tl.int64)
     for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        x = _scaled(row_ptr, i, V, temperature)
+        x = scaled(row_ptr, i, V, temperature)
         d = x - best
         e = vexp(d)
-        keep = (i < V) & (_order_key(x, i) <= cut) & (mass_of(e) >= least)
+        keep = (i < V) & (order_key(x, i) <= cut) & (mass_of(e) >= least)
         e = tl.where(keep, e, 0.0)
         total, weighted = chunk_sums(e, d, BLOCK)
         totals = tl.where(chunks == start // BLOCK, total, totals)
@@ -156,45 +157,19 @@ def _row_sums(row_ptr, V, temperature, best, cut, least, BLOCK: tl.constexpr, CH
 
 
 @triton.jit
-def _cut_at(row_ptr, V, temperature, best, wanted_count, wanted_mass, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Smallest key whose prefix of the order has that many entries or that much mass."""
+def cut_at(row_ptr, V, temperature, best, wanted_count, wanted_mass, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """(smallest key whose prefix of the order has that many entries or that much mass, mass, count of the prefix)."""
     low = tl.zeros((), tl.uint64)
     high = ~low
     zero = low
     for _ in range(64):
         middle = low + ((high - low) >> 1)
-        _, _, mass, count = _row_sums(row_ptr, V, temperature, best, middle, zero, BLOCK, CHUNKS)
+        _, _, mass, count = row_sums(row_ptr, V, temperature, best, middle, zero, BLOCK, CHUNKS)
         enough = (count >= wanted_count) | (mass >= wanted_mass)
         high = tl.where(enough, middle, high)
         low = tl.where(enough, low, middle + 1)
-    return high
-
-
-@triton.jit
-def _draw(row_ptr, V, temperature, best, cut, least, rest, BLOCK: tl.constexpr):
-    """First id, ascending, whose cumulative kept mass exceeds `rest`."""
-    token = tl.full((), -1, tl.int32)
-    before = tl.zeros((), tl.uint64)
-    for start in range(0, V, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        x = _scaled(row_ptr, i, V, temperature)
-        mass = mass_of(vexp(x - best))
-        mass = tl.where((i < V) & (_order_key(x, i) <= cut) & (mass >= least), mass, tl.zeros_like(mass))
-        over = before + tl.cumsum(mass, axis=0) > rest
-        first = tl.min(tl.where(over, i, V), axis=0)
-        token = tl.where((token < 0) & (first < V), first, token)
-        before += tl.sum(mass, axis=0)
-    return token
-
-
-@triton.jit
-def _first_equal(row_ptr, V, value, BLOCK: tl.constexpr):
-    best = V
-    for start in range(0, V, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + i, mask=i < V, other=float("-inf"))
-        best = tl.minimum(best, tl.min(tl.where((x == value) & (i < V), i, V), axis=0))
-    return best
+    _, _, mass, count = row_sums(row_ptr, V, temperature, best, high, zero, BLOCK, CHUNKS)
+    return high, mass, count
 
 
 @triton.jit
@@ -216,96 +191,18 @@ def drawn_bits(options_ptr, row):
     return first.to(tl.uint64) | (second.to(tl.uint64) << 32)
 
 
-@triton.jit
-def _sample_at_temperature(
-    row_ptr, options_ptr, row, V, temperature, best, forced, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """(token, logprob) of a row of processed logits under its truncated distribution."""
-    cut = ~tl.zeros((), tl.uint64)
-    least = tl.zeros((), tl.uint64)
-    unlimited = ~tl.zeros((), tl.uint64)
-    top_k = tl.load(options_ptr + row * NUM_OPTIONS + TOP_K)
-    top_p = option_of(options_ptr, row, TOP_P)
-    if (top_k > 0) & (top_k < V):
-        cut = _cut_at(row_ptr, V, temperature, best, top_k.to(tl.int64), unlimited, BLOCK, CHUNKS)
-    if top_p < 1.0:
-        _, _, mass, count = _row_sums(row_ptr, V, temperature, best, cut, least, BLOCK, CHUNKS)
-        wanted = (top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64).to(tl.uint64)
-        wanted = tl.maximum(wanted, tl.full((), 1, tl.uint64))
-        cut = _cut_at(row_ptr, V, temperature, best, count + 1, wanted, BLOCK, CHUNKS)
-    least = (option_of(options_ptr, row, MIN_P).to(tl.float64) * 1099511627776.0).to(tl.int64).to(tl.uint64)
-    total, _, mass, _ = _row_sums(row_ptr, V, temperature, best, cut, least, BLOCK, CHUNKS)
-    token = forced
-    if forced < 0:
-        rest = tl.umulhi(drawn_bits(options_ptr, row), mass)
-        token = _draw(row_ptr, V, temperature, best, cut, least, rest, BLOCK)
-    x = tl.div_rn(tl.load(row_ptr + token), temperature)
-    inside = (_order_key(x, token) <= cut) & (mass_of(vexp(x - best)) >= least)
-    return token, tl.where(inside, logprob_of(x, best, total), float("-inf"))
-
-
-@triton.jit
-def sample_kernel(logits_ptr, processed_ptr, options_ptr, out_ptr, V, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Results of a row from its logits [V] and the same after bias and penalties."""
-    row = tl.program_id(0)
-    logits = logits_ptr + row.to(tl.int64) * V
-    processed = processed_ptr + row.to(tl.int64) * V
-    forced = tl.load(options_ptr + row * NUM_OPTIONS + FORCED)
-    temperature = option_of(options_ptr, row, TEMPERATURE)
-    positive = tl.where(temperature == 0.0, 1.0, temperature)
-    everything = ~tl.zeros((), tl.uint64)
-    zero = tl.zeros((), tl.uint64)
-    best, broken = _row_max(logits, V, positive, BLOCK)
-    total, weighted, _, _ = _row_sums(logits, V, positive, best, everything, zero, BLOCK, CHUNKS)
-    processed_best, processed_broken = _row_max(processed, V, positive, BLOCK)
-    valid = (broken + processed_broken == 0) & (best > float("-inf")) & (processed_best > float("-inf"))
-    result = out_ptr + row * NUM_RESULTS
-    if valid:
-        if temperature == 0.0:
-            greedy = _first_equal(processed, V, processed_best, BLOCK)
-            token = tl.where(forced < 0, greedy, forced)
-            logprob = tl.where(token == greedy, 0.0, float("-inf"))
-        else:
-            token, logprob = _sample_at_temperature(
-                processed, options_ptr, row, V, positive, processed_best, forced, BLOCK, CHUNKS
-            )
-        chosen = tl.load(logits + token)
-        policy_logprob = logprob_of(tl.div_rn(chosen, positive), best, total)
-        entropy = (tl.log(total) - weighted / total).to(tl.float32)
-        one = tl.full((), 1.0, tl.float32)
-        raw_best, _ = _row_max(logits, V, one, BLOCK)
-        raw_total, _, _, _ = _row_sums(logits, V, one, raw_best, everything, zero, BLOCK, CHUNKS)
-        tl.store(result + TOKEN, token)
-        tl.store(result + LOGPROB, logprob.to(tl.int32, bitcast=True))
-        tl.store(result + POLICY_LOGPROB, policy_logprob.to(tl.int32, bitcast=True))
-        tl.store(result + ENTROPY, entropy.to(tl.int32, bitcast=True))
-        tl.store(result + RAW_LOGPROB, logprob_of(chosen, raw_best, raw_total).to(tl.int32, bitcast=True))
-    else:
-        tl.store(result + TOKEN, -1)
-        for column in tl.static_range(1, 5):
-            tl.store(result + column, 0x7FC00000)  # NaN
-
-
 def copy(x: Tensor, out: Tensor, count: int) -> None:
     """The first `count` entries of x to out, of one type."""
-    copy_kernel[(triton.cdiv(count, _VOCAB_BLOCK),)](x, out, count, BLOCK=_VOCAB_BLOCK)
+    copy_kernel[(triton.cdiv(count, VOCAB_BLOCK),)](x, out, count, BLOCK=VOCAB_BLOCK)
 
 
-def sample(logits: Tensor, processed: Tensor, sections: Mapping[str, Tensor], out: Tensor) -> None:
-    """Results [R, NUM_RESULTS] int32 of logits [R, V] float32 under any options.
-
-    `sections` are those of `step_arrays.lay_out`; processed [R, V] takes the logits after bias and penalties.
-    """
-    rows, vocab = logits.shape
-    copy(logits, processed, rows * vocab)
+def process(processed: Tensor, sections: Mapping[str, Tensor]) -> None:
+    """Logit bias, then penalties, on logits [R, V] float32, in place; `sections` are those of `step_arrays.lay_out`."""
+    rows, vocab = processed.shape
     bias_kernel[(rows,)](
         processed, sections["bias_start"], sections["bias_token"], sections["bias_value"], vocab, BLOCK=_ENTRY_BLOCK
     )
     penalty_kernel[(rows,)](
         processed, sections["options"], sections["history_start"], sections["history_token"],
         sections["history_count"], vocab, BLOCK=_ENTRY_BLOCK, enable_fp_fusion=False,
-    )  # fmt: skip
-    sample_kernel[(rows,)](
-        logits, processed, sections["options"], out, vocab, BLOCK=_VOCAB_BLOCK,
-        CHUNKS=triton.next_power_of_2(triton.cdiv(vocab, _VOCAB_BLOCK)), enable_fp_fusion=False,
     )  # fmt: skip

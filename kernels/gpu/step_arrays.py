@@ -83,7 +83,7 @@ def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
         "sequences": _padded(np.repeat(np.arange(len(counts)), counts), tokens, -1),
         "tables": tables,
         "rows": _padded(inputs.logit_rows, rows, 0),
-        **_sampling_sections(inputs.sampling, rows),
+        **sampling_sections(inputs.sampling, rows),
         **{name: _padded_rows(values, power_bucket(len(values))) for name, values in lists.items() if len(values)},
     }
     if inputs.routing is not None:
@@ -114,7 +114,8 @@ def sampling_options(batch: SamplingBatch, rows: int) -> Ints:
     return options
 
 
-def _sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
+def sampling_sections(batch: SamplingBatch, rows: int) -> dict[str, NDArray[Any]]:
+    """The sections of `lay_out` that sampling reads, for `rows` rows of which the batch may have fewer."""
     history, bias = power_bucket(len(batch.history_token)), power_bucket(len(batch.bias_token))
     return {
         "options": sampling_options(batch, rows),

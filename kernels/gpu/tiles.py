@@ -43,7 +43,10 @@ LINEAR: _Table = (
     (128, None, Tile(128, 64, 128, 4, 4, tma=True)),
     (256, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
     (256, 4096, Tile(128, 64, 128, 4, 4, tma=True)),
+    (256, 6144, Tile(64, 128, 64, 4, 4, tma=True)),
     (256, None, Tile(128, 128, 64, 8, 4, tma=True)),
+    (512, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
+    (512, 4096, Tile(128, 128, 64, 8, 4, tma=True)),
     (None, 1024, Tile(128, 128, 64, 8, 4, tma=True)),
     (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
 )
@@ -81,6 +84,8 @@ FLOAT32 = Tile(16, 32, 32, 4, 3)
 # Query rows (tokens times heads of a group) of an attention program, with warps and stages.
 DECODE_ATTENTION = Tile(16, 0, 0, 4, 2)
 PREFILL_ATTENTION = Tile(64, 0, 0, 4, 2)
+# The rows of this one follow from the model: see `paged_attention.members_per_tile`.
+SHARED_ATTENTION = Tile(0, 0, 0, 4, 2)
 
 
 def choose(table: _Table, rows: int, outputs: int, dtype: str) -> Tile:

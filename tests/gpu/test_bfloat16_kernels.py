@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 rig.require_device()
 
+import gpu_sampler  # noqa: E402
+
 from zerokl.kernels.experts import RouterSpec  # noqa: E402
 from zerokl.kernels.gpu import experts, lm_head, matmul, norms, sampling  # noqa: E402
 from zerokl.kernels.gpu.step_arrays import sampling_options  # noqa: E402
@@ -201,10 +203,7 @@ def test_head_draws_what_the_definition_draws() -> None:
 def test_head_has_the_bits_of_the_general_sampler_for_any_number_of_rows() -> None:
     out, _, (logits, options) = run_head(HEAD_ROWS)
     general = rig.empty(HEAD_ROWS, int(sampling.NUM_RESULTS), dtype="int32")
-    chunks = 1 << (lm_head.num_chunks(VOCAB) - 1).bit_length()
-    sampling.sample_kernel[(HEAD_ROWS,)](
-        logits, logits, options, general, VOCAB, BLOCK=lm_head.CHUNK, CHUNKS=chunks, enable_fp_fusion=False
-    )
+    gpu_sampler.sample(logits, logits, options, general)
     columns = slice(0, int(sampling.ENTROPY) + 1)
     np.testing.assert_array_equal(rig.get(general)[:, columns], out[:, columns])
     for rows in [m for m in SOME if m <= HEAD_ROWS]:

@@ -118,7 +118,7 @@ class Attention:
         tokens = paged_attention.tokens_per_tile(tile, SPEC)
         starts = range(0, LENGTH, tokens) if positions is None else positions
         counts = [min(tokens, LENGTH - at) if positions is None else 1 for at in starts]
-        tile_list = np.array([(0, at, n, at) for at, n in zip(starts, counts, strict=True)], np.int32)
+        tile_list = np.array([(0, at, n, at, 0) for at, n in zip(starts, counts, strict=True)], np.int32)
         out = rig.empty(LENGTH, SPEC.num_heads * SPEC.head_dim, dtype="float32")
         shape = (LENGTH, SPEC.num_heads, -(-LENGTH // split))
         buffers = rig.empty(*shape, SPEC.head_dim, dtype="float32"), rig.empty(*shape, 2, dtype="float32")

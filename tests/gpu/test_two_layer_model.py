@@ -192,6 +192,30 @@ def test_bits_do_not_depend_on_chunks_batch_or_blocks(
                 np.testing.assert_array_equal(rows[column], expected_rows[column], err_msg=column)
 
 
+@pytest.mark.parametrize(("device", "name"), CASES)
+def test_sequences_that_share_blocks_have_the_bits_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str
+) -> None:
+    model = Model(device, ALL_MODELS[name])
+    prompt, tails = some_tokens(96, 1), [some_tokens(20, 2 + i) for i in range(4)]  # 96: a split and a half
+    model.run(plain(step_inputs([prompt], [0], [[*range(6)]], 16)))
+    tables = [[*range(6), 10 + 2 * i, 11 + 2 * i] for i in range(4)]
+
+    def decode(which: list[int], at: int) -> list[Rows]:
+        tokens = [tails[i][at : at + 1] for i in which]
+        rows = model.run(plain(step_inputs(tokens, [96 + at] * len(which), [tables[i] for i in which], 16)))
+        return [{name: values[k : k + 1] for name, values in rows.items()} for k in range(len(which))]
+
+    monkeypatch.setattr(paged_attention, "_ENOUGH_PROGRAMS", 1)
+    for at in range(20):
+        alone = [decode([i], at)[0] for i in range(4)]
+        together = decode([2, 0, 3, 1], at)
+        assert model.ops._layout.num_entries("shared_tiles") > 0
+        for i, rows in zip([2, 0, 3, 1], together, strict=True):
+            for column in rows:
+                np.testing.assert_array_equal(rows[column], alone[i][column], err_msg=f"{column} at {at}")
+
+
 def test_another_split_of_the_keys_gives_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: an order that is not the stated one is seen in the results."""
     expected = in_pieces(Model("bfloat16", MODELS["llama"]), 1000, True, plain)

@@ -12,8 +12,6 @@ from pathlib import Path
 from chaos_run.server_process import ServerProcess
 from zerokl.rollout.client import RolloutClient
 
-IDLE_SECONDS = 30.0
-"""Dead clients are given up well before."""
 _POLL_SECONDS = 0.05
 
 
@@ -45,10 +43,9 @@ def holdings(server: ServerProcess) -> Holdings:
     )
 
 
-def wait_idle(client: RolloutClient) -> list[str]:
-    """Wait until the server knows of no client but this one and of no request; what is still there at the end of
-    patience."""
-    deadline, pause = time.monotonic() + IDLE_SECONDS, threading.Event()
+def wait_idle(client: RolloutClient, seconds: float) -> list[str]:
+    """Wait until the server knows of no client but this one and of no request; what is still there after `seconds`."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
     while left := _unfinished(client):
         if time.monotonic() > deadline:
             return left

@@ -24,9 +24,6 @@ from chaos_run.weights import tensors_of
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.sampling_params import SamplingParams
 
-ANSWER_SECONDS = 60.0
-"""After the end of all disturbances, in which every call must have been answered."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosOptions:
@@ -39,7 +36,11 @@ class ChaosOptions:
     rank_faults: bool = True
     clients: int = 6
     breach: str | None = None
-    """One of `breached_server.BREACHES`: the run must then fail."""
+    """Some of `breached_server.BREACHES`, with commas: the run must then fail."""
+    answer_seconds: float = 60.0
+    """After the end of all disturbances, in which every call must have been answered."""
+    idle_seconds: float = 30.0
+    """After that, in which the server must have forgotten everything."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +94,7 @@ def _disturb(
         before = holdings(server)
         run = _Run(options, server, model, folder)
         run.wait()
-        report.leaks += wait_idle(client)
+        report.leaks += wait_idle(client, options.idle_seconds)
         report.leaks += grown(before, holdings(server))
         report.figures |= _figures(client.metrics())
     status = server.end()
@@ -158,12 +159,13 @@ class _Run:
         """Let it go on for its time, and everything come to its end."""
         self._done.wait(self._options.seconds)
         self._done.set()
+        seconds = self._options.answer_seconds
         if self.rank_faults is not None:
-            self.rank_faults.join(ANSWER_SECONDS)
-        self.disturber.join(ANSWER_SECONDS)
-        self.mortals.join(ANSWER_SECONDS)
+            self.rank_faults.join(seconds)
+        self.disturber.join(seconds)
+        self.mortals.join(seconds)
         for client in self.traffic:
-            client.join(ANSWER_SECONDS)
+            client.join(seconds)
 
     def verdict(self) -> Verdict:
         asked = [one for client in self.traffic for one in client.asked]

@@ -22,6 +22,9 @@ DEFAULT_BATCHED_TOKEN_TIMEOUT = 0.1
 MAX_RANKS = 1 << 15
 """Results hold the number of their rank as int16."""
 
+MIN_HEARTBEAT_TIMEOUT = 0.5
+"""Seconds: signs of life come every 0.2, and not always on time."""
+
 GIB = 1 << 30
 
 
@@ -72,6 +75,17 @@ class EngineConfig:
     """Second copies of busy experts in each mixture, over all ranks of a model: at most one copy per rank."""
     expert_rebalance_interval: int | None = None
     """Steps after which experts move between ranks by their load. None: when `rebalance_experts` is called."""
+    max_rank_restarts: int = 0
+    """Ranks lost in the engine's life that are replaced: a rank is lost when its process ends, is stopped or is stuck.
+    Its requests go on from their tokens so far, with the same bits. 0: a lost rank fails the engine. Above 0 the engine
+    keeps a copy of each set of weights that came by an update, in shared memory. Of ranks that are processes alone."""
+    rank_heartbeat_timeout: float = 1.5
+    """Seconds without a sign of life, of which there are five a second, after which a rank's process is killed."""
+    step_timeout_base: float = 60.0
+    """A step that takes longer than this and `step_timeout_per_token` allow is stuck; ranks that have not done their
+    part are killed. Seconds."""
+    step_timeout_per_token: float = 0.1
+    """Seconds more for each token of the step, of all ranks together."""
     return_routing: ReturnRouting = "none"
     """Whether a rollout holds the routers' choices: for no token, those of the "output", or "all", the prompt's too.
 
@@ -100,6 +114,15 @@ class EngineConfig:
         if not isinstance(self.device, str) or not self.device:
             raise ValueError(f"device must be the name of a device such as 'cpu', got {self.device!r}")
         self._check_ranks()
+        self._check_supervision()
+
+    def _check_supervision(self) -> None:
+        self._set("max_rank_restarts", check_int("max_rank_restarts", self.max_rank_restarts, 0))
+        bound = f"seconds >= {MIN_HEARTBEAT_TIMEOUT}"
+        timeout = check_float("rank_heartbeat_timeout", self.rank_heartbeat_timeout, bound, MIN_HEARTBEAT_TIMEOUT)
+        self._set("rank_heartbeat_timeout", timeout)
+        for name in ("step_timeout_base", "step_timeout_per_token"):
+            self._set(name, _timeout(name, getattr(self, name)))
 
     def _check_ranks(self) -> None:
         self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))

@@ -42,7 +42,7 @@ from zerokl.rollout.submission import Result, Submission
 from zerokl.rollout.text import Tokenizer
 from zerokl.rollout.weight_source import FolderWeights
 from zerokl.rollout.weight_updates import WeightUpdates
-from zerokl.rollout.worker import Worker, make_worker
+from zerokl.rollout.worker import Worker
 
 
 class RolloutEngine(WeightMethods, PauseMethods):
@@ -57,11 +57,11 @@ class RolloutEngine(WeightMethods, PauseMethods):
     `close` they raise EngineClosedError. An engine that is forgotten closes itself when collected, or at exit.
     """
 
-    def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> None:
+    def __init__(self, config: EngineConfig, *, make_worker: Callable[[EngineConfig], Worker] | None = None) -> None:
         """Load model and tokenizer (version 0 of the weights) and start the engine's thread.
 
-        `make_worker` gets the completed config and makes the worker of an engine of one rank; by default it makes the
-        kind that `config.worker` names. Several ranks are processes, started together.
+        `make_worker` gets the completed config and makes the worker of an engine of one rank, in place of the kind that
+        `config.worker` names. Several ranks are processes, started together.
         Raises ValueError for a folder that is not a usable model, or options that do not suit it.
         """
         if not isinstance(config, EngineConfig):
@@ -119,7 +119,7 @@ class RolloutEngine(WeightMethods, PauseMethods):
         )
         self._updates = WeightUpdates(self._loop, self._weights, in_flight, self._sleep, staging)
         self._loop.start()
-        ranks.watch(self._loop.fail)
+        ranks.watch(self._loop, self._scheduler.lose_ranks)
         self._finalizer = weakref.finalize(self, _forget, self._loop)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -252,7 +252,12 @@ class RolloutEngine(WeightMethods, PauseMethods):
 
         They are read without stopping the loop, so they may be a step apart.
         """
-        return {**self._loop.metrics(), **self._balance.metrics()}
+        return {**self._loop.metrics(), **self._balance.metrics(), **self._ranks.metrics()}
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The process of each rank now; one that is started anew has another."""
+        return self._ranks.pids
 
     def health(self) -> dict[str, Any]:
         """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.

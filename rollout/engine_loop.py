@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import Literal, TypeVar
 
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
-from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.errors import EngineClosedError, EngineFailedError, StepAbandonedError, WorkerError
 from zerokl.rollout.loop_inbox import LoopInbox
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.pause import GenerationPause, PauseMode
@@ -31,6 +31,9 @@ from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold
 from zerokl.rollout.stop import StopStrings
+
+CLOSE_SECONDS = 5.0
+"""What `close` leaves a step to end by itself."""
 
 EngineState = Literal["running", "draining", "paused", "failed", "closed"]
 Result = TypeVar("Result")
@@ -106,14 +109,18 @@ class EngineLoop:
         """Run a short action on the loop thread before its next step, ahead of all that is queued."""
         return self._inbox.at_boundary(action)
 
+    def run_soon(self, action: Callable[[], None]) -> None:
+        """As `at_boundary`, if the loop runs; returns at once."""
+        with contextlib.suppress(EngineFailedError, EngineClosedError):
+            self.at_boundary(action)
+
     def fail(self, error: WorkerError) -> None:
         """End the loop with this error, if it runs; returns at once."""
 
         def throw() -> None:
             raise error
 
-        with contextlib.suppress(EngineFailedError, EngineClosedError):
-            self.at_boundary(throw)
+        self.run_soon(throw)
 
     def abort(self, ids: Collection[str] | None) -> Future[int]:
         """Abort the requests of these ids, or all; unknown ids are passed over. Resolves to the number aborted."""
@@ -151,11 +158,17 @@ class EngineLoop:
         return {**self._meter.metrics(), "held": self.num_held, "generation_pause_seconds": self._pause.seconds}
 
     def close(self, *, wait: bool = True) -> None:
-        """End the thread after its current step, failing what is in flight. Idempotent; waits until it has ended."""
+        """End the thread after its current step, failing what is in flight. Idempotent; waits until it has ended.
+
+        Ranks that are processes and do not end their part of the step within CLOSE_SECONDS are killed.
+        """
         self._inbox.close()
         # A callback of a call may close its engine, on the loop's own thread.
         if wait and self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                self._ranks.kill()
+                self._thread.join()
 
     def check_alive(self) -> None:
         """Raise EngineFailedError or EngineClosedError where the loop has ended, or is about to be."""
@@ -168,7 +181,8 @@ class EngineLoop:
                 self._inbox.run_urgent()
                 self._take_inbox()
                 if self._scheduler.num_unfinished and not self._pause.is_frozen:
-                    self._step()
+                    with contextlib.suppress(StepAbandonedError):  # applied nowhere: planned again
+                        self._step()
                 self._pause.settle(self._scheduler.num_unfinished)
         except Exception as error:  # noqa: BLE001 - whatever ends the loop, the callers that wait must hear of it
             self._end("failed", error)

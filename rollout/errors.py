@@ -7,6 +7,10 @@ class WorkerError(RuntimeError):
     """The worker cannot go on (its process died, its link broke); `__cause__` holds what is known."""
 
 
+class StepAbandonedError(RuntimeError):
+    """A rank was lost in the step, which was applied nowhere, and has been replaced; `__cause__` has its end."""
+
+
 class EngineFailedError(RuntimeError):
     """A step failed; requests in flight got this error and the engine serves no more. `__cause__` is the reason."""
 

@@ -32,11 +32,21 @@ class Configure:
     """The worker's place among the config's ranks."""
     folder: str
     """Where ranks reach each other by sockets, until they are connected."""
+    placement: list[list[list[int]]]
+    """[M, E, slots]: where experts are, as `ExpertPlacement.experts`. Empty: where they are at first, if anywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relink:
+    """Leave the other ranks, and be reachable for them anew; the worker keeps what it holds. Answered by Done."""
+
+    folder: str
+    """As in Configure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connect:
-    """Reach the other ranks, all of which are configured; answered by Done."""
+    """Reach the other ranks, all of which are configured or to be linked anew; answered by Done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +158,7 @@ class Failed:
 Message = (
     Hello
     | Configure
+    | Relink
     | Connect
     | Execute
     | Stage

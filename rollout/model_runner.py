@@ -38,6 +38,7 @@ from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
+    from zerokl.kernels.communicator import Communicator
     from zerokl.rollout.config import EngineConfig
 
 LIVE = "policy"
@@ -206,6 +207,10 @@ class ModelRunner:
             self._sets[_STAGED] = self._staged
         rearrange(self._place.group, self._sets, moe.layers, old, new, take)
         self._staged, self._placement = self._sets.pop(_STAGED, None), new
+
+    def relink(self, communicator: Communicator[Any]) -> None:
+        """Reach the other ranks by another communicator: some of them have been replaced."""
+        self._place.relink(communicator, self._ops)
 
     def commit(self) -> None:
         """Make the staged set the live one, from the next step on."""

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.rank_faults import FaultMeter
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import WeightSource
-from zerokl.rollout.worker import Worker, make_worker
+from zerokl.rollout.worker import LocalWorker, Worker
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+
+
+class LoopActions(Protocol):
+    """What ranks ask of the loop that runs them. From any thread."""
+
+    def fail(self, error: WorkerError) -> None:
+        """End the loop with this error, if it runs; returns at once."""
+        ...
+
+    def run_soon(self, action: Callable[[], None]) -> None:
+        """Run an action on the loop's thread between two steps, if it runs; returns at once."""
+        ...
+
+    def at_boundary(self, action: Callable[[], None]) -> Future[None]:
+        """The same, with a future; raises EngineFailedError or EngineClosedError."""
+        ...
 
 
 class Ranks(Protocol):
@@ -31,7 +49,8 @@ class Ranks(Protocol):
     def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
         """Run one step: rank r does orders[r]; the results are in rank order, and the caller's to keep.
 
-        Whatever is raised, some ranks may have done their part: no result is given, and no further step can be run.
+        Whatever is raised, some ranks may have done their part: no result is given. StepAbandonedError: the same
+        tokens can be ordered again, where a rank's KV pool was not lost with it; after any other, no further step.
         """
         ...
 
@@ -71,8 +90,25 @@ class Ranks(Protocol):
         """As `Worker.rearrange_experts`."""
         ...
 
-    def watch(self, report: Callable[[WorkerError], None]) -> None:
-        """Have `report` called, in another thread, when a rank's process ends before `close`, be it idle."""
+    @property
+    def pids(self) -> list[int]:
+        """The process of each rank now."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """See `zerokl.rollout.rank_faults.FaultMeter.metrics`."""
+        ...
+
+    def watch(self, loop: LoopActions, lost: Callable[[Collection[int]], None]) -> None:
+        """From here on have ranks that are lost noticed in any moment, idle or not, until `close`.
+
+        Where they can be replaced, that is done on the loop's thread, and `lost` called there: their KV pools are empty
+        then. If not, the loop is made to fail.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End processes at once, where ranks are such, for good; from any thread. What they are at fails."""
         ...
 
     def close(self) -> None:
@@ -102,18 +138,37 @@ class OneRank:
         (order,) = orders
         return [self._worker.execute(order)]
 
-    def watch(self, report: Callable[[WorkerError], None]) -> None:
+    @property
+    def pids(self) -> list[int]:
+        """See Ranks."""
+        return [self._worker.describe()["pid"]]
+
+    def metrics(self) -> dict[str, float]:
+        """See Ranks."""
+        return FaultMeter().metrics()
+
+    def watch(self, loop: LoopActions, lost: Callable[[Collection[int]], None]) -> None:
         """See Ranks. The next call of a lone worker reports its end."""
+
+    def kill(self) -> None:
+        """See Ranks."""
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
         return [self._worker.describe()]
 
 
-def make_ranks(config: EngineConfig, make_worker: Callable[[EngineConfig], Worker] = make_worker) -> Ranks:
-    """The ranks of `config`, which must be resolved: what `make_worker` makes for one, processes for several."""
-    if config.num_ranks == 1:
-        return OneRank(make_worker(config))
+def make_ranks(config: EngineConfig, make_worker: Callable[[EngineConfig], Worker] | None = None) -> Ranks:
+    """The ranks of `config`, which must be resolved: what `make_worker` makes, in place of one rank, if it is given.
+
+    Processes of the config are started anew where they are lost, if `max_rank_restarts` allows it.
+    """
+    if config.num_ranks == 1 and (make_worker is not None or config.worker != "process"):
+        return OneRank((make_worker or LocalWorker)(config))
+    if config.max_rank_restarts:
+        from zerokl.rollout.recovery import RestartingRanks
+
+        return RestartingRanks(config)
     from zerokl.rollout.worker_link import RankProcesses
 
     return RankProcesses(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from zerokl.rollout.kv_cache.manager import KVCacheManager
@@ -51,6 +51,11 @@ class Residents:
         """All, oldest admission first."""
         members = [request for running in self.running for request in running.in_order()]
         return sorted(members, key=lambda request: request.admission)
+
+    def with_blocks_on(self, ranks: Collection[int]) -> list[Request]:
+        """Those that hold blocks of these ranks, where they run or on the way from there; oldest admission first."""
+        leaving = {key for key, moving in self._moving.items() if moving.handover.source in ranks}
+        return [request for request in self.in_order() if request.rank in ranks or request.request_id in leaving]
 
     def share(self, decision: Decision) -> None:
         """Take hold of all blocks that the decision has matched: nothing carried out later may evict them."""

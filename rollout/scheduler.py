@@ -6,7 +6,7 @@ What a step computes is decided in `zerokl.rollout.planning`; here are the reque
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
@@ -149,6 +149,16 @@ class Scheduler:
         """Preempt every running request; their order is kept."""
         for request in reversed(self._residents.in_order()):
             self._preempt(request)
+
+    def lose_ranks(self, ranks: Collection[int]) -> None:
+        """The KV pools of these ranks are empty now: preempt what runs there, or was to come from there.
+
+        Between a step that failed and the next plan, or between any other two.
+        """
+        for request in reversed(self._residents.with_blocks_on(ranks)):
+            self._preempt(request)
+        for rank in ranks:
+            self._residents.kv_caches[rank].reset()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes on all ranks. Running requests keep their blocks."""

@@ -27,12 +27,13 @@ from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import PublishedWeights
 from zerokl.weight_sync.shards import PublishedShards
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised with every change of the messages or of their tables; any other is refused."""
 
 _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
     messages.Hello: (int,),
-    messages.Configure: (dict, int, str),
+    messages.Configure: (dict, int, str, list),
+    messages.Relink: (str,),
     messages.Connect: (),
     messages.Commit: (),
     messages.Discard: (),

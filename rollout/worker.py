@@ -25,6 +25,7 @@ from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
 
 if TYPE_CHECKING:
+    from zerokl.kernels.communicator import Communicator
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
@@ -178,6 +179,10 @@ class LocalWorker:
     def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
         """As `Worker.rearrange_experts`."""
         self._live_runner().rearrange_experts(placement)
+
+    def relink(self, communicator: Communicator[NDArray[Any]]) -> None:
+        """Reach the other ranks by another communicator from the next step on; what this one holds stays."""
+        self._live_runner().relink(communicator)
 
     def describe(self) -> dict[str, Any]:
         """As `Worker.describe`."""

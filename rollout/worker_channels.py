@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import select
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import zmq
 
 from zerokl.rollout import worker_child
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.expert_parallel.links import call_off
 from zerokl.rollout.messages import Close, Hello, Message
+from zerokl.rollout.rank_watch import RankWatch
+from zerokl.rollout.supervision import Supervision
 from zerokl.rollout.wire import WireError, decode, encode
 from zerokl.rollout.worker_child import WorkerChild, WorkerDiedError, await_ends
 
@@ -32,38 +34,48 @@ def address(folder: Path, name: str, rank: int) -> str:
 
 
 class Channels:
-    """A socket to each rank's process. One exchange at a time, with all ranks."""
+    """A socket to each rank's process. One exchange at a time, with all ranks or some."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, name: str, size: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
         self.lock = threading.RLock()
+        self.awaited: frozenset[int] = frozenset()
+        """Ranks that have not answered the exchange that is under way; any thread may read it."""
+        self._context = context
+        self._name = name
         self._sequence = 0
         self._closed = False
-        self._sockets = [context.socket(zmq.PAIR) for _ in range(size)]
-        for rank, socket in enumerate(self._sockets):
-            socket.bind(address(folder, name, rank))
-        self._children: Sequence[WorkerChild] = ()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._children: list[WorkerChild] = []
         self._poller = zmq.Poller()
 
-    def attach(self, children: Sequence[WorkerChild]) -> None:
-        """Watch the processes that are at the other ends, in rank order."""
-        self._children = children
-        for socket, child in zip(self._sockets, children, strict=True):
-            for source in (socket, child.pidfd, child.output):
-                self._poller.register(source, zmq.POLLIN)
+    def bind(self, folder: Path, ranks: Collection[int]) -> None:
+        """Have sockets for these ranks in `folder`, in place of those that they had; all, in order, at first."""
+        for rank in sorted(ranks):
+            if rank < len(self._sockets):
+                self._forget(rank)
+            else:
+                self._sockets.append(self._context.socket(zmq.PAIR))
+            self._sockets[rank].bind(address(folder, self._name, rank))
 
-    def greet(self) -> None:
-        """Wait until the other ends are up."""
+    def attach(self, child: WorkerChild) -> None:
+        """Watch the process that is at the other end of its rank's socket; in rank order at first."""
+        self._children[child.rank : child.rank + 1] = [child]
+        for source in (self._sockets[child.rank], child.pidfd, child.output):
+            self._poller.register(source, zmq.POLLIN)
+
+    def greet(self, ranks: Collection[int]) -> None:
+        """Wait until the other ends are up. Raises WorkerDiedError as `exchange`."""
         with self.lock:
-            for hello in self._receive(0):
+            for hello in self._receive(ranks, 0).values():
                 if not isinstance(hello, Hello):
                     raise WorkerError(f"expected Hello from the worker, got {type(hello).__name__}")
 
     def exchange(
-        self, orders: Sequence[Message], enough: Callable[[Message], bool] | None = None
-    ) -> list[Message | None]:
-        """Send each rank its order and wait for all answers, in rank order.
+        self, orders: Mapping[int, Message], enough: Callable[[Message], bool] | None = None
+    ) -> dict[int, Message]:
+        """Send ranks their orders and wait for their answers.
 
-        An answer for which `enough` holds ends the wait; what has not come by then is None, and dropped when it comes.
+        An answer for which `enough` holds ends the wait; what has not come by then is dropped when it comes.
         Raises WorkerDiedError as soon as any rank's process has ended, whether or not others still work, and
         WorkerError when the channels are closed.
         """
@@ -71,12 +83,12 @@ class Channels:
             if self._closed:
                 raise WorkerError("the worker is closed")
             self._sequence += 1
-            for child, socket, order in zip(self._children, self._sockets, orders, strict=True):
+            for rank, order in orders.items():
                 try:
-                    socket.send_multipart(encode(self._sequence, order), zmq.NOBLOCK)
+                    self._sockets[rank].send_multipart(encode(self._sequence, order), zmq.NOBLOCK)
                 except zmq.Again:  # nobody at the other end
-                    child.raise_death()
-            return self._receive(self._sequence, enough)
+                    raise self._children[rank].death() from None
+            return self._receive(orders, self._sequence, enough)
 
     def tell(self, message: Message) -> list[bool]:
         """Send all ranks what is not answered; says at which of the other ends there was anybody."""
@@ -88,114 +100,164 @@ class Channels:
         for socket in self._sockets:
             socket.close(linger=0)
 
+    def _forget(self, rank: int) -> None:
+        """Close the socket to a process that has ended, and make another."""
+        child = self._children[rank]
+        for source in (self._sockets[rank], child.pidfd, child.output):
+            if source in self._poller:
+                self._poller.unregister(source)
+        self._sockets[rank].close(linger=0)
+        self._sockets[rank] = self._context.socket(zmq.PAIR)
+
     def _tell(self, socket: zmq.Socket[bytes], message: Message) -> bool:
         with suppress(zmq.Again):
             socket.send_multipart(encode(self._sequence + 1, message), zmq.NOBLOCK)
             return True
         return False
 
-    def _receive(self, expected: int, enough: Callable[[Message], bool] | None = None) -> list[Message | None]:
-        replies: list[Message | None] = [None] * len(self._sockets)
-        num_left = len(replies)
-        while num_left:
-            events = dict(self._poller.poll())
-            for rank, (socket, child) in enumerate(zip(self._sockets, self._children, strict=True)):
-                if child.output in events and not child.forward_output() and child.output in self._poller:
-                    self._poller.unregister(child.output)  # end of file: it would be reported readable for ever
-                if socket in events:
-                    reply = _answer(socket, expected)
-                    if reply is not None:
-                        replies[rank] = reply
-                        num_left -= 1
-                        if enough is not None and enough(reply):
-                            return replies
-                elif child.pidfd in events:  # whatever it had to say has been read
-                    child.raise_death()
-        return replies
+    def _receive(
+        self, ranks: Collection[int], expected: int, enough: Callable[[Message], bool] | None = None
+    ) -> dict[int, Message]:
+        self.awaited = frozenset(ranks)
+        replies: dict[int, Message] = {}
+        try:
+            while self.awaited:
+                events = dict(self._poller.poll())
+                for rank, (socket, child) in enumerate(zip(self._sockets, self._children, strict=True)):
+                    if child.output in events and not child.forward_output() and child.output in self._poller:
+                        self._poller.unregister(child.output)  # end of file: it would be reported readable for ever
+                    if socket in events:
+                        reply = self._answer(socket, expected)
+                        if reply is not None and rank in self.awaited:
+                            replies[rank] = reply
+                            self.awaited -= {rank}
+                            if enough is not None and enough(reply):
+                                return replies
+                    elif child.pidfd in events:  # whatever it had to say has been read
+                        raise child.death()
+            return replies
+        finally:
+            self.awaited = frozenset()
 
-
-def _answer(socket: zmq.Socket[bytes], expected: int) -> Message | None:
-    """The next message of a socket that has one; None for a late answer to an exchange that was left early."""
-    try:
-        sequence, reply = decode(socket.recv_multipart())
-    except WireError as error:
-        raise WorkerError(f"the worker sent what is no message: {error}") from error
-    if sequence > expected:
-        raise WorkerError(f"the worker answered message {sequence}, the last one sent was {expected}")
-    return reply if sequence == expected else None
+    def _answer(self, socket: zmq.Socket[bytes], expected: int) -> Message | None:
+        """The next message of a socket that has one; None for a late answer to an exchange that was left early."""
+        try:
+            sequence, reply = decode(socket.recv_multipart())
+        except WireError as error:
+            raise WorkerError(f"the worker sent what is no message: {error}") from error
+        if sequence > self._sequence:
+            raise WorkerError(f"the worker answered message {sequence}, the last one sent was {self._sequence}")
+        return reply if sequence == expected else None
 
 
 class WorkerLink:
-    """The processes of all ranks and two channels to each. `close` may be called from any thread."""
+    """The processes of all ranks and two channels to each. `close` and `kill` may be called from any thread."""
 
     def __init__(self, size: int) -> None:
-        """Start the processes, all together; `start` waits for them."""
+        """Start the processes, all together, and wait until they are up."""
         self._owner_pid = os.getpid()
+        self._closing = False
+        self._watch: RankWatch | None = None
         with ExitStack() as undo:
-            self.folder = _private_folder()
-            """Where sockets of the processes are bound, until `forget_folder`."""
-            undo.callback(self.forget_folder)
             context = zmq.Context()
             undo.callback(context.term)
-            self._children: list[WorkerChild] = []
-            self.steps, self.staging = (Channels(context, self.folder, name, size) for name in (STEPS, STAGING))
+            self.children: list[WorkerChild] = []
+            """In rank order."""
+            self.steps, self.staging = (Channels(context, name) for name in (STEPS, STAGING))
             undo.callback(self.staging.close)
             undo.callback(self.steps.close)
-            for rank in range(size):
-                child = WorkerChild(self.folder, rank)
-                undo.callback(child.close)
-                self._children.append(child)
-            self.steps.attach(self._children)
-            self.staging.attach(self._children)
+            undo.callback(self._close_children)
+            self.folder: Path | None = None
+            """Where sockets of the processes are bound, until `forget_folder`."""
+            undo.callback(self.forget_folder)
+            self.start(range(size))
             undo.callback(self._ask_to_end)
+            undo.callback(self._close_watch)
             self._undo = undo.pop_all()
 
-    def start(self) -> None:
-        """Wait until the processes are up."""
-        self.steps.greet()
-        self.staging.greet()
+    def start(self, ranks: Collection[int]) -> None:
+        """Start a process for each of these ranks, in place of one that has ended, and wait until they are up.
 
-    def watch(self, report: Callable[[WorkerDiedError], None]) -> None:
-        """Have `report` called, in a thread of its own, when a process ends before `close`, idle or not; once."""
-        stop = os.eventfd(0)
-        thread = threading.Thread(target=self._watch, args=(stop, report), name="zerokl-rank-watch", daemon=True)
-        thread.start()
-        self._undo.callback(os.close, stop)
-        self._undo.callback(thread.join)
-        self._undo.callback(os.eventfd_write, stop, 1)
+        Raises WorkerDiedError when any rank ends meanwhile, WorkerError when the link is being closed.
+        """
+        self.forget_folder()
+        self.folder = _private_folder()
+        with self.steps.lock, self.staging.lock:
+            for channels in (self.steps, self.staging):
+                channels.bind(self.folder, ranks)
+            for rank in sorted(ranks):
+                self._start(rank)
+        self.steps.greet(ranks)
+        self.staging.greet(ranks)
 
-    def _watch(self, stop: int, report: Callable[[WorkerDiedError], None]) -> None:
-        children = {child.pidfd: child for child in self._children}
-        poll = select.poll()
-        for descriptor in (stop, *children):
-            poll.register(descriptor, select.POLLIN)
-        ended = [descriptor for descriptor, _ in poll.poll()]
-        if stop not in ended:
-            try:
-                children[ended[0]].raise_death()
-            except WorkerDiedError as error:
-                report(error)
+    def _start(self, rank: int) -> None:
+        if self._closing:
+            raise WorkerError("the worker is closed")
+        assert self.folder is not None
+        child = WorkerChild(self.folder, rank)
+        old = self.children[rank : rank + 1]
+        self.children[rank : rank + 1] = [child]
+        for channels in (self.steps, self.staging):
+            channels.attach(child)
+        if self._watch is not None:
+            self._watch.replace(child)
+        for ended in old:
+            ended.close()
+
+    def watch(self, supervision: Supervision, report: Callable[[WorkerChild], None]) -> None:
+        """Have what is lost killed, and `report` called, in a thread of its own, when a process ends before `close`."""
+        self._watch = RankWatch(self.children, supervision, lambda: self.steps.awaited, report)
+
+    @contextmanager
+    def step_of(self, num_tokens: int) -> Iterator[None]:
+        """While a step of so many tokens, of all ranks together, is under way."""
+        if self._watch is None:
+            yield
+            return
+        self._watch.begin_step(num_tokens)
+        try:
+            yield
+        finally:
+            self._watch.end_step()
 
     def forget_folder(self) -> None:
-        """Remove the folder: sockets that are connected need no names any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder: sockets that are connected need no names any more. Ranks still waiting there give up."""
+        if self.folder is not None:
+            call_off(self.folder, len(self.children))
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def kill(self) -> None:
+        """End all processes at once, for good: an exchange in flight fails, and none is started any more."""
+        self._closing = True
+        for child in list(self.children):
+            child.process.kill()
 
     def close(self) -> None:
         """End the processes and free everything; idempotent. An exchange in flight in another thread fails."""
         if os.getpid() != self._owner_pid:  # a forked copy of the engine: the workers are not its own
             return
+        self._closing = True
         with ExitStack() as held:
             for channels in (self.steps, self.staging):
                 if not channels.lock.acquire(timeout=worker_child.CLOSE_SECONDS):
-                    for child in self._children:
-                        child.process.kill()  # the exchange in flight notices, and lets go of the lock
+                    self.kill()  # the exchange in flight notices, and lets go of the lock
                     channels.lock.acquire()
                 held.callback(channels.lock.release)
             self._undo.close()
 
     def _ask_to_end(self) -> None:
         told = self.steps.tell(Close())
-        await_ends([child for child, heard in zip(self._children, told, strict=True) if heard])
+        await_ends([child for child, heard in zip(self.children, told, strict=True) if heard])
+
+    def _close_children(self) -> None:
+        for child in self.children:
+            child.close()
+
+    def _close_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
 
 def _private_folder() -> Path:

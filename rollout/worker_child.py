@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import zmq
 
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.supervision import Fault
 
 CLOSE_SECONDS = 5.0
 """How long a worker may take to end when asked, before it is killed."""
@@ -26,6 +26,7 @@ _TAIL_BYTES = 8192
 # installed package there would win over it.
 _BOOT = (
     "import sys; sys.path[:] = [entry for entry in sys.path if entry]; "
+    "from zerokl.rollout.worker_life import begin; begin(); "
     "from zerokl.rollout.worker_process import main; main()"
 )
 
@@ -38,11 +39,19 @@ class WorkerChild:
     """The process of one rank. Its methods may be called from any thread."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._rank = rank
+        self.rank = rank
+        self.fault: Fault | None = None
+        """Why the process was killed from here; None: it was not."""
         self._lock = threading.Lock()
         self._tail = b""
         with ExitStack() as undo:
-            self.process, self.output = _spawn(folder, rank)
+            self.heartbeat, child_heartbeat = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            """Readable, non-blocking: a byte for every sign of life."""
+            undo.callback(os.close, self.heartbeat)
+            try:
+                self.process, self.output = _spawn(folder, rank, child_heartbeat)
+            finally:
+                os.close(child_heartbeat)
             undo.callback(os.close, self.output)
             undo.callback(self.end)
             self.pidfd = os.pidfd_open(self.process.pid)
@@ -60,15 +69,34 @@ class WorkerChild:
             return False
         return True
 
-    def raise_death(self) -> NoReturn:
-        """Raise WorkerDiedError; the process has ended, or is ended here after a bounded wait."""
+    def take_heartbeats(self) -> bool:
+        """Whether there was any sign of life since the last call; False at the end of file too."""
+        with suppress(BlockingIOError):
+            return bool(os.read(self.heartbeat, 4096))
+        return False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, reaped or not."""
+        with self._lock:
+            return self.process.poll() is not None
+
+    def condemn(self, fault: Fault) -> None:
+        """Kill a process that is of no use any more, stopped ones included; `raise_death` says why."""
+        with self._lock:
+            if self.process.poll() is None:
+                self.fault = self.fault or fault
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def death(self) -> WorkerDiedError:
+        """What to raise of a process that has ended, or is ended here after a bounded wait."""
         await_ends([self])
         self.end()
         self.forward_output()
         last_words = self._tail.decode(errors="replace").strip()
         said = f"; it wrote:\n{last_words}" if last_words else ""
-        how = _how_it_ended(self.process.returncode)
-        raise WorkerDiedError(f"rank {self._rank}: worker process {self.process.pid} {how}{said}")
+        how = _how_it_ended(self.process.returncode) if self.fault is None else f"was killed: {self.fault.text}"
+        return WorkerDiedError(f"rank {self.rank}: worker process {self.process.pid} {how}{said}")
 
     def end(self) -> None:
         """Kill the process if it lives, and reap it."""
@@ -99,13 +127,15 @@ def await_ends(children: Sequence[WorkerChild]) -> None:
                 alive.remove(child.pidfd)
 
 
-def _spawn(folder: Path, rank: int) -> tuple[subprocess.Popen[bytes], int]:
+def _spawn(folder: Path, rank: int, heartbeat: int) -> tuple[subprocess.Popen[bytes], int]:
     """The process and the readable, non-blocking end of the pipe that takes its stdout and stderr."""
     output, child_output = os.pipe()
     os.set_blocking(output, False)
     try:
-        command = [sys.executable, "-c", _BOOT, str(folder), str(rank), str(os.getpid())]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=child_output, stderr=child_output)
+        command = [sys.executable, "-c", _BOOT, str(folder), str(rank), str(os.getpid()), str(heartbeat)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=child_output, stderr=child_output, pass_fds=[heartbeat]
+        )
     except OSError:
         os.close(output)
         raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,13 +19,19 @@ from numpy.typing import NDArray
 from zerokl.rollout import messages
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import Failed, Message, exception_of, is_consequence
+from zerokl.rollout.rank_faults import FaultMeter
+from zerokl.rollout.rank_watch import TICK_SECONDS
 from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.supervision import Supervision
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
 from zerokl.rollout.worker_channels import Channels, WorkerDiedError, WorkerLink
+from zerokl.rollout.worker_child import WorkerChild
 from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.kept_weights import KeptSet
+    from zerokl.rollout.ranks import LoopActions
 
 Reply = TypeVar("Reply")
 
@@ -44,19 +50,27 @@ class _Processes:
         """Start the processes and wait until they are ready. Raises what LocalWorker(config) raises."""
         reap_dead_segments()
         self._size = size
+        self._options = dataclasses.asdict(config)
         self._publisher: WeightPublisher | None = None
         self._away: frozenset[str] = frozenset()
         """Parts that are put away."""
         with ExitStack() as undo:
             self._link = WorkerLink(size)
             undo.callback(self._link.close)
-            self._link.start()
-            options, folder = dataclasses.asdict(config), str(self._link.folder)
-            self._done(*(messages.Configure(options=options, rank=rank, folder=folder) for rank in range(size)))
-            self._done(messages.Connect(), enough=_is_cause)
-            self._link.forget_folder()
+            self._connect(range(size), [])
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
+
+    def _connect(self, new: Collection[int], placement: list[list[list[int]]]) -> None:
+        """Configure the ranks whose processes are new, and link them with the others."""
+        folder = str(self._link.folder)
+        configure = {
+            rank: messages.Configure(options=self._options, rank=rank, folder=folder, placement=placement)
+            for rank in new
+        }
+        self._exchange(configure, messages.Done)
+        self._done(messages.Connect(), enough=_is_cause)
+        self._link.forget_folder()
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """See Worker. On all ranks or, where one refuses, on none; raises what the first that refused raised.
@@ -116,13 +130,11 @@ class _Processes:
 
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
         """See Worker. Weights go first, as only they can fail to: where one rank fails, the others' come back."""
-        folder = "" if spill_dir is None else str(Path(spill_dir).absolute())
         for tag in ("weights", "kv_cache"):
             if tag not in tags:
                 continue
-            away = messages.PutAway(weights=tag == "weights", kv_cache=tag == "kv_cache", level=level, spill_dir=folder)
             try:
-                self._done(away)
+                self._done(put_away(tag, level, spill_dir))
             except ValueError:
                 if tag not in self._away:
                     self.wake_up([tag])
@@ -140,36 +152,37 @@ class _Processes:
         """See Worker. As with a step, the first rank that fails ends the wait: others may be waiting for it."""
         self._done(messages.Rearrange(placement=placement.tolist()), enough=_is_cause)
 
-    def watch(self, report: Callable[[WorkerError], None]) -> None:
-        """See `zerokl.rollout.ranks.Ranks`."""
-        self._link.watch(report)
-
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
         self._free_publisher()
 
     def _done(
-        self, *orders: Message, channels: Channels | None = None, enough: Callable[[Message], bool] | None = None
+        self,
+        order: Message,
+        ranks: Iterable[int] | None = None,
+        *,
+        channels: Channels | None = None,
+        enough: Callable[[Message], bool] | None = None,
     ) -> None:
+        """Have these ranks (None: all) carry out one order."""
+        orders = dict.fromkeys(range(self._size) if ranks is None else ranks, order)
         self._exchange(orders, messages.Done, channels=channels, enough=enough)
 
     def _exchange(
         self,
-        orders: Sequence[Message],
+        orders: Mapping[int, Message],
         kind: type[Reply],
         *,
         channels: Channels | None = None,
         enough: Callable[[Message], bool] | None = None,
     ) -> list[Reply]:
-        """Send each rank its order, or all the one, and give their answers, all of which must be of that kind."""
-        orders = orders if len(orders) == self._size else [orders[0]] * self._size
+        """Send ranks their orders and give their answers in rank order, all of which must be of that kind."""
         replies = (channels or self._link.steps).exchange(orders, enough)
-        answers = [reply for reply in replies if isinstance(reply, kind)]
-        if len(answers) < self._size:
-            others = {rank: reply for rank, reply in enumerate(replies) if not isinstance(reply, kind)}
-            _refuse({rank: reply for rank, reply in others.items() if reply is not None})
-        return answers
+        answers = {rank: reply for rank, reply in replies.items() if isinstance(reply, kind)}
+        if len(answers) < len(orders):
+            _refuse({rank: reply for rank, reply in sorted(replies.items()) if rank not in answers})
+        return [answers[rank] for rank in sorted(answers)]
 
 
 class RemoteWorker(_Processes):
@@ -182,11 +195,11 @@ class RemoteWorker(_Processes):
 
     def execute(self, order: StepOrder) -> StepResult:
         """See Worker. The arrays travel through the socket, which adds about 0.2 ms to a step."""
-        return self._exchange([messages.Execute(order=order)], messages.Sampled)[0].result
+        return self._exchange({0: messages.Execute(order=order)}, messages.Sampled)[0].result
 
     def describe(self) -> dict[str, Any]:
         """See Worker."""
-        return self._exchange([messages.Describe()], messages.Facts)[0].facts
+        return self._exchange({0: messages.Describe()}, messages.Facts)[0].facts
 
 
 class RankProcesses(_Processes):
@@ -196,16 +209,88 @@ class RankProcesses(_Processes):
         """Start them all together. Raises what LocalWorker(config) raises; no process is left then."""
         super().__init__(config, config.num_ranks)
         self.size = config.num_ranks
+        self.faults = FaultMeter()
+        self._config = config
+        self._num_tokens = 0
+        """Of the latest step."""
 
     def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
         """See Ranks. The first rank that fails ends the wait: others may be waiting for it."""
-        executes = [messages.Execute(order=order) for order in orders]
-        replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
+        executes: dict[int, Message] = {rank: messages.Execute(order=order) for rank, order in enumerate(orders)}
+        self._num_tokens = sum(len(order.inputs.token_ids) for order in orders)
+        with self._link.step_of(self._num_tokens):
+            replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
         return [reply.result for reply in replies]
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
-        return [reply.facts for reply in self._exchange([messages.Describe()], messages.Facts)]
+        orders: dict[int, Message] = dict.fromkeys(range(self._size), messages.Describe())
+        return [reply.facts for reply in self._exchange(orders, messages.Facts)]
+
+    @property
+    def pids(self) -> list[int]:
+        """See Ranks."""
+        return [child.process.pid for child in self._link.children]
+
+    def metrics(self) -> dict[str, float]:
+        """See Ranks."""
+        return self.faults.metrics()
+
+    def watch(self, loop: LoopActions, lost: Callable[[Collection[int]], None]) -> None:
+        """See Ranks. A rank that is lost ends the loop."""
+
+        def report(child: WorkerChild) -> None:
+            self.faults.count_lost([child.fault])
+            loop.fail(child.death())
+
+        self._begin_watch(report)
+
+    def kill(self) -> None:
+        """See Ranks."""
+        self._link.kill()
+
+    def _begin_watch(self, report: Callable[[WorkerChild], None]) -> None:
+        """Have ranks killed that are stopped or stuck, and `report` called when a rank's process has ended."""
+        config = self._config
+        supervision = Supervision(
+            self.size,
+            heartbeat_timeout=config.rank_heartbeat_timeout,
+            step_timeout_base=config.step_timeout_base,
+            step_timeout_per_token=config.step_timeout_per_token,
+            tick=TICK_SECONDS,
+        )
+        self._link.watch(supervision, report)
+
+    # -- ranks one by one ----------------------------------------------------------------------------------------------
+    def _lost(self) -> list[WorkerChild]:
+        """Those whose processes have ended."""
+        return [child for child in self._link.children if child.has_ended]
+
+    def _restart(self, ranks: Collection[int], placement: list[list[list[int]]]) -> None:
+        """Start processes in place of ended ones, linked with the others, which keep what they hold.
+
+        The new ones have no weights yet, and experts are where `placement` says (empty: where they are at first).
+        """
+        self._link.start(ranks)
+        others = set(range(self.size)) - set(ranks)
+        if others:
+            # They may be at their part of a step that is given up.
+            with self._link.step_of(self._num_tokens):
+                self._done(messages.Relink(folder=str(self._link.folder)), others)
+        self._connect(ranks, placement)
+
+    def _load(self, ranks: Collection[int], kept: KeptSet, pins: Iterable[str]) -> None:
+        """Give ranks a set of weights as the policy's, pinned under some names too."""
+        self._done(messages.Stage(source=kept.source, version=kept.version), ranks)
+        self._done(messages.Commit(), ranks)
+        for name in pins:
+            self._done(messages.Pin(name=name), ranks)
+
+
+def put_away(tag: str, level: int, spill_dir: str | None) -> messages.PutAway:
+    """The order to free the memory of "weights" or "kv_cache", as `Worker.sleep`."""
+    folder = "" if spill_dir is None else str(Path(spill_dir).absolute())  # working directories may have parted
+    return messages.PutAway(weights=tag == "weights", kv_cache=tag == "kv_cache", level=level, spill_dir=folder)
 
 
 def _is_cause(reply: Message) -> bool:

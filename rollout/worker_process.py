@@ -7,8 +7,6 @@ and leaves the worker as it was; only a broken link ends the process.
 from __future__ import annotations
 
 import os
-import select
-import shutil
 import signal
 import sys
 import threading
@@ -35,11 +33,10 @@ _STAGING_NICE = 10
 
 
 def main() -> None:
-    """Entry point; arguments: the folder of the sockets, the rank, the parent's pid."""
-    folder, rank, parent = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    """Entry point, once `worker_life` has begun; the first arguments are the folder of the sockets and the rank."""
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     # Ctrl-C in a terminal reaches every process of the group; what it means for the worker is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent, folder), name="zerokl-parent-watch", daemon=True).start()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with zmq.Context() as context, context.socket(zmq.PAIR) as steps, context.socket(zmq.PAIR) as staging:
         for socket, name in ((steps, STEPS), (staging, STAGING)):
@@ -58,40 +55,59 @@ def serve(steps: zmq.Socket[bytes], staging: zmq.Socket[bytes]) -> None:
         sequence, message = decode(steps.recv_multipart())
         if isinstance(message, messages.Close):
             break
+        is_new = rank.worker is None
         steps.send_multipart(encode(sequence, reply_to(rank, message)))
-        if isinstance(message, messages.Connect) and rank.worker is not None:
+        if is_new and rank.worker is not None:
             threading.Thread(target=serve_staging, args=(staging, rank), name="zerokl-staging", daemon=True).start()
     # The staging thread may be waiting on its socket, which only it may close: the process ends without it.
     os._exit(0)
 
 
 class Rank:
-    """The worker in the making: Configure makes it reachable for the other ranks, Connect completes it."""
+    """The worker in the making: Configure makes it reachable for the other ranks, Connect completes it.
+
+    Where others have to be replaced, Relink and Connect give a complete one new links to them.
+    """
 
     def __init__(self) -> None:
         self.worker: LocalWorker | None = None
+        self._place = RankPlace()
         self._config: EngineConfig | None = None
+        self._placement: list[list[list[int]]] = []
         self._bound: BoundRank | None = None
 
     def configure(self, message: messages.Configure) -> None:
         """Take the options, and let the other ranks reach this one, if there are any. Nothing is waited for."""
-        self._config = EngineConfig.from_dict(message.options)
+        self._config, self._placement = EngineConfig.from_dict(message.options), message.placement
         if self._config.num_ranks > 1:
             self._bound = SharedMemoryCommunicator.bind(message.rank, self._config.num_ranks, message.folder)
 
+    def relink(self, message: messages.Relink) -> None:
+        """Close the links to the other ranks, and let them reach this one anew."""
+        assert self._bound is not None and self._place.communicator is not None, "there are no other ranks"
+        self._bound.close()  # an earlier attempt may have left it
+        self._place.communicator.close()
+        self._bound = SharedMemoryCommunicator.bind(self._place.rank, self._place.size, message.folder)
+
     def connect(self) -> None:
-        """Reach the other ranks, which are configured, and make the worker."""
-        config, place = self._config, RankPlace()
+        """Reach the other ranks, which can be reached, and make the worker if it is not there."""
+        config = self._config
         assert config is not None, "connected before it was configured"
+        communicator = None if self._bound is None else SharedMemoryCommunicator.connect(self._bound)
+        if self.worker is not None:
+            assert communicator is not None, "there are no other ranks"
+            self.worker.relink(communicator)
+            return
         if self._bound is not None:
-            place = RankPlace(
+            self._place = RankPlace(
                 self._bound.rank,
                 config.num_ranks,
                 config.expert_parallel_size,
-                SharedMemoryCommunicator.connect(self._bound),
+                communicator,
                 config.num_redundant_experts,
+                self._placement or None,
             )
-        self.worker = LocalWorker(config, place)
+        self.worker = LocalWorker(config, self._place)
 
 
 def serve_staging(socket: zmq.Socket[bytes], rank: Rank) -> None:
@@ -110,6 +126,8 @@ def reply_to(rank: Rank, message: Message) -> Message:
             rank.configure(message)
         elif isinstance(message, messages.Connect):
             rank.connect()
+        elif isinstance(message, messages.Relink):
+            rank.relink(message)
         elif rank.worker is None:
             raise RuntimeError("the worker was not configured")
         else:
@@ -150,21 +168,3 @@ def answer(worker: LocalWorker, message: Message) -> Message:
 
 def _tags(message: messages.PutAway | messages.BringBack) -> list[str]:
     return [tag for tag in ("weights", "kv_cache") if getattr(message, tag)]
-
-
-def _end_with(parent: int, folder: Path) -> None:
-    """Wait for the parent's death, clean up what it cannot any more, and end this process.
-
-    (PR_SET_PDEATHSIG would not do: it fires when the *thread* that started this process ends.)
-    """
-    try:
-        descriptor = os.pidfd_open(parent)
-    except ProcessLookupError:
-        descriptor = None
-    # The parent may have died, and its pid may belong to another process, before the descriptor was opened.
-    if descriptor is not None and os.getppid() == parent:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)

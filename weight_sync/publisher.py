@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
-from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
+from zerokl.weight_sync.segments import Attachment, OwnedSegment, reap_dead_segments
 from zerokl.weight_sync.shared_memory import Narrow, write_tensors
 from zerokl.weight_sync.views import narrow
 
@@ -119,6 +119,30 @@ class WeightPublisher:
         published = self._write(planned, parts)
         self._checksums, self._version = checksums, version
         return published
+
+    def republish(self, published: PublishedWeights) -> PublishedWeights:
+        """Copy another publisher's complete publication into the next buffer: its bytes, under its manifest.
+
+        No delta can follow it. Raises what `open_published` raises but ChecksumError, which is for whoever reads the
+        copy, BufferLeasedError and SharedMemoryFullError as `publish`.
+        """
+        manifest = published.manifest
+        if self._closed or manifest.parent is not None:
+            raise ManifestError(f"a complete publication can be copied by an open publisher, got {published.segment}")
+        attachment = Attachment(published.segment)
+        try:
+            source = attachment.lock(manifest.total_bytes)
+            segment = self._next_segment(manifest.total_bytes)
+            with segment.writing() as memory:
+                np.frombuffer(memory, np.uint8)[: manifest.total_bytes] = np.frombuffer(source, np.uint8)[
+                    : manifest.total_bytes
+                ]
+        finally:
+            source = None
+            attachment.close()
+        self._next = (self._next + 1) % len(self._segments)
+        self._checksums, self._version = {}, None
+        return PublishedWeights(segment=segment.name, manifest=manifest)
 
     def _check_changed(self, named: list[tuple[str, NDArray[Any]]], spans: Mapping[str, object]) -> None:
         if not self._checksums:

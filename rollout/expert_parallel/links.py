@@ -159,5 +159,13 @@ class Links:
         return message, descriptors[0] if descriptors else None
 
 
+def call_off(folder: Path, size: int) -> None:
+    """Have the ranks that still wait for others in `connect` raise CommunicatorError: some will not come."""
+    for rank in range(size):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link, contextlib.suppress(OSError):
+            link.setblocking(False)
+            link.connect(os.fsencode(_address(folder, rank)))
+
+
 def _address(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}"

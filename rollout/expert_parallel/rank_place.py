@@ -22,8 +22,9 @@ class RankPlace:
     """Rank `rank` of `size`, in a group of `expert_parallel_size` that has a model's experts between its members.
 
     Groups are of neighbours: ranks g * E to g * E + E - 1. `communicator` connects all `size` ranks; a rank that is
-    alone needs none. `num_redundant_experts` are the slots that a group has beyond the number of experts. Raises
-    ValueError where the numbers do not fit each other.
+    alone needs none. `num_redundant_experts` are the slots that a group has beyond the number of experts, `placement`
+    [M, E, slots] where the group has its experts when the rank joins it (None: as at first). Raises ValueError where
+    the numbers do not fit each other.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class RankPlace:
         expert_parallel_size: int = 1,
         communicator: Communicator[NDArray[Any]] | None = None,
         num_redundant_experts: int = 0,
+        placement: Any = None,
     ) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank must be in [0, {size}), got {rank}")
@@ -47,6 +49,7 @@ class RankPlace:
         self.rank, self.size, self.expert_parallel_size = rank, size, expert_parallel_size
         self.communicator = communicator
         self._num_redundant = num_redundant_experts
+        self._placement = placement
 
     @cached_property
     def group(self) -> Communicator[NDArray[Any]]:
@@ -65,8 +68,14 @@ class RankPlace:
         if self.spreads_experts:
             spread_experts(ops, self.group)
 
+    def relink(self, communicator: Communicator[NDArray[Any]], ops: EngineOps[Any]) -> None:
+        """Reach the other ranks by another communicator from here on."""
+        self.communicator = communicator
+        self.__dict__.pop("group", None)
+        self.prepare(ops)
+
     def initial_placement(self, config: ModelConfig) -> ExpertPlacement | None:
-        """Where experts are at first; None where each rank has all. ValueError for a model without mixtures."""
+        """Where experts are when the rank joins; None: all on each rank. ValueError for a model without mixtures."""
         if not self.spreads_experts:
             return None
         if config.moe is None:
@@ -74,7 +83,9 @@ class RankPlace:
                 f"expert_parallel_size must be 1 for a model without experts, got {self.expert_parallel_size}"
             )
         moe = config.moe
-        return ExpertPlacement.initial(len(moe.layers), moe.num_experts, self.expert_parallel_size, self._num_redundant)
+        size, redundant = self.expert_parallel_size, self._num_redundant
+        first = ExpertPlacement.initial(len(moe.layers), moe.num_experts, size, redundant)
+        return first if self._placement is None else first.like(self._placement)
 
     def share(self, placement: ExpertPlacement | None) -> ExpertShare:
         """This rank's experts."""

@@ -70,7 +70,8 @@ def totals(reports: list[ChaosReport]) -> dict[str, object]:
 def tell(report: ChaosReport) -> None:
     """One layout's outcome, for people."""
     options = report.options
-    print(f"{'ok' if report.passed else 'FAILED'}: {options['layout']}, {options['seconds']:g} s, seed {options['seed']}")
+    verdict = "ok" if report.passed else "FAILED"
+    print(f"{verdict}: {options['layout']}, {options['seconds']:g} s, seed {options['seed']}")
     print(f"  requests {report.requests}, answered once {report.answered_once}, bit-equal {report.bit_equal}")
     print(f"  faults survived: {', '.join(f'{kind} {count}' for kind, count in report.faults.items())}")
     print(f"  {', '.join(f'{name} {value:g}' for name, value in report.figures.items())}")

@@ -50,8 +50,8 @@ def differences(
 ) -> list[Difference]:
     """What differs in the rollouts' spans of a version from what the plain engine, which is at it, gives.
 
-    A span is continued from the tokens before it. One that ends its rollout, but for an abort, must end it by itself, of
-    the same cause. Routing is compared where all of a rollout is of the version.
+    A span is continued from the tokens before it. One that ends its rollout, but for an abort, must end it by itself,
+    of the same cause. Routing is compared where all of a rollout is of the version.
     """
     spans = [
         (index, start, end)

@@ -1,6 +1,6 @@
 """`rollout-server` with one breach of its promises, which a chaos run must find.
 
-    python breached_server.py BREACH OPTIONS...
+python breached_server.py BREACH OPTIONS...
 """
 
 from __future__ import annotations

@@ -157,9 +157,7 @@ class Disturber:
         if live != self.version:
             self.wrong.append(f"version {live} serves, {self.version} was the last good one")
 
-    def _published(
-        self, version: int, transport: str, *, fault: str | None = None
-    ) -> PublishedWeights | PublishedFile:
+    def _published(self, version: int, transport: str, *, fault: str | None = None) -> PublishedWeights | PublishedFile:
         answer = self._order(version, transport, fault=fault)
         if "path" in answer:
             return PublishedFile(path=answer["path"], version=version)

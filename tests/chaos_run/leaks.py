@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ def holdings(server: ServerProcess) -> Holdings:
     kinds: Counter[str] = Counter()
     for entry in (process / "fd").iterdir():
         try:
-            kinds[os.readlink(entry).split(":[")[0]] += 1
+            kinds[str(entry.readlink()).split(":[")[0]] += 1
         except FileNotFoundError:  # closed meanwhile
             continue
     return Holdings(

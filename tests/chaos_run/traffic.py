@@ -51,9 +51,7 @@ class Asked:
             for one in answer
             if self.resumed is None and one.prompt_token_ids.tolist() != self.prompts[one.prompt_index]
         }
-        return sum(
-            count for key, count in self.keys.items() if key not in strange and got[key] == count
-        )
+        return sum(count for key, count in self.keys.items() if key not in strange and got[key] == count)
 
 
 @dataclass(kw_only=True)
@@ -144,9 +142,7 @@ class TrafficClient:
 
     def _resume(self) -> None:
         rollout = self._resumable.pop()
-        asked = Asked(
-            prompts=[rollout.prompt_token_ids.tolist()], params=[rollout.sampling_params], resumed=[rollout]
-        )
+        asked = Asked(prompts=[rollout.prompt_token_ids.tolist()], params=[rollout.sampling_params], resumed=[rollout])
         self.asked.append(asked)
         try:
             asked.answers.append(self.client.generate(resume_from=[rollout]))

@@ -51,7 +51,8 @@ def count_answers(asked: Sequence[Asked]) -> Verdict:
         verdict.requests += requests
         verdict.answered_once += once
         if once != requests:
-            verdict.wrong.append(f"{requests - once} of {requests} requests of a call were not answered once: {one.error}")
+            missing = f"{requests - once} of {requests} requests of a call were not answered once"
+            verdict.wrong.append(f"{missing}: {one.error}")
         if one.streamed_wrong:
             verdict.wrong.append(f"a stream brought {one.streamed_wrong} values that are not its answer's")
     return verdict
@@ -108,20 +109,20 @@ def _unlike_undisturbed(client: RolloutClient, answers: Sequence[Rollout]) -> It
     """Places of the answers that the undisturbed server, asked for all of them again, does not give."""
     for first in range(0, len(answers), _REQUESTS_AT_ONCE):
         part = answers[first : first + _REQUESTS_AT_ONCE]
-        wanted = {
-            (rollout.prompt_token_ids.tobytes(), rollout.seed, _text(rollout.sampling_params)): rollout for rollout in part
-        }
+        wanted = {_key(rollout): rollout for rollout in part}
         whole = client.generate(
             [rollout.prompt_token_ids for rollout in wanted.values()], [seeded(rollout) for rollout in wanted.values()]
         )
-        samples: dict[Any, Rollout] = {}
         keys = list(wanted)
-        for rollout in whole:
-            samples[(keys[rollout.prompt_index], rollout.sample_index)] = rollout
+        samples = {(keys[rollout.prompt_index], rollout.sample_index): rollout for rollout in whole}
         for index, rollout in enumerate(part):
-            key = (rollout.prompt_token_ids.tobytes(), rollout.seed, _text(rollout.sampling_params))
-            if _differs(rollout, samples[key, rollout.sample_index]):
+            if _differs(rollout, samples[_key(rollout), rollout.sample_index]):
                 yield first + index
+
+
+def _key(rollout: Rollout) -> tuple[bytes, int, str]:
+    """Of the prompt as it was asked for, all its samples together."""
+    return rollout.prompt_token_ids.tobytes(), rollout.seed, _text(rollout.sampling_params)
 
 
 def _text(params: SamplingParams) -> str:

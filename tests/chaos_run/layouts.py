@@ -11,8 +11,12 @@ from tiny_engine import write_tiny_model
 
 from zerokl.rollout.engine import RolloutEngine
 
-_BUSY: dict[str, Any] = SMALL | {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 48}
-"""A pool that is often too small for all, and prompts in chunks."""
+_BUSY: dict[str, Any] = SMALL | {
+    "num_blocks": 40,  # often too few for all
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 48,  # prompts in chunks
+    "max_rank_restarts": 1_000_000,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

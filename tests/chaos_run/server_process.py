@@ -18,7 +18,6 @@ from chaos_run.layouts import Layout
 MARK = "ZEROKL_CHAOS_RUN"
 """Environment variable that a server's descendants inherit, whatever becomes of their parents."""
 LIMITS = {"heartbeat_seconds": 0.5, "session_seconds": 5.0}
-MAX_RESTARTS = 1_000_000
 END_SECONDS = 30.0
 
 

@@ -97,6 +97,8 @@ class TrafficClient:
         """Ids of the requests of the call in hand, for `abort`."""
         self._random = np.random.default_rng([seed, number])
         self._common = np.random.default_rng(seed).integers(0, VOCAB, 60).tolist()
+        self.is_lost = False
+        """A call failed: the run has, and nothing more is asked."""
         self._resumable: list[Rollout] = []
         self._done = done
         self._thread = threading.Thread(target=self._run, name=f"chaos-traffic-{number}", daemon=True)
@@ -109,7 +111,7 @@ class TrafficClient:
         self._thread.join(10)
 
     def _run(self) -> None:
-        while not self._done.is_set():
+        while not self._done.is_set() and not self.is_lost:
             action = int(self._random.integers(8))
             if action == 0 and self._resumable:
                 self._resume()
@@ -136,7 +138,7 @@ class TrafficClient:
             else:
                 asked.answers.append(self.client.generate(prompts, asked.params, request_ids=ids))
         except Exception as error:  # noqa: BLE001 - the verdict tells it
-            asked.error = repr(error)
+            self._lose(asked, error)
             return
         self._resumable += [one for one in asked.answers[0] if one.finish_reason == "abort"]
 
@@ -147,7 +149,7 @@ class TrafficClient:
         try:
             asked.answers.append(self.client.generate(resume_from=[rollout]))
         except Exception as error:  # noqa: BLE001 - the verdict tells it
-            asked.error = repr(error)
+            self._lose(asked, error)
 
     def _score(self, rollout: Rollout) -> None:
         tokens = np.concatenate([rollout.prompt_token_ids, rollout.token_ids]).tolist()
@@ -158,7 +160,11 @@ class TrafficClient:
         try:
             (scored.logprobs,) = self.client.score([tokens], policy=PINNED)
         except Exception as error:  # noqa: BLE001 - the verdict tells it
-            scored.error = repr(error)
+            self._lose(scored, error)
+
+    def _lose(self, call: Asked | Scored, error: Exception) -> None:
+        call.error = repr(error)
+        self.is_lost = True
 
     def _prompt(self) -> list[int]:
         shared = self._common[: int(self._random.choice([0, 8, 24, 40]))]

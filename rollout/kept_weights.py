@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from zerokl.rollout.control import POLICY
 from zerokl.rollout.errors import WorkerError
@@ -150,14 +151,9 @@ class KeptWeights:
         with opened as lease, self._live(lease.manifest) as live:
             session = UpdateSession(expected, live, {LM_HEAD: expected[EMBED]})
             try:
-                changed = receive(session, version, lease, bucket_bytes)
-                whole = changed if live is None else Overlay(changed, live.tensors)
-                rounded = session.dtype == "bfloat16"
-                return publisher.publish(
-                    whole, version, dtype="bfloat16" if rounded else None, inexact=lease.manifest.inexact
-                )
+                # No name here for the tensors: they hold the leases for as long as they live.
+                return _publish(publisher, session, receive(session, version, lease, bucket_bytes), live)
             finally:
-                changed = whole = None
                 session.release()
 
     @contextmanager
@@ -175,6 +171,15 @@ class KeptWeights:
             with open_published(kept.source.published) as stored:
                 tensors = WideTensors(stored, {spec.name: spec.dtype for spec in specs})
                 yield LiveWeights(version=kept.version, tensors=tensors)
+
+
+def _publish(
+    publisher: WeightPublisher, session: UpdateSession, tensors: WideTensors, live: LiveWeights | None
+) -> PublishedWeights:
+    """The tensors of a verified session, over the live ones, in the type that a delta to them is to have."""
+    whole = tensors if live is None else Overlay(tensors, live.tensors)
+    rounded: Literal["bfloat16"] | None = "bfloat16" if session.dtype == "bfloat16" else None
+    return publisher.publish(whole, session.manifest.version, dtype=rounded, inexact=session.manifest.inexact)
 
 
 def _stamp(folder: str) -> _Stamp:

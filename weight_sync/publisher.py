@@ -133,12 +133,9 @@ class WeightPublisher:
         try:
             source = attachment.lock(manifest.total_bytes)
             segment = self._next_segment(manifest.total_bytes)
-            with segment.writing() as memory:
-                np.frombuffer(memory, np.uint8)[: manifest.total_bytes] = np.frombuffer(source, np.uint8)[
-                    : manifest.total_bytes
-                ]
+            with segment.writing() as memory, memoryview(source) as read, memoryview(memory) as written:
+                written[: manifest.total_bytes] = read[: manifest.total_bytes]
         finally:
-            source = None
             attachment.close()
         self._next = (self._next + 1) % len(self._segments)
         self._checksums, self._version = {}, None

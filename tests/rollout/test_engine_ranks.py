@@ -96,8 +96,9 @@ def test_a_rank_with_other_weights_is_seen(engine_of: Callable[[str, str], Rollo
     ranks: Any = engine._ranks
 
     def load(*folders: str) -> None:
-        stages = [messages.Stage(source=FolderWeights(path=folder), version=0) for folder in folders]
-        ranks._done(*stages, channels=ranks._link.staging)
+        for rank, folder in enumerate(folders):
+            stage = messages.Stage(source=FolderWeights(path=folder), version=0)
+            ranks._done(stage, [rank], channels=ranks._link.staging)
         ranks.commit_weights()
         engine.reset_prefix_cache()
 

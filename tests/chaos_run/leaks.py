@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from chaos_run.server_process import ServerProcess
 from zerokl.rollout.client import RolloutClient
 
 _POLL_SECONDS = 0.05
+_SEGMENT = re.compile(r"/dev/shm/zerokl-([a-z0-9_]+)-.*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +22,7 @@ class Holdings:
 
     num_children: int
     descriptors: Counter[str]
-    """By kind: "socket", "anon_inode:[eventfd]", "pipe", or the file."""
+    """By kind: "socket", "anon_inode", "pipe", "segment LABEL", or the file."""
     num_threads: int
     segments: int
 
@@ -31,7 +33,7 @@ def holdings(server: ServerProcess) -> Holdings:
     kinds: Counter[str] = Counter()
     for entry in (process / "fd").iterdir():
         try:
-            kinds[str(entry.readlink()).split(":[")[0]] += 1
+            kinds[_SEGMENT.sub(r"segment \1", str(entry.readlink()).split(":[")[0])] += 1
         except FileNotFoundError:  # closed meanwhile
             continue
     return Holdings(

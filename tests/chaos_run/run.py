@@ -24,6 +24,9 @@ from chaos_run.weights import tensors_of
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.sampling_params import SamplingParams
 
+WARM_UPDATES = 3
+"""Before the run: what is kept of weights goes through two buffers in turn, and one more while it changes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosOptions:
@@ -129,15 +132,15 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def warm_up(client: RolloutClient, model: Path, *, updates: bool) -> None:
-    """Have everything in use once that is kept. With updates the traffic begins under version 1."""
+    """Have everything in use once that is kept. With updates the traffic begins under version WARM_UPDATES."""
     client.pin_weights(PINNED)
     for _ in range(2):
         client.generate([[1, 2, 3]] * 8, SamplingParams(max_tokens=4))
         client.pause_generation()
         client.resume_generation()
         client.reset_prefix_cache()
-    if updates:
-        client.update_weights(tensors_of(model, 1))
+    for version in range(1, WARM_UPDATES + 1 if updates else 1):
+        client.update_weights(tensors_of(model, version))
 
 
 class _Run:
@@ -151,7 +154,7 @@ class _Run:
         endpoint, seed, done = server.endpoint, options.seed, self._done
         self.traffic = [TrafficClient(number, seed, endpoint, done) for number in range(options.clients)]
         self.mortals = Mortals(endpoint, seed, done)
-        version = 1 if options.updates else None
+        version = WARM_UPDATES if options.updates else None
         self.disturber = Disturber(endpoint, model, publications, seed, self.traffic, done, version)
         self.rank_faults = RankFaults(server, seed, done) if options.rank_faults else None
 

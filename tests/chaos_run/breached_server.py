@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.server import dispatcher
 from zerokl.rollout.server.main import main
 from zerokl.weight_sync.segments import OwnedSegment
@@ -49,8 +50,14 @@ def leaks_a_process() -> None:
     )
 
 
+def keeps_computed_tokens() -> None:
+    """Requests of a rank that is started anew go on as if their keys and values were still there."""
+    Scheduler.lose_ranks = lambda self, ranks: None  # type: ignore[method-assign]
+
+
 BREACHES: dict[str, Callable[[], None]] = {
-    function.__name__: function for function in (drops_an_answer, leaks_a_segment, leaks_a_process)
+    function.__name__: function
+    for function in (drops_an_answer, leaks_a_segment, leaks_a_process, keeps_computed_tokens)
 }
 
 

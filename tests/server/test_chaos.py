@@ -51,6 +51,13 @@ def test_a_lost_answer_a_segment_and_a_process_left_behind_are_found(tmp_path: P
     assert len([leak for leak in report.leaks if leak.startswith("process")]) == 1
 
 
+def test_a_recovery_that_keeps_what_a_lost_rank_had_computed_is_found(tmp_path: Path) -> None:
+    options = ChaosOptions(seconds=3.0, seed=4, updates=False, breach="keeps_computed_tokens")
+    report = run_chaos(options, tmp_path)
+    assert report.answered_once == report.requests > report.bit_equal
+    assert report.evidence and report.faults["rank_kill"] > 0
+
+
 # -- the verdict itself -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Asked]]:

@@ -278,10 +278,12 @@ class RolloutEngine(WeightMethods, PauseMethods):
             "inexact_weights": sorted(self._weights.inexact),
             "hook_errors": self._updates.hooks.num_errors,
             "asleep": dict(self._sleep.parts),
-            "worker": dict(self._facts[0]),
+            "worker": {**self._facts[0], "pid": self._ranks.pids[0]},
             "ranks": [
-                {"rank": rank, **facts, **load}
-                for rank, (facts, load) in enumerate(zip(self._facts, self._scheduler.rank_metrics(), strict=True))
+                {"rank": rank, **facts, "pid": pid, **load}
+                for rank, (facts, pid, load) in enumerate(
+                    zip(self._facts, self._ranks.pids, self._scheduler.rank_metrics(), strict=True)
+                )
             ],
         }
 

@@ -24,7 +24,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configure:
-    """Make the worker; answered by Done."""
+    """Be reachable for the other ranks, with this worker in the making; answered by Done.
+
+    A worker that is complete leaves the others to be linked anew, and keeps what it is and holds.
+    """
 
     options: dict[str, Any]
     """Fields of `zerokl.rollout.config.EngineConfig`."""
@@ -37,16 +40,8 @@ class Configure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Relink:
-    """Leave the other ranks, and be reachable for them anew; the worker keeps what it holds. Answered by Done."""
-
-    folder: str
-    """As in Configure."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Connect:
-    """Reach the other ranks, all of which are configured or to be linked anew; answered by Done."""
+    """Reach the other ranks, all of which are configured, and make the worker; answered by Done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +153,6 @@ class Failed:
 Message = (
     Hello
     | Configure
-    | Relink
     | Connect
     | Execute
     | Stage

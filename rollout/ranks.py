@@ -92,7 +92,7 @@ class Ranks(Protocol):
 
     @property
     def pids(self) -> list[int]:
-        """The process of each rank now."""
+        """The process of each rank now. From any thread, at any time."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -123,6 +123,7 @@ class OneRank:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self.pids = [worker.describe()["pid"]]
         self.stage_weights = worker.stage_weights
         self.commit_weights = worker.commit_weights
         self.discard_staged = worker.discard_staged
@@ -137,11 +138,6 @@ class OneRank:
         """See Ranks."""
         (order,) = orders
         return [self._worker.execute(order)]
-
-    @property
-    def pids(self) -> list[int]:
-        """See Ranks."""
-        return [self._worker.describe()["pid"]]
 
     def metrics(self) -> dict[str, float]:
         """See Ranks."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-_ATTEMPTS = 4
+_ATTEMPTS = 8
 """Ranks lost in a row while others are started anew, before that is given up."""
 
 

@@ -74,8 +74,8 @@ class Supervision:
 
     def look(self, now: float, unanswered: Iterable[int] = ()) -> dict[int, Fault]:
         """The ranks that are lost. `unanswered` are those that have not done their part of the step that runs."""
-        if self._last_look is not None:
-            self._forgive(now - self._last_look - 2 * self._tick)
+        if self._last_look is not None and now - self._last_look > 2 * self._tick:
+            self._put_off(now - self._last_look - self._tick)
         self._last_look = now
         faults: dict[int, Fault] = {}
         for rank, due in self._due.items():
@@ -90,10 +90,7 @@ class Supervision:
             self.ended(rank)
         return faults
 
-    def _forgive(self, lost: float) -> None:
-        """Put off all that is due by the time for which the watcher was away."""
-        if lost <= 0:
-            return
-        self._due = {rank: due + lost for rank, due in self._due.items()}
+    def _put_off(self, seconds: float) -> None:
+        self._due = {rank: due + seconds for rank, due in self._due.items()}
         if self._step_end is not None:
-            self._step_end += lost
+            self._step_end += seconds

@@ -33,7 +33,6 @@ PROTOCOL_VERSION = 4
 _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
     messages.Hello: (int,),
     messages.Configure: (dict, int, str, list),
-    messages.Relink: (str,),
     messages.Connect: (),
     messages.Commit: (),
     messages.Discard: (),

@@ -57,18 +57,21 @@ class _Processes:
         with ExitStack() as undo:
             self._link = WorkerLink(size)
             undo.callback(self._link.close)
-            self._connect(range(size), [])
+            self._configure(range(size), [])
+            self._connect()
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
 
-    def _connect(self, new: Collection[int], placement: list[list[list[int]]]) -> None:
-        """Configure the ranks whose processes are new, and link them with the others."""
-        folder = str(self._link.folder)
-        configure = {
-            rank: messages.Configure(options=self._options, rank=rank, folder=folder, placement=placement)
-            for rank in new
+    def _configure(self, ranks: Iterable[int], placement: list[list[list[int]]]) -> None:
+        """Let the others reach these ranks; `placement` as in the message."""
+        options, folder = self._options, str(self._link.folder)
+        orders: dict[int, Message] = {
+            rank: messages.Configure(options=options, rank=rank, folder=folder, placement=placement) for rank in ranks
         }
-        self._exchange(configure, messages.Done)
+        self._exchange(orders, messages.Done)
+
+    def _connect(self) -> None:
+        """Link all ranks, which are configured, with each other."""
         self._done(messages.Connect(), enough=_is_cause)
         self._link.forget_folder()
 
@@ -272,12 +275,10 @@ class RankProcesses(_Processes):
         The new ones have no weights yet, and experts are where `placement` says (empty: where they are at first).
         """
         self._link.start(ranks)
-        others = set(range(self.size)) - set(ranks)
-        if others:
-            # They may be at their part of a step that is given up.
-            with self._link.step_of(self._num_tokens):
-                self._done(messages.Relink(folder=str(self._link.folder)), others)
-        self._connect(ranks, placement)
+        with self._link.step_of(self._num_tokens):  # the others may be at their part of one that is given up
+            self._configure(set(range(self.size)) - set(ranks), placement)
+        self._configure(ranks, placement)
+        self._connect()
 
     def _load(self, ranks: Collection[int], kept: KeptSet, pins: Iterable[str]) -> None:
         """Give ranks a set of weights as the policy's, pinned under some names too."""

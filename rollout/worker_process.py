@@ -66,48 +66,49 @@ def serve(steps: zmq.Socket[bytes], staging: zmq.Socket[bytes]) -> None:
 class Rank:
     """The worker in the making: Configure makes it reachable for the other ranks, Connect completes it.
 
-    Where others have to be replaced, Relink and Connect give a complete one new links to them.
+    Where others had to be replaced, the two give a complete one new links to them.
     """
 
     def __init__(self) -> None:
         self.worker: LocalWorker | None = None
-        self._place = RankPlace()
         self._config: EngineConfig | None = None
         self._placement: list[list[list[int]]] = []
         self._bound: BoundRank | None = None
+        self._communicator: SharedMemoryCommunicator | None = None
 
     def configure(self, message: messages.Configure) -> None:
         """Take the options, and let the other ranks reach this one, if there are any. Nothing is waited for."""
-        self._config, self._placement = EngineConfig.from_dict(message.options), message.placement
+        if self.worker is None:
+            self._config, self._placement = EngineConfig.from_dict(message.options), message.placement
+        assert self._config is not None, "a worker without options"
+        for old in (self._communicator, self._bound):
+            if old is not None:
+                old.close()
         if self._config.num_ranks > 1:
             self._bound = SharedMemoryCommunicator.bind(message.rank, self._config.num_ranks, message.folder)
 
-    def relink(self, message: messages.Relink) -> None:
-        """Close the links to the other ranks, and let them reach this one anew."""
-        assert self._bound is not None and self._place.communicator is not None, "there are no other ranks"
-        self._bound.close()  # an earlier attempt may have left it
-        self._place.communicator.close()
-        self._bound = SharedMemoryCommunicator.bind(self._place.rank, self._place.size, message.folder)
-
     def connect(self) -> None:
-        """Reach the other ranks, which can be reached, and make the worker if it is not there."""
+        """Reach the other ranks, which are configured, and make the worker if it is not there."""
         config = self._config
         assert config is not None, "connected before it was configured"
-        communicator = None if self._bound is None else SharedMemoryCommunicator.connect(self._bound)
-        if self.worker is not None:
-            assert communicator is not None, "there are no other ranks"
-            self.worker.relink(communicator)
-            return
         if self._bound is not None:
-            self._place = RankPlace(
-                self._bound.rank,
-                config.num_ranks,
-                config.expert_parallel_size,
-                communicator,
-                config.num_redundant_experts,
-                self._placement or None,
-            )
-        self.worker = LocalWorker(config, self._place)
+            self._communicator = SharedMemoryCommunicator.connect(self._bound)
+        if self.worker is None:
+            self.worker = LocalWorker(config, self._place(config))
+        elif self._communicator is not None:
+            self.worker.relink(self._communicator)
+
+    def _place(self, config: EngineConfig) -> RankPlace:
+        if self._bound is None:
+            return RankPlace()
+        return RankPlace(
+            self._bound.rank,
+            config.num_ranks,
+            config.expert_parallel_size,
+            self._communicator,
+            config.num_redundant_experts,
+            self._placement or None,
+        )
 
 
 def serve_staging(socket: zmq.Socket[bytes], rank: Rank) -> None:
@@ -126,8 +127,6 @@ def reply_to(rank: Rank, message: Message) -> Message:
             rank.configure(message)
         elif isinstance(message, messages.Connect):
             rank.connect()
-        elif isinstance(message, messages.Relink):
-            rank.relink(message)
         elif rank.worker is None:
             raise RuntimeError("the worker was not configured")
         else:

@@ -71,6 +71,9 @@ class GatedRanks:
         self.num_sent += 1
         return self._ranks.execute(orders)
 
+    def kill(self) -> None:
+        self._ranks.kill()
+
     def close(self) -> None:
         self._ranks.close()
 

@@ -37,6 +37,8 @@ class FakeRanks:
             StepResult(sampled=model.execute(order.inputs)) for model, order in zip(self.models, orders, strict=True)
         ]
 
+    def kill(self) -> None: ...
+
     def close(self) -> None:
         self.closed.set()
 

@@ -30,7 +30,6 @@ from zerokl.rollout.messages import (
     Pin,
     PutAway,
     Rearrange,
-    Relink,
     Sampled,
     Stage,
     exception_of,
@@ -117,7 +116,6 @@ def vars_of(instance: Any) -> list[Any]:
     [
         Hello(pid=1),
         Configure(options={"model": "/m", "seed": 2**64 - 1, "n": None}, rank=1, folder="/f", placement=[[[0, 1]]]),
-        Relink(folder="/f"),
         Connect(),
         Stage(source=FolderWeights(path="/weights/ü"), version=3),
         Stage(source=SharedWeights(published=published()), version=2**62),

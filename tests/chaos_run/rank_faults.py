@@ -8,12 +8,14 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from chaos_run.server_process import ServerProcess
 from zerokl.rollout.client import RolloutClient
 
+KINDS = ("rank_kill", "rank_kill", "rank_stop", "two_ranks_kill", "rank_blink")
 GAP_SECONDS = 1.0
 """Between a recovery and the next fault, on average."""
 RECOVERY_SECONDS = 60.0
@@ -45,9 +47,12 @@ class RankFaults:
         self._client.close()
 
     def _run(self) -> None:
+        order: list[str] = []
         try:
             while not self._done.wait(float(self._random.exponential(GAP_SECONDS))):
-                kind = str(self._random.choice(["rank_kill", "rank_kill", "rank_stop", "two_ranks_kill", "rank_blink"]))
+                if not order:  # each once, then each again
+                    order = [KINDS[index] for index in self._random.permutation(len(KINDS))]
+                kind = order.pop()
                 if kind == "rank_blink":
                     self._blink()
                 else:
@@ -92,5 +97,7 @@ class RankFaults:
         return False
 
     def _pids(self) -> list[int]:
-        """The ranks' processes of now: the server has no other children."""
-        return sorted(self._server.look() - {self._server.process.pid})
+        """The ranks' processes of now."""
+        self._server.look()
+        ranks: Any = self._client.health()["ranks"]
+        return [facts["pid"] for facts in ranks]

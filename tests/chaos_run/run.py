@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ from chaos_run.weights import tensors_of
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.sampling_params import SamplingParams
 
+LONGEST_SECONDS = 60.0
+"""For faults of all kinds wanted to have come."""
+_POLL_SECONDS = 0.05
 WARM_UPDATES = 3
 """Before the run: what is kept of weights goes through two buffers in turn, and one more while it changes."""
 
@@ -33,6 +37,8 @@ class ChaosOptions:
     """What to run."""
 
     seconds: float
+    until: tuple[str, ...] = ()
+    """Kinds of faults that the run goes on for, after its seconds; the beginning of a name will do."""
     seed: int
     layout: str = "dense"
     updates: bool = True
@@ -62,6 +68,10 @@ class ChaosReport:
     failures: list[str] = field(default_factory=list)
     evidence: list[dict[str, Any]] = field(default_factory=list)
 
+    def lacking(self, kinds: Iterable[str]) -> list[str]:
+        """Those of the kinds, or beginnings of kinds, that no fault was of."""
+        return lacking(self.faults, kinds)
+
     @property
     def passed(self) -> bool:
         """Whether nothing is wrong."""
@@ -70,6 +80,11 @@ class ChaosReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self) | {"passed": self.passed}
+
+
+def lacking(faults: Mapping[str, int], kinds: Iterable[str]) -> list[str]:
+    """Those of the kinds, or beginnings of kinds, that no fault was of."""
+    return [kind for kind in kinds if not any(faults[name] for name in faults if name.startswith(kind))]
 
 
 def run_chaos(options: ChaosOptions, folder: Path) -> ChaosReport:
@@ -160,15 +175,25 @@ class _Run:
 
     def wait(self) -> None:
         """Let it go on for its time, and everything come to its end."""
-        self._done.wait(self._options.seconds)
+        options = self._options
+        end = time.monotonic() + options.seconds + LONGEST_SECONDS
+        self._done.wait(options.seconds)
+        while lacking(self.faults, options.until) and time.monotonic() < end:
+            self._done.wait(_POLL_SECONDS)
         self._done.set()
-        seconds = self._options.answer_seconds
+        seconds = options.answer_seconds
         if self.rank_faults is not None:
             self.rank_faults.join(seconds)
         self.disturber.join(seconds)
         self.mortals.join(seconds)
         for client in self.traffic:
             client.join(seconds)
+
+    @property
+    def faults(self) -> Counter[str]:
+        """Survived so far, by kind."""
+        ranks = Counter[str]() if self.rank_faults is None else self.rank_faults.faults
+        return self.disturber.faults + ranks + Counter(client_killed=self.mortals.num_killed)
 
     def verdict(self) -> Verdict:
         asked = [one for client in self.traffic for one in client.asked]
@@ -192,16 +217,14 @@ class _Run:
 
     def tell(self, report: ChaosReport, verdict: Verdict) -> None:
         """Write the outcome into the report."""
-        faults: Counter[str] = self.disturber.faults + Counter(client_killed=self.mortals.num_killed)
         report.failures += self.disturber.wrong + self.mortals.wrong + verdict.wrong
         if self.rank_faults is not None:
-            faults += self.rank_faults.faults
             report.failures += self.rank_faults.wrong
             report.idle_rank_faults = self.rank_faults.num_idle
             if self.rank_faults.recovery_seconds:
                 seconds = self.rank_faults.recovery_seconds
                 report.figures |= {"recovery_p50_s": float(np.median(seconds)), "recovery_max_s": max(seconds)}
-        report.faults = dict(sorted(faults.items()))
+        report.faults = dict(sorted(self.faults.items()))
         report.requests, report.answered_once = verdict.requests, verdict.answered_once
         report.bit_equal, report.evidence = verdict.bit_equal, verdict.evidence[:20]
         names = ("aborted", "tokens", "partial_streams", "scores", "updated_in_flight")

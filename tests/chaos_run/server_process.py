@@ -17,7 +17,7 @@ from chaos_run.layouts import Layout
 
 MARK = "ZEROKL_CHAOS_RUN"
 """Environment variable that a server's descendants inherit, whatever becomes of their parents."""
-LIMITS = {"heartbeat_seconds": 0.5, "session_seconds": 5.0}
+LIMITS = {"heartbeat_seconds": 0.5, "session_seconds": 3.0}
 END_SECONDS = 30.0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chaos_run.breached_server import BREACHES
 from chaos_run.layouts import LAYOUTS
 from chaos_run.run import ChaosOptions, ChaosReport, run_chaos
 from chaos_run.traffic import Asked, streamed_wrong
@@ -19,43 +20,53 @@ from chaos_run.verdict import Verdict, compare, count_answers
 from zerokl.rollout.client_calls import TokenChunk
 from zerokl.rollout.sampling_params import SamplingParams
 
+CHANGES = ("pause", "update", "broken_update", "trainer_killed", "client_killed", "rank_kill", "rank_stop")
 
-def expect_faults(report: ChaosReport, *kinds: str) -> None:
-    """The run passed, and these were among what it survived."""
+
+def expect_survived(report: ChaosReport, kinds: tuple[str, ...]) -> None:
+    """The run passed, and faults of these kinds were among what it survived."""
     assert report.failures == [] and report.leaks == [], report.evidence
-    assert report.requests == report.answered_once == report.bit_equal > 50
-    assert [kind for kind in kinds if not any(name.startswith(kind) for name in report.faults)] == []
+    assert report.requests == report.answered_once == report.bit_equal > 0
+    assert report.lacking(kinds) == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_short_run(layout: str, tmp_path: Path) -> None:
-    report = run_chaos(ChaosOptions(seconds=4.0, seed=1, layout=layout), tmp_path)
-    expect_faults(report, "pause", "update", "broken_update", "trainer_killed", "client_killed", "rank_kill")
+def test_a_short_run(tmp_path: Path) -> None:
+    options = ChaosOptions(seconds=3.0, until=CHANGES, seed=1, layout="moe")
+    expect_survived(run_chaos(options, tmp_path), CHANGES)
 
 
 def test_a_short_run_without_updates_is_the_undisturbed_one(tmp_path: Path) -> None:
-    report = run_chaos(ChaosOptions(seconds=3.0, seed=2, updates=False), tmp_path)
-    expect_faults(report, "pause", "abort", "client_killed", "rank_kill")
+    kinds = ("pause", "abort", "client_killed", "rank_kill")
+    report = run_chaos(ChaosOptions(seconds=3.0, until=kinds, seed=2, updates=False), tmp_path)
+    expect_survived(report, kinds)
     assert not any("update" in kind for kind in report.faults)
 
 
-def test_a_lost_answer_a_segment_and_a_process_left_behind_are_found(tmp_path: Path) -> None:
-    breach = "drops_an_answer,leaks_a_segment,leaks_a_process"
+def test_breaches_are_found(tmp_path: Path) -> None:
+    """A lost answer, a segment and a process left behind, and KV of a lost rank that is taken to be there."""
     options = ChaosOptions(
-        seconds=2.0, seed=3, updates=False, rank_faults=False, breach=breach, answer_seconds=3.0, idle_seconds=3.0
+        seconds=1.0,
+        until=("rank_kill",),
+        seed=3,
+        updates=False,
+        breach=",".join(BREACHES),
+        answer_seconds=3.0,
+        idle_seconds=3.0,
     )
     report = run_chaos(options, tmp_path)
-    assert report.answered_once < report.requests
+    assert report.bit_equal < report.answered_once < report.requests
     assert [line for line in report.failures if "were not answered once" in line]
-    assert [leak.split("-")[0] for leak in report.leaks if leak.startswith("segment")] == ["segment /zerokl"]
-    assert len([leak for leak in report.leaks if leak.startswith("process")]) == 1
+    assert [line for line in report.failures if "are not those of a fresh engine" in line]
+    assert sorted(leak.split()[0] for leak in report.leaks if leak.startswith(("segment /", "process "))) == [
+        "process",
+        "segment",
+    ]
 
 
-def test_a_recovery_that_keeps_what_a_lost_rank_had_computed_is_found(tmp_path: Path) -> None:
-    options = ChaosOptions(seconds=3.0, seed=4, updates=False, breach="keeps_computed_tokens")
-    report = run_chaos(options, tmp_path)
-    assert report.answered_once == report.requests > report.bit_equal
-    assert report.evidence and report.faults["rank_kill"] > 0
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_minute(layout: str, tmp_path: Path) -> None:
+    expect_survived(run_chaos(ChaosOptions(seconds=60.0, until=CHANGES, seed=5, layout=layout), tmp_path), CHANGES)
 
 
 # -- the verdict itself -----------------------------------------------------------------------------------------------

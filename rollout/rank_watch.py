@@ -91,6 +91,9 @@ class RankWatch:
             for child in current:
                 if child.heartbeat in ready and child.take_heartbeats():
                     self._supervision.heard(child.rank, now)
+            for child in current:
+                if child.is_stopped:
+                    self._supervision.stopped(child.rank, now)
             ended = [child for child in current if child.pidfd in ready]
             for child in ended:
                 self._supervision.ended(child.rank)

@@ -59,6 +59,11 @@ class Supervision:
             self._due[rank] = now + self._heartbeat_timeout
             self._has_begun[rank] = True
 
+    def stopped(self, rank: int, now: float) -> None:
+        """The rank's process was found stopped. One that is starting has no longer than another, then."""
+        if rank in self._due and not self._has_begun[rank]:
+            self._due[rank] = min(self._due[rank], now + self._heartbeat_timeout)
+
     def ended(self, rank: int) -> None:
         """The rank's process has ended: nothing more is expected of it."""
         self._due.pop(rank, None)
@@ -80,8 +85,7 @@ class Supervision:
         faults: dict[int, Fault] = {}
         for rank, due in self._due.items():
             if now >= due:
-                seconds = self._heartbeat_timeout if self._has_begun[rank] else START_SECONDS
-                faults[rank] = Fault(kind="stall", text=f"it gave no sign of life for {seconds:g} s")
+                faults[rank] = Fault(kind="stall", text="it was stopped, or stuck: it gave no sign of life")
         if self._step_end is not None and now >= self._step_end:
             text = f"its step did not end within {self._step_seconds:g} s"
             late = [rank for rank in unanswered if rank in self._due and rank not in faults]

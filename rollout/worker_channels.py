@@ -45,6 +45,8 @@ class Channels:
         self._sequence = 0
         self._closed = False
         self._sockets: list[zmq.Socket[bytes]] = []
+        self.silent: set[int] = set()
+        """Ranks whose processes have not said Hello."""
         self._children: list[WorkerChild] = []
         self._poller = zmq.Poller()
 
@@ -60,15 +62,14 @@ class Channels:
     def attach(self, child: WorkerChild) -> None:
         """Watch the process that is at the other end of its rank's socket; in rank order at first."""
         self._children[child.rank : child.rank + 1] = [child]
+        self.silent.add(child.rank)
         for source in (self._sockets[child.rank], child.pidfd, child.output):
             self._poller.register(source, zmq.POLLIN)
 
-    def greet(self, ranks: Collection[int]) -> None:
-        """Wait until the other ends are up. Raises WorkerDiedError as `exchange`."""
+    def greet(self) -> None:
+        """Wait until all other ends are up. Raises WorkerDiedError as `exchange`."""
         with self.lock:
-            for hello in self._receive(ranks, 0).values():
-                if not isinstance(hello, Hello):
-                    raise WorkerError(f"expected Hello from the worker, got {type(hello).__name__}")
+            self._receive(set(self.silent), 0)
 
     def exchange(
         self, orders: Mapping[int, Message], enough: Callable[[Message], bool] | None = None
@@ -127,7 +128,7 @@ class Channels:
                     if child.output in events and not child.forward_output() and child.output in self._poller:
                         self._poller.unregister(child.output)  # end of file: it would be reported readable for ever
                     if socket in events:
-                        reply = self._answer(socket, expected)
+                        reply = self._answer(rank, expected)
                         if reply is not None and rank in self.awaited:
                             replies[rank] = reply
                             self.awaited -= {rank}
@@ -139,14 +140,18 @@ class Channels:
         finally:
             self.awaited = frozenset()
 
-    def _answer(self, socket: zmq.Socket[bytes], expected: int) -> Message | None:
+    def _answer(self, rank: int, expected: int) -> Message | None:
         """The next message of a socket that has one; None for a late answer to an exchange that was left early."""
         try:
-            sequence, reply = decode(socket.recv_multipart())
+            sequence, reply = decode(self._sockets[rank].recv_multipart())
         except WireError as error:
             raise WorkerError(f"the worker sent what is no message: {error}") from error
         if sequence > self._sequence:
             raise WorkerError(f"the worker answered message {sequence}, the last one sent was {self._sequence}")
+        if rank in self.silent:
+            if not isinstance(reply, Hello):
+                raise WorkerError(f"expected Hello from the worker, got {type(reply).__name__}")
+            self.silent.remove(rank)
         return reply if sequence == expected else None
 
 
@@ -175,20 +180,26 @@ class WorkerLink:
             undo.callback(self._close_watch)
             self._undo = undo.pop_all()
 
-    def start(self, ranks: Collection[int]) -> None:
+    def start(self, ranks: Collection[int]) -> set[int]:
         """Start a process for each of these ranks, in place of one that has ended, and wait until they are up.
 
-        Raises WorkerDiedError when any rank ends meanwhile, WorkerError when the link is being closed.
+        Those that were started before and did not come so far are replaced too; returns all that are new. Raises
+        WorkerDiedError when any rank ends meanwhile, WorkerError when the link is being closed.
         """
         self.forget_folder()
+        unborn = self.steps.silent | self.staging.silent
+        for rank in unborn:
+            self.children[rank].end()
+        ranks = {*ranks, *unborn}
         self.folder = _private_folder()
         with self.steps.lock, self.staging.lock:
             for channels in (self.steps, self.staging):
                 channels.bind(self.folder, ranks)
             for rank in sorted(ranks):
                 self._start(rank)
-        self.steps.greet(ranks)
-        self.staging.greet(ranks)
+        self.steps.greet()
+        self.staging.greet()
+        return ranks
 
     def _start(self, rank: int) -> None:
         if self._closing:

@@ -81,6 +81,14 @@ class WorkerChild:
         with self._lock:
             return self.process.poll() is not None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process, and none has let it go on."""
+        with self._lock, suppress(ChildProcessError):  # it has just ended
+            if self.process.poll() is None:
+                return os.waitid(os.P_PIDFD, self.pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        return False
+
     def condemn(self, fault: Fault) -> None:
         """Kill a process that is of no use any more, stopped ones included; `raise_death` says why."""
         with self._lock:

@@ -274,7 +274,7 @@ class RankProcesses(_Processes):
 
         The new ones have no weights yet, and experts are where `placement` says (empty: where they are at first).
         """
-        self._link.start(ranks)
+        ranks = self._link.start(ranks)
         with self._link.step_of(self._num_tokens):  # the others may be at their part of one that is given up
             self._configure(set(range(self.size)) - set(ranks), placement)
         self._configure(ranks, placement)

@@ -41,7 +41,9 @@ def test_a_rank_that_falls_silent_is_lost_in_time_and_said_once() -> None:
     watched = Watched()
     assert watched.pass_time(60) == {}
     assert watched.pass_time(1.25, silent=(1,)) == {}
-    assert watched.pass_time(0.5, silent=(1,)) == {1: Fault(kind="stall", text="it gave no sign of life for 1.5 s")}
+    assert watched.pass_time(0.5, silent=(1,)) == {
+        1: Fault(kind="stall", text="it was stopped, or stuck: it gave no sign of life")
+    }
     assert watched.pass_time(60, silent=(1,)) == {}
     watched.rules.started(1, watched.now)
     assert watched.pass_time(60) == {}
@@ -52,6 +54,14 @@ def test_a_new_process_has_longer_until_it_is_first_heard_of() -> None:
     assert watched.pass_time(START_SECONDS - TICK, silent=(0,)) == {}
     faults = watched.pass_time(TICK, silent=(0,))
     assert {rank: fault.kind for rank, fault in faults.items()} == {0: "stall"}
+
+
+def test_a_new_process_that_is_stopped_has_not() -> None:
+    watched = Watched()
+    for _ in range(6):
+        assert watched.pass_time(TICK, silent=(0,)) == {}
+        watched.rules.stopped(0, watched.now)
+    assert list(watched.pass_time(2 * TICK, silent=(0,))) == [0]
 
 
 def test_one_that_has_ended_is_not_missed() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exactness_harness import differing
+from exactness_harness import differing, differing_places
 from span_replay import PROVENANCE, STREAMED, VALUES, Difference, differences
 
 from chaos_run.layouts import Layout
@@ -78,7 +78,12 @@ def compare(
             if version:
                 plain.update_weights(tensors_of(model, version))
             else:
-                _compare_scores(verdict, plain, scored)
+                wrong_scores = _compare_scores(verdict, plain, scored)
+            for score in wrong_scores:
+                places = _score_places(plain, score)
+                text = f"{len(places)} of {len(score.tokens) - 1} values, from {places[0]} on" if places else "none"
+                if not version or not places:
+                    verdict.wrong.append(f"a score under the pinned weights differs from version {version}'s in {text}")
             for one in differences(plain, answers, version):
                 wrong.add(one.index)
                 verdict.evidence.append(evidence(one, answers[one.index]))
@@ -96,13 +101,19 @@ def compare(
         verdict.wrong.append(f"{len(wrong)} answers are not those of a fresh engine")
 
 
-def _compare_scores(verdict: Verdict, plain: RolloutEngine, scored: Sequence[Scored]) -> None:
+def _compare_scores(verdict: Verdict, plain: RolloutEngine, scored: Sequence[Scored]) -> list[Scored]:
+    """Hold scores against an engine that is at the pinned version; those that differ."""
     verdict.scores = len(scored)
     for one in scored:
         if one.error is not None:
             verdict.wrong.append(f"a score was not answered: {one.error}")
-        elif num := differing(one.logprobs, plain.score([one.tokens])[0][: len(one.logprobs)]):  # abort_all cuts it
-            verdict.wrong.append(f"a score has {num} values that are not a fresh engine's")
+    return [one for one in scored if one.error is None and _score_places(plain, one)]
+
+
+def _score_places(plain: RolloutEngine, scored: Scored) -> list[int]:
+    (expected,) = plain.score([scored.tokens])
+    places: list[int] = differing_places(scored.logprobs, expected[: len(scored.logprobs)]).tolist()  # abort_all cuts it
+    return places
 
 
 def _unlike_undisturbed(client: RolloutClient, answers: Sequence[Rollout]) -> Iterator[int]:

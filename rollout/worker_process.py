@@ -35,8 +35,10 @@ _STAGING_NICE = 10
 def main() -> None:
     """Entry point, once `worker_life` has begun; the first arguments are the folder of the sockets and the rank."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-    # Ctrl-C in a terminal reaches every process of the group; what it means for the worker is the parent's decision.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C in a terminal, or the end of a service, reaches every process of the group; what it means for the worker is
+    # the parent's decision.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_SECONDS)
     with zmq.Context() as context, context.socket(zmq.PAIR) as steps, context.socket(zmq.PAIR) as staging:
         for socket, name in ((steps, STEPS), (staging, STAGING)):

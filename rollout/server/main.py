@@ -3,8 +3,9 @@
     rollout-server --model DIR --bind tcp://127.0.0.1:5757
     rollout-server keygen DIR --client trainer
 
-SIGTERM and SIGINT end it: calls in flight may finish for --drain-seconds, what is left is aborted and comes back with
-the tokens so far. Exit status 0 then, 2 for wrong options, 3 where the endpoint is taken.
+SIGTERM and SIGINT end it: calls in flight may finish for --drain-timeout, what is left is aborted and comes back with
+the tokens so far, which clients have 2 seconds to fetch; a step that is not done after 5 more is cut off where ranks
+are processes. Exit status 0 then, 2 for wrong options, 3 where the endpoint is taken.
 """
 
 from __future__ import annotations
@@ -21,10 +22,18 @@ from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.server.keys import ServerKeys, write_keys
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.sockets import EndpointTakenError, RolloutServer
+from zerokl.rollout.validation import check_float
 
 SWITCH_SECONDS = 0.0005
 """How long one thread may keep the interpreter while another waits: a message must not wait long for the engine's."""
 _ENDPOINT_TAKEN = 3
+_MAX_RANK_RESTARTS = 16
+_TIMEOUTS = {
+    "rank_heartbeat_timeout": "seconds without a sign of life of a rank that is a process",
+    "step_timeout_base": "seconds that a step may take",
+    "step_timeout_per_token": "seconds more for each of its tokens",
+}
+"""Options of EngineConfig by name; where they are left out, its defaults."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,13 +62,16 @@ def _keygen(arguments: list[str]) -> int:
 def _serve(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    options = {"model": args.model, "data_parallel_size": args.ranks, **dict(map(_option, args.set))}
+    options = {"model": args.model, "data_parallel_size": args.ranks, "max_rank_restarts": args.max_rank_restarts}
+    options |= {name: value for name in _TIMEOUTS if (value := getattr(args, name)) is not None}
+    options |= dict(map(_option, args.set))
+    check_float("drain-timeout", args.drain_timeout, "seconds >= 0", 0.0)
     config = EngineConfig.from_dict(options)
     limits = ServerLimits(**{name: json.loads(value) for name, value in map(_pair, args.limit)})
     keys = None if args.keys is None else ServerKeys.load(args.keys)
     with RolloutServer(args.bind, keys=keys, limits=limits) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop(args.drain_seconds))
+            signal.signal(number, lambda *_: server.stop(args.drain_timeout))
         from zerokl.rollout.engine import RolloutEngine  # once the endpoint is ours: it loads kernels
 
         with RolloutEngine(config) as engine:
@@ -79,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=1, help="data parallel ranks, a process each where several")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of EngineConfig")
     parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="a bound of ServerLimits")
-    parser.add_argument("--drain-seconds", type=float, default=10.0, help="for calls in flight at the end")
+    parser.add_argument("--drain-timeout", type=float, default=10.0, help="seconds for calls in flight at the end")
+    restarts = f"ranks lost that are replaced, where ranks are processes (default {_MAX_RANK_RESTARTS})"
+    parser.add_argument("--max-rank-restarts", type=int, default=_MAX_RANK_RESTARTS, help=restarts)
+    for name, text in _TIMEOUTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 

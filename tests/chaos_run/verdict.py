@@ -72,18 +72,13 @@ def compare(
     """Hold all answers against a fresh one-rank engine, brought to each version in turn, and against an undisturbed
     server of the same layout if one is given."""
     answers = [rollout for one in asked for answer in one.answers for rollout in answer]
-    wrong: set[int] = set()
+    wrong = {index for index, rollout in enumerate(answers) if not _can_be_held(rollout, last_version)}
+    unlike: Sequence[Scored] = ()
     with layout.plain_engine(model) as plain:
         for version in range(last_version + 1):
             if version:
                 plain.update_weights(tensors_of(model, version))
-            else:
-                wrong_scores = _compare_scores(verdict, plain, scored)
-            for score in wrong_scores:
-                places = _score_places(plain, score)
-                text = f"{len(places)} of {len(score.tokens) - 1} values, from {places[0]} on" if places else "none"
-                if not version or not places:
-                    verdict.wrong.append(f"a score under the pinned weights differs from version {version}'s in {text}")
+            unlike = _compare_scores(verdict, plain, scored if not version else unlike, version)
             for one in differences(plain, answers, version):
                 wrong.add(one.index)
                 verdict.evidence.append(evidence(one, answers[one.index]))
@@ -92,6 +87,7 @@ def compare(
                     verdict.wrong.append(f"a client that died had been told other values: {one}")
     if undisturbed is not None:
         wrong |= set(_unlike_undisturbed(undisturbed, answers))
+    verdict.scores = len(scored)
     verdict.bit_equal = verdict.answered_once - len(wrong)
     verdict.aborted = sum(one.finish_reason == "abort" for one in answers)
     verdict.tokens = sum(len(one.token_ids) for one in answers)
@@ -101,19 +97,34 @@ def compare(
         verdict.wrong.append(f"{len(wrong)} answers are not those of a fresh engine")
 
 
-def _compare_scores(verdict: Verdict, plain: RolloutEngine, scored: Sequence[Scored]) -> list[Scored]:
-    """Hold scores against an engine that is at the pinned version; those that differ."""
-    verdict.scores = len(scored)
+def _can_be_held(rollout: Rollout, last_version: int) -> bool:
+    """Whether all of it is of versions that served, and only an abort ended it before its first token."""
+    versions = rollout.policy_versions
+    return bool(((versions >= 0) & (versions <= last_version)).all()) and (
+        len(versions) > 0 or rollout.finish_reason == "abort"
+    )
+
+
+def _compare_scores(verdict: Verdict, plain: RolloutEngine, scored: Sequence[Scored], version: int) -> list[Scored]:
+    """Hold scores against an engine that is at a version, which must be the pinned one, 0; gives those that differ.
+
+    Of those that differ a later version may tell that they are its own.
+    """
+    unlike = []
     for one in scored:
         if one.error is not None:
             verdict.wrong.append(f"a score was not answered: {one.error}")
-    return [one for one in scored if one.error is None and _score_places(plain, one)]
-
-
-def _score_places(plain: RolloutEngine, scored: Scored) -> list[int]:
-    (expected,) = plain.score([scored.tokens])
-    places: list[int] = differing_places(scored.logprobs, expected[: len(scored.logprobs)]).tolist()  # abort_all cuts it
-    return places
+            continue
+        (expected,) = plain.score([one.tokens])
+        places = differing_places(one.logprobs, expected[: len(one.logprobs)])  # abort_all cuts it
+        if len(places):
+            unlike.append(one)
+        if len(places) and not version:
+            where = f"{len(places)} of {len(expected)} values, from {places[0]} on"
+            verdict.wrong.append(f"a score under the pinned weights is not theirs: {where}")
+        if not len(places) and version:
+            verdict.wrong.append(f"a score under the pinned weights is version {version}'s")
+    return unlike
 
 
 def _unlike_undisturbed(client: RolloutClient, answers: Sequence[Rollout]) -> Iterator[int]:

@@ -110,12 +110,13 @@ def test_one_changed_value_is_found(answered: tuple[Path, list[Asked]], column: 
     assert verdict.bit_equal == 11 and verdict.evidence[0]["places"][0] == 5
 
 
-def test_a_shortened_answer_a_missing_and_a_doubled_one_are_found(answered: tuple[Path, list[Asked]]) -> None:
+def test_short_missing_doubled_and_strange_answers_are_found(answered: tuple[Path, list[Asked]]) -> None:
     rollout = answered[1][0].answers[0][0]
     names = ("token_ids", "logprobs", "policy_logprobs", "entropy", "policy_versions")
     short = {name: getattr(rollout, name)[:8] for name in (*names, "steps", "phases", "cached_lens", "ranks")}
     assert judged(answered, replace(rollout, **short)).bit_equal == 11
     assert judged(answered, replace(rollout, **short, finish_reason="abort")).bit_equal == 12, "a prefix is right"
+    assert judged(answered, replace(rollout, policy_versions=rollout.policy_versions + 1)).bit_equal == 11
     assert judged(answered, ()).answered_once == 11
     doubled = [replace(answered[1][0], answers=answered[1][0].answers * 2)]
     assert count_answers(doubled).answered_once == 0

@@ -297,7 +297,7 @@ class RolloutEngine(WeightMethods, PauseMethods):
         return self._loop.at_boundary(self._ranks.describe).result()
 
     def close(self) -> None:
-        """Stop after the current step and free thread, worker and memory; idempotent.
+        """Stop after the current step, for which ranks that are processes have 5 seconds; free everything; idempotent.
 
         Calls in flight raise EngineClosedError.
         """

@@ -75,16 +75,18 @@ class RestartingRanks(RankProcesses):
         if isinstance(source, TensorWeights):
             source = kept.source
         try:
-            self._stage_again(source, version)
+            self._stage_on_all(source, version)
         except BaseException as error:
             self._kept.forget_staged(is_read=not isinstance(error, ValueError))
             raise
-        self._is_staged = True
 
-    def _stage_again(self, source: WeightSource, version: int) -> None:
+    def _stage_on_all(self, source: WeightSource, version: int) -> None:
         while True:
             try:
-                return super().stage_weights(source, version)
+                with self._link.staging.lock:  # a rank that is lost now is replaced by one that has them staged, or not
+                    super().stage_weights(source, version)
+                    self._is_staged = True
+                    return
             except WorkerDiedError:
                 if self._loop is None:
                     raise
@@ -134,7 +136,11 @@ class RestartingRanks(RankProcesses):
 
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
-        return self._surely(super().describe)
+        while True:
+            try:
+                return super().describe()
+            except WorkerDiedError:
+                self.heal()
 
     def watch(self, loop: LoopActions, lost: Callable[[Collection[int]], None]) -> None:
         """See Ranks."""
@@ -157,6 +163,7 @@ class RestartingRanks(RankProcesses):
 
     def _surely(self, order: Callable[[], Result]) -> Result:
         """Give an order until no rank is lost meanwhile. Where one is, the others may have carried it out or not."""
+        self.heal()
         while True:
             try:
                 return order()

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -47,6 +47,12 @@ SPREAD: dict[str, dict[str, Any]] = {
     },
 }
 RESTARTS = 1000
+
+
+def some_slow(quick: Sequence[Any], slow: Sequence[Any]) -> list[Any]:
+    """Parameters, some of which `make test-slow` alone tries."""
+    values = [one if isinstance(one, tuple) else (one,) for one in slow]
+    return [*quick, *(pytest.param(*one, marks=pytest.mark.slow) for one in values)]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +123,7 @@ def disturbed(engine: RolloutEngine, hits: list[tuple[int, int, signal.Signals]]
 
 
 # -- the same bits -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize("spread", some_slow(["1", "E2 x D2"], ["D2", "E2"]))
 def test_a_batch_is_the_same_whichever_ranks_die_in_it(
     engine_of: Callable[[str], RolloutEngine], expected: list[Rollout], spread: str
 ) -> None:
@@ -132,7 +138,7 @@ def test_a_batch_is_the_same_whichever_ranks_die_in_it(
     assert [rank["pid"] for rank in engine.describe_ranks()] == engine.rank_pids
 
 
-@pytest.mark.parametrize("spread", ["D2", pytest.param("E2 x D2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spread", some_slow(["D2"], ["E2 x D2"]))
 def test_a_rank_that_is_stopped_is_as_good_as_dead(
     engine_of: Callable[[str], RolloutEngine], expected: list[Rollout], spread: str
 ) -> None:
@@ -144,7 +150,7 @@ def test_a_rank_that_is_stopped_is_as_good_as_dead(
 
 @pytest.mark.parametrize(
     ("spread", "seed"),
-    [("E2", 0), ("D2", 1), *(pytest.param(s, n, marks=pytest.mark.slow) for s in SPREAD for n in range(10, 25))],
+    some_slow([("E2", 0), ("D2", 1)], [(spread, seed) for spread in SPREAD for seed in range(10, 25)]),
 )
 def test_a_batch_is_the_same_under_faults_at_any_moments(
     engine_of: Callable[[str], RolloutEngine], expected: list[Rollout], spread: str, seed: int
@@ -320,8 +326,17 @@ def dying_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, 
     return prepare
 
 
-@pytest.mark.parametrize("mode", ["wait", "keep", "in_place", "abort"])
-@pytest.mark.parametrize("method", ["stage_weights", "commit_weights"])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    some_slow(
+        [("stage_weights", "keep"), ("commit_weights", "wait"), ("stage_weights", "abort")],
+        [
+            ("stage_weights", "wait"),
+            ("stage_weights", "in_place"),
+            *(("commit_weights", mode) for mode in ("keep", "in_place", "abort")),
+        ],
+    ),
+)
 def test_an_update_in_which_a_rank_dies_comes_about_all_the_same(
     moe_model: Path, dying_in: Callable[[str, int], Callable[[], None]], mode: Any, method: str
 ) -> None:
@@ -381,7 +396,7 @@ def test_a_rank_lost_between_staging_and_commit_has_the_staged_weights_too(
     assert differences(expected, sampled(engine)) == NONE_DIFFER
 
 
-@pytest.mark.parametrize("method", ["rearrange_experts", "pin_weights", "sleep", "wake_up"])
+@pytest.mark.parametrize("method", some_slow(["rearrange_experts", "sleep"], ["pin_weights", "wake_up"]))
 def test_an_order_in_which_a_rank_dies_is_carried_out_on_all(
     moe_model: Path, tmp_path: Path, dying_in: Callable[[str, int], Callable[[], None]], method: str
 ) -> None:
@@ -476,8 +491,7 @@ def test_a_folder_that_has_changed_is_not_taken_for_what_was_in_it(moe_model: Pa
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("restarts", [0, RESTARTS])
-@pytest.mark.parametrize("spread", ["1", "E2"])
+@pytest.mark.parametrize(("spread", "restarts"), some_slow([("1", 0), ("E2", RESTARTS)], [("1", RESTARTS), ("E2", 0)]))
 def test_close_is_not_held_up_by_a_rank_that_is_stopped(
     moe_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restarts: int, spread: str
 ) -> None:

@@ -99,7 +99,7 @@ def test_the_requests_of_a_client_that_is_killed_are_reaped(tiny_model: Path, tm
             other.kill()
             wait_until(lambda: client.health()["num_running"] + client.health()["num_waiting"] == 0)
             metrics = client.metrics()
-            assert metrics["server_clients"] == 1 and metrics["server_queued_bytes"] == 0
+            assert metrics["server_clients"] == 1 and metrics["server_queued_bytes"] < 100  # this very call's
             assert metrics["finished_abort"] > 30
             assert len(client.generate([1, 2], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
 
@@ -132,6 +132,6 @@ def test_sigterm_ends_a_server_with_a_rank_that_does_nothing_within_its_bound(ti
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0  # 0.2 s of drain, 2 s for clients to fetch, 5 s for the step
             client.close()
-            with pytest.raises((EngineClosedError, ServerLostError)):
+            with pytest.raises((EngineClosedError, ServerLostError, ConnectionError)):
                 call()
         assert all(wait_for_end(pid) for pid in ranks) and segments_of(server.pid) == []

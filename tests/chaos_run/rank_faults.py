@@ -87,7 +87,7 @@ class RankFaults:
         self.faults["rank_blink"] += 1
 
     def _recovered(self, victims: list[int], restarts: float) -> bool:
-        """Whether new processes took the victims' places in time, and a step was computed since."""
+        """Whether new processes took the victims' places in time."""
         pause, deadline = threading.Event(), time.monotonic() + RECOVERY_SECONDS
         while time.monotonic() < deadline:
             metrics = self._client.metrics()

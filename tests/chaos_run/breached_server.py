@@ -16,17 +16,16 @@ from zerokl.rollout.server.main import main
 from zerokl.weight_sync.segments import OwnedSegment
 
 _FORGOTTEN: list[OwnedSegment] = []
-_DROPPED = 30
-"""Which answer to a `generate` is lost."""
+_DROPPED = "1-1-0"
+"""A request of the call whose answer is lost: the first one of traffic client 1."""
 
 
 def drops_an_answer() -> None:
     """One call is done and never answered."""
-    complete, left = dispatcher.Dispatcher.complete, [_DROPPED]
+    complete = dispatcher.Dispatcher.complete
 
     def lossy(self: dispatcher.Dispatcher, call: Any, outcome: Any) -> None:
-        left[0] -= int(call.kind == "generate")
-        if call.kind == "generate" and left[0] == 0:
+        if call.submission is not None and _DROPPED in call.submission.request_ids:
             call.is_answered = True
         complete(self, call, outcome)
 

@@ -12,7 +12,7 @@ EXTENSION_SOURCES := $(wildcard kernels/csrc/*) CMakeLists.txt pyproject.toml
 # Tests run with PYTHONSAFEPATH: the repository root must not be on sys.path, where the folder kernels/ would shadow a package of that name.
 RUN := PYTHONSAFEPATH=1 $(PY)
 
-.PHONY: help demo demo-tiny test test-slow test-long dev ext lint format bench kl-gate package-check clean
+.PHONY: help demo demo-tiny test test-slow test-long dev ext lint format bench kl-gate chaos package-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ bench: .venv/.installed-test ## the main benchmark: decode and prefill against t
 
 kl-gate: .venv/.installed-test ## every way to schedule a job against the trainer's forward: exactly 0, or it fails
 	$(PY) benchmarks/kl_gate.py
+
+chaos: .venv/.installed-test ## 10 minutes of faults on a real server; every answer is an undisturbed engine's, or it fails
+	$(PY) benchmarks/chaos.py
 
 package-check: .venv/.installed-test .venv/.installed-dev ## build wheel and sdist, install the wheel apart, compare with the folders
 	$(RUN) -m pytest -m package tests/packaging

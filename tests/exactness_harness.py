@@ -168,9 +168,15 @@ def score_differences(outcome: Outcome) -> dict[str, int]:
 
 def differing(left: NDArray[Any], right: NDArray[Any]) -> int:
     """Entries whose bits differ; a missing entry counts."""
-    size = min(len(left), len(right))
-    same = left[:size].view(np.uint32) == right[:size].view(np.uint32)
-    return int((~same).sum()) + max(len(left), len(right)) - size
+    return len(differing_places(left, right))
+
+
+def differing_places(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.int64]:
+    """Indices of the entries whose bits differ, or that one of the two misses."""
+    size, longest = sorted((len(left), len(right)))
+    differ = np.ones(longest, bool)
+    differ[:size] = left[:size].view(np.uint32) != right[:size].view(np.uint32)
+    return np.flatnonzero(differ)
 
 
 NONE_DIFFER = {"token_ids": 0, "logprobs": 0, "policy_logprobs": 0, "entropy": 0, "routing": 0}

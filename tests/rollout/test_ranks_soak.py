@@ -14,6 +14,7 @@ import pytest
 from exactness_harness import differing
 from leftovers import children_of, segments_of
 from ranks_engine import on_ranks, write_moe_model
+from span_replay import differences
 from tiny_engine import tiny_tensors, wait_until
 
 from zerokl.rollout.engine import RolloutEngine
@@ -204,40 +205,10 @@ def num_differing(plain: RolloutEngine, seen: Sequence[Seen], last: int, tensors
         else:
             for tokens, score in (score for one in seen for score in one.pinned_scores):
                 count += differing(score, plain.score([tokens])[0])
-        count += sum(differing_span(plain, rollout, version) for rollout in rollouts)
+        count += sum(one.count for one in differences(plain, rollouts, version))
         same = plain.score([tokens for tokens, _ in scores]) if scores else []
         unexplained -= {index for index, (_, score) in enumerate(scores) if differing(score, same[index]) == 0}
     return count + len(unexplained)
-
-
-def differing_span(plain: RolloutEngine, rollout: Rollout, version: int) -> int:
-    """Values of the rollout's span of a version that differ; routing too, where all is of that version."""
-    count = 0
-    if rollout.version_spans and (rollout.policy_versions == version).all():
-        (expected,) = regenerated(plain, rollout)
-        size = len(rollout.token_ids)
-        assert rollout.finish_reason == "abort" or size == len(expected.token_ids)
-        for name in ("token_ids", "logprobs", "policy_logprobs", "entropy"):
-            count += differing(getattr(rollout, name), getattr(expected, name)[:size])
-        if rollout.routing is not None:
-            assert expected.routing is not None and rollout.routing.start == expected.routing.start
-            length = len(rollout.prompt_token_ids) + size - 1 - rollout.routing.start
-            assert len(rollout.routing.experts) == length
-            for name in ("experts", "weights"):
-                ours, theirs = getattr(rollout.routing, name), getattr(expected.routing, name)[:length]
-                count += int((ours != theirs).sum())
-        return count
-    for start, end, of in rollout.version_spans:
-        if of == version:
-            (score,) = plain.score([rollout])
-            count += differing(score[start:end], rollout.policy_logprobs[start:end])
-    return count
-
-
-def regenerated(plain: RolloutEngine, rollout: Rollout) -> list[Rollout]:
-    """The same sample of the same prompt, by the plain engine."""
-    rollouts = plain.generate([rollout.prompt_token_ids], rollout.sampling_params)
-    return [one for one in rollouts if one.sample_index == rollout.sample_index]
 
 
 def whole(rollout: Rollout) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks_engine import on_ranks, write_moe_model
+from span_replay import cut
 
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.engine import RolloutEngine
@@ -35,17 +36,6 @@ def same_routing(first: Rollout, second: Rollout) -> None:
     assert first.routing.experts.dtype == second.routing.experts.dtype
     np.testing.assert_array_equal(first.routing.experts, second.routing.experts)
     np.testing.assert_array_equal(first.routing.weights, second.routing.weights)
-
-
-def cut(rollout: Rollout, size: int) -> Rollout:
-    """The rollout as an abort after `size` tokens would have left it."""
-    names = ("token_ids", "logprobs", "policy_logprobs", "entropy", "policy_versions")
-    columns = {name: getattr(rollout, name)[:size] for name in (*names, "steps", "phases", "cached_lens", "ranks")}
-    routing = rollout.routing
-    assert routing is not None
-    kept = len(rollout.prompt_token_ids) + size - 1 - routing.start
-    part = dataclasses.replace(routing, experts=routing.experts[:kept], weights=routing.weights[:kept])
-    return dataclasses.replace(rollout, **columns, routing=part, finish_reason="abort", text=None)
 
 
 def test_routing_travels_and_is_continued(routed: tuple[RolloutEngine, RolloutClient]) -> None:

@@ -3,9 +3,8 @@
     python trainer_host.py < lines of JSON > lines of JSON
 
 An order is {"seed", "version", "shapes", "die", "limit"}; a trainer publishes the tensors of `seed`. `die` is None,
-"reserve", "copy:n" (in the n-th copy), "hash:n" (after it), "publish" (when all is written, before it says so) or
-"sent". The answer is {"pid", "status", "published" (hex, or None), "error"}. A trainer that lives closes its publisher
-at the next order.
+"sent" (when it has said so) or one of those of `dying_trainer.arm`. The answer is {"pid", "status", "published" (hex,
+or None), "error"}. A trainer that lives closes its publisher at the next order.
 """
 
 from __future__ import annotations
@@ -13,49 +12,23 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zerokl.weight_sync import WeightPublisher, publisher, segments, shared_memory
+from zerokl.weight_sync import WeightPublisher
 from zerokl.weight_sync.errors import WeightSyncError
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-def die_now() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+from dying_trainer import arm, die_now
 
 
 def tensors_of(order: dict[str, Any]) -> dict[str, Any]:
     random = np.random.default_rng(order["seed"])
     return {name: (random.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in order["shapes"].items()}
-
-
-def arm(die: str | None) -> None:
-    """Replace the step that is to be the last one by its first half and death."""
-    step, _, number = (die or "").partition(":")
-    if step == "reserve":
-        reserve = segments._reserve
-        segments._reserve = lambda fd, size: (reserve(fd, size), die_now())
-    elif step in ("copy", "hash"):
-        whole, left = shared_memory._copy_and_hash, [int(number)]
-
-        def part(target: Any, source: Any, fill: Any) -> int:
-            left[0] -= 1
-            if not left[0] and step == "copy":
-                flat = target.reshape(-1)
-                flat[: flat.size // 2] = source.reshape(-1)[: flat.size // 2]
-                die_now()
-            digest = whole(target, source, fill)
-            if not left[0]:
-                die_now()
-            return digest
-
-        shared_memory._copy_and_hash = part
-    elif step == "publish":
-        write = publisher.write_tensors
-        publisher.write_tensors = lambda *given: (write(*given), die_now())
 
 
 def train(order: dict[str, Any], answers: int, hold: int) -> None:

@@ -1,6 +1,6 @@
 """The engine on one GPU: exactness and speed, in parts of a few minutes.
 
-    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c|sync|sanitize [--json]
+    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER]
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,

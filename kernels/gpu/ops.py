@@ -194,7 +194,8 @@ class GpuOps:
         assert self._layout is not None and self._inputs is not None
         if self._layout.num_entries("chunk_tiles"):
             return None
-        return self._layout.key(), general_sampling.needs_of(self._inputs.sampling)
+        batch = self._inputs.sampling
+        return self._layout.key(), None if heads.serves(batch) else general_sampling.needs_of(batch)
 
     def record(self, launches: Callable[[], None]) -> Any:
         """A `device.Graph` of the ops that `launches` calls for the step that has begun; it serves its kind."""
@@ -353,7 +354,7 @@ class GpuOps:
         Each option that some row has costs passes over the logits: see `general_sampling`.
         """
         assert self._inputs is not None and batch is self._inputs.sampling
-        draw = self._settle if heads.serves(batch) else self._sample_any
+        needs = None if heads.serves(batch) else general_sampling.needs_of(batch)
         rows, options = hidden.shape[0], int(sampling.NUM_OPTIONS)
         for first in range(0, rows, _ROWS_PER_PASS):
             last = min(first + _ROWS_PER_PASS, rows)
@@ -363,17 +364,16 @@ class GpuOps:
                 at["options"] = at["options"][first * options : last * options]
                 at["history_start"] = at["history_start"][first : last + 1]
                 at["bias_start"] = at["bias_start"][first : last + 1]
-            draw(hidden if whole else hidden[first:last], lm_head, at, self._results[first:last])
+            some, out = hidden if whole else hidden[first:last], self._results[first:last]
+            if needs is None:
+                self._settle(some, lm_head, at, out)
+            else:
+                general_sampling.sample(some, lm_head.weight, at, out, needs, self._take)
 
     def fetch(self, rows: int, *, want_raw: bool) -> FetchedSample:
         """Begin to copy the first rows of what was drawn last to the host."""
         size = rows * int(sampling.NUM_RESULTS)
         return FetchedSample(self._downloads.fetch(self._results, size), want_raw)
-
-    def _sample_any(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
-        assert self._inputs is not None
-        needs = general_sampling.needs_of(self._inputs.sampling)
-        general_sampling.sample(hidden, lm_head.weight, at, out, needs, self._take)
 
     def _settle(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
         rows, vocab = hidden.shape[0], lm_head.weight.shape[0]

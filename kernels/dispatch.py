@@ -118,16 +118,15 @@ def weight_packer(
     when its tensor is read.
     """
     cpu = _as_cpu_ops(ops)
-    if cpu is not None and type(cpu).__name__ == "CpuOps":  # a class made of it may pack otherwise
+    if cpu is not None and embeds_from_head(ops):
         return cpu.packer.next_set(stepping=stepping), NamedRows(tensors)
     return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
 def embeds_from_head(ops: EngineOps[Any]) -> bool:
     """Whether the `embedding` of `ops` takes what its packer's `pack_linear` made of a tied table."""
-    from zerokl.kernels.cpu.ops import CpuOps
-
-    return type(ops) is CpuOps  # as in weight_packer
+    # A class made of it may pack otherwise; its module, which needs the extension, need not be there.
+    return _as_cpu_ops(ops) is not None and type(ops).__name__ == "CpuOps"
 
 
 def fill_weights(values: NDArray[np.float32], out: NDArray[Any]) -> int:

@@ -38,8 +38,8 @@ class StepWatch:
         scheduler.update = self._apply
 
     # -- the loop's thread --------------------------------------------------------------------------------------------
-    def _apply(self, plan: Any, result: Any) -> Any:
-        finished = self._update(plan, result)
+    def _apply(self, plan: Any, results: Any, ahead: Any) -> Any:
+        finished = self._update(plan, results, ahead)
         self._count(plan)
         with self._changed:
             self._permits -= 1

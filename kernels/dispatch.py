@@ -86,17 +86,17 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
 
 
 def weight_packer(
-    ops: EngineOps[Any], tensors: Mapping[str, Any], stepping: Callable[[], bool]
+    ops: EngineOps[Any], tensors: Mapping[str, Any]
 ) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
     """What packs a new set of weights for `ops`, and `tensors` (arrays or RowStreams by name) in the form it takes.
 
-    `stepping` says whether another thread runs a step now. A value that is not finite raises NonFiniteWeightsError
-    when its tensor is read.
+    Another thread may run steps with `ops` meanwhile. A value that is not finite raises NonFiniteWeightsError when its
+    tensor is read.
     """
     from zerokl.kernels.cpu.ops import CpuOps
 
     if type(ops) is CpuOps:  # a class made of it may pack otherwise
-        return ops.packer.next_set(stepping=stepping), NamedRows(tensors)
+        return ops.packer.next_set(), NamedRows(tensors)
     return ops, WholeTensors(tensors)
 
 

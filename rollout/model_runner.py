@@ -107,7 +107,6 @@ class ModelRunner:
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
         self._spilled: SpilledSets | None = None
-        self._stepping = False
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
@@ -134,14 +133,9 @@ class ModelRunner:
             raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
-        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
-        try:
-            self._place.begin_step(order, self._pool)
-            hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
-            sampled = self._sample(hidden, weights, inputs)
-        finally:
-            self._stepping = False
-        return self._with_routing(sampled)
+        self._place.begin_step(order, self._pool)
+        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, self._pool)
+        return self._with_routing(self._sample(hidden, weights, inputs))
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
@@ -163,7 +157,7 @@ class ModelRunner:
             tensors = Overlay(tensors, self.live_tensors())
         else:
             check_tensors(tensors, self._config)
-        packer, operands = weight_packer(self._ops, tensors, lambda: self._stepping)
+        packer, operands = weight_packer(self._ops, tensors)
         params = build_params(
             packer,
             self._config,

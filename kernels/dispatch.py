@@ -85,9 +85,7 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
     ops.experts = SpreadExperts(group)
 
 
-def weight_packer(
-    ops: EngineOps[Any], tensors: Mapping[str, Any]
-) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
+def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
     """What packs a new set of weights for `ops`, and `tensors` (arrays or RowStreams by name) in the form it takes.
 
     Another thread may run steps with `ops` meanwhile. A value that is not finite raises NonFiniteWeightsError when its

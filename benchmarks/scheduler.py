@@ -8,9 +8,11 @@ step some waiting and running requests are aborted, so that others join: those a
 free, those behind them hit cached prefixes. The garbage collector is as an engine has it.
 
 There is no model: ranks answer with constants. `intake_per_s`: requests from another thread through `EngineLoop.submit`
-into the scheduler, while the loop plans and steps 256 others as fast as it can. `paced_intake_per_s`: what arrives in
-the scheduler of 10,000 requests per second, handed over 8 at a time beside 1,024 that decode, `paced_submit_p99_ms`
-what a hand-over takes and `paced_plan_ms` the loop's plans meanwhile (both wait for the interpreter too).
+into the scheduler, while the loop plans and steps 256 others as fast as it can. Then requests are due 10,000 times per
+second, handed over 8 at a time beside 1,024 that decode: `paced_intake_per_s` is the rate at which they come into the
+scheduler, the slope of their number over time, `paced_lag_*_ms` how long after they were due (a step or so, if the loop
+keeps up), `paced_submit_p99_ms` what a hand-over takes and `paced_plan_ms` the loop's plans meanwhile (both wait for
+the interpreter too).
 `result_p99_ms`: from the end of the forward that finished a request to the moment its caller's thread has it, while a
 head that needs a whole pool waits; forwards take 2 ms, in which the interpreter is free, as it is while kernels run.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from machine_facts import machine_facts
+from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.config import SchedulerConfig
@@ -65,7 +68,7 @@ def main() -> None:
     print(json.dumps({**facts, **machine_facts()}))
 
 
-def milliseconds(seconds: Sequence[float], percentile: float = 50) -> float:
+def milliseconds(seconds: Sequence[float] | NDArray[np.float64], percentile: float = 50) -> float:
     return round(float(np.percentile(seconds, percentile)) * 1e3, 3)
 
 
@@ -160,9 +163,14 @@ class ConstantRanks:
 
 
 class TimedScheduler(Scheduler):
-    """Keeps the seconds of each plan."""
+    """Keeps the seconds of each plan, and when each request came in."""
 
     plan_times: list[float]
+    added_at: list[float]
+
+    def add(self, request: Request, now: float = 0.0) -> None:
+        super().add(request, now)
+        self.added_at.append(time.perf_counter())
 
     def plan(self, now: float) -> StepPlan | Hold | None:
         start = time.perf_counter()
@@ -176,7 +184,7 @@ def start_loop(
 ) -> tuple[EngineLoop, TimedScheduler, ConstantRanks]:
     config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=2048)
     scheduler = TimedScheduler(config, [KVCacheManager(num_blocks, BLOCK) for _ in range(RANKS)])
-    scheduler.plan_times = []
+    scheduler.plan_times, scheduler.added_at = [], []
     scheduler.set_weights("policy", epoch=1, version=0)
     ranks: Any = ConstantRanks(forward_seconds)
     loop = EngineLoop(scheduler, ranks, WeightSets(ranks, scheduler), StopStrings(None), BLOCK, lambda: None)
@@ -214,17 +222,23 @@ def paced_intake(per_second: int, seconds: int) -> dict[str, float]:
         call(*(prompt(f"w{first + i}", first + i) for i in range(8))) for first in range(0, per_second * seconds, 8)
     ]
     scheduler.plan_times.clear()
+    scheduler.added_at.clear()
     submits, start = [], time.perf_counter()
-    for number, item in enumerate(calls):
-        time.sleep(max(0.0, start + number * 8 / per_second - time.perf_counter()))
+    due = start + np.arange(len(calls)) * 8 / per_second
+    for moment, item in zip(due.tolist(), calls, strict=True):
+        ahead = moment - time.perf_counter()
+        if ahead > 0:  # otherwise it would give the interpreter away
+            time.sleep(ahead)
         begin = time.perf_counter()
         loop.submit(item)
         submits.append(time.perf_counter() - begin)
     wait_for_intake(loop)
-    rate = len(calls) * 8 / (time.perf_counter() - start)
     loop.close()
+    added = np.array(scheduler.added_at)
     return {
-        "paced_intake_per_s": round(rate),
+        "paced_intake_per_s": round(float(np.polyfit(added - start, np.arange(len(added)), 1)[0])),
+        "paced_lag_p50_ms": milliseconds(added - np.repeat(due, 8)),
+        "paced_lag_p99_ms": milliseconds(added - np.repeat(due, 8), 99),
         "paced_submit_p99_ms": milliseconds(submits, 99),
         "paced_plan_ms": milliseconds(scheduler.plan_times),
     }

@@ -109,17 +109,15 @@ def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
     cpu.experts = SpreadExperts(group)
 
 
-def weight_packer(
-    ops: EngineOps[Any], tensors: Mapping[str, Any], stepping: Callable[[], bool]
-) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
+def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[WeightPacker[Any], Mapping[str, Any]]:
     """What packs a new set of weights for `ops`, and `tensors` (arrays or RowStreams by name) in the form it takes.
 
-    `stepping` says whether another thread runs a step now. A value that is not finite raises NonFiniteWeightsError
-    when its tensor is read.
+    Another thread may run steps with `ops` meanwhile. A value that is not finite raises NonFiniteWeightsError when its
+    tensor is read.
     """
     cpu = _as_cpu_ops(ops)
     if cpu is not None and embeds_from_head(ops):
-        return cpu.packer.next_set(stepping=stepping), NamedRows(tensors)
+        return cpu.packer.next_set(), NamedRows(tensors)
     return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 

@@ -118,7 +118,6 @@ class ModelRunner:
         self._staged: WeightSet | None = None
         self._sets: dict[str, WeightSet] = {}
         self._spilled: SpilledSets | HostedSets | None = None
-        self._stepping = False
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
@@ -148,14 +147,9 @@ class ModelRunner:
             return self.begin(order).result()
         inputs = order.inputs
         weights, pool = self._operands(inputs)
-        self._stepping = True  # weights that are staged meanwhile leave the thread pool alone
-        try:
-            self._place.begin_step(order, pool)
-            hidden = forward(self._forward_ops, weights.params, self._spec, inputs, pool)
-            sampled = self._sample(hidden, weights, inputs)
-        finally:
-            self._stepping = False
-        return self._with_routing(sampled)
+        self._place.begin_step(order, pool)
+        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, pool)
+        return self._with_routing(self._sample(hidden, weights, inputs))
 
     def begin(self, order: StepOrder) -> PendingStep:
         """`execute` on a GPU without waiting: further steps may be begun before the result is asked for.
@@ -201,7 +195,7 @@ class ModelRunner:
             tensors = Overlay(tensors, self.live_tensors())
         else:
             check_tensors(tensors, self._config)
-        packer, operands = weight_packer(self._ops, tensors, lambda: self._stepping)
+        packer, operands = weight_packer(self._ops, tensors)
         params = build_params(
             packer,
             self._config,

@@ -15,6 +15,7 @@ from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import Manifest, PublishedWeights, plan_layout, result_checksum
 from zerokl.weight_sync.segments import Attachment, OwnedSegment, reap_dead_segments
 from zerokl.weight_sync.shared_memory import Fill, check_rounding, fill, write_tensors
+from zerokl.weight_sync.tensor_spec import TensorSpec
 
 Span = tuple[int, int]
 
@@ -47,6 +48,9 @@ class WeightPublisher:
         self._next = 0
         self._closed = False
         self._fill = fill
+        self._described: Any = None
+        self._planned: tuple[tuple[TensorSpec, ...], int] = ((), 0)
+        """The layout of the complete set that is described so: a trainer's next one is laid out alike."""
         self._checksums: dict[str, int] = {}
         self._dtype = "float32"
         self._inexact = False
@@ -70,7 +74,7 @@ class WeightPublisher:
         """
         named = self._checked(tensors)
         check_rounding(dtype, named)
-        specs, total_bytes = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in named)
+        specs, total_bytes = self._layout(dtype, named)
         planned = Manifest(
             version=version, tensors=specs, total_bytes=total_bytes, inexact=bool(dtype) and inexact
         )  # refuses before a write
@@ -155,12 +159,20 @@ class WeightPublisher:
             return checksum_of(array)
         return self._fill(array.reshape(-1), np.empty(array.size, np.uint16))
 
+    def _layout(self, dtype: str | None, named: list[tuple[str, NDArray[Any]]]) -> tuple[tuple[TensorSpec, ...], int]:
+        """`plan_layout` of a complete set."""
+        described = dtype, [(name, array.dtype, array.shape) for name, array in named]
+        if described != self._described:
+            self._planned = plan_layout((name, dtype or array.dtype.name, array.shape) for name, array in named)
+            self._described = described
+        return self._planned
+
     def _write(self, planned: Manifest, arrays: list[NDArray[Any]]) -> PublishedWeights:
         segment = self._next_segment(planned.total_bytes)
         with segment.writing() as memory:
             written = write_tensors(memory, planned.tensors, arrays, self._fill)
         self._next = (self._next + 1) % len(self._segments)
-        return PublishedWeights(segment=segment.name, manifest=replace(planned, tensors=written))
+        return PublishedWeights(segment=segment.name, manifest=planned.with_checksums(written))
 
     def close(self) -> None:
         """Remove the segments; idempotent. Readers that have one open keep what they see."""

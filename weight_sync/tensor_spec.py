@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -79,9 +78,14 @@ class TensorSpec:
 
     def with_checksum(self, checksum: int) -> TensorSpec:
         """The same tensor with the checksum that its bytes were found to have."""
-        made = copy.copy(self)
-        object.__setattr__(made, "checksum", checksum)  # the other fields have been checked
+        made = object.__new__(TensorSpec)  # all other fields have been checked; `copy` takes ten times as long
+        for name in _FIELDS:
+            object.__setattr__(made, name, getattr(self, name))
+        object.__setattr__(made, "checksum", checksum)
         return made
+
+
+_FIELDS = tuple(field.name for field in fields(TensorSpec))
 
 
 def _check_spans(name: str, spans: object, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -44,26 +44,21 @@ class PackedGateUp:
     num_outputs: int
 
 
-def _never() -> bool:
-    return False
-
-
 class Packer:
-    """Packs piece by piece: on all threads of the pool or, while a step runs, on the calling thread alone.
+    """Packs piece by piece on the calling thread.
 
-    The pool serves one caller at a time: a step that begins meanwhile waits for one piece, some microseconds. The bits
-    are the same. Tensors are arrays or `RowStream`s; those that bear a name must be finite (NonFiniteWeightsError).
-    Not for use by several threads at once.
+    A piece lies in that thread's cache: to share it out over the pool takes longer. And the pool serves one caller at a
+    time, which is to be a step. Tensors are arrays or `RowStream`s; those that bear a name must be finite
+    (NonFiniteWeightsError). Not for use by several threads at once.
     """
 
-    def __init__(self, slabs: Slabs | None = None, *, stepping: Callable[[], bool] = _never) -> None:
+    def __init__(self, slabs: Slabs | None = None) -> None:
         self.slabs = Slabs() if slabs is None else slabs
-        self._stepping = stepping
 
-    def next_set(self, *, stepping: Callable[[], bool]) -> Packer:
-        """A packer for another set of weights, in the same memory. `stepping`: whether a step runs now."""
+    def next_set(self) -> Packer:
+        """A packer for another set of weights, in the same memory."""
         self.slabs.finish()
-        return Packer(self.slabs, stepping=stepping)
+        return Packer(self.slabs)
 
     def tensor(self, values: Operand) -> Floats:
         """A copy in the memory of packed weights."""
@@ -120,13 +115,13 @@ class Packer:
             if rows.dtype != others.dtype:
                 rows, others = _widened(rows), _widened(others)
             part = panels[start // _LANES : -(-stop // _LANES)]
-            if not _cpu.pack_gate_up(rows, others, part, not self._stepping()):
+            if not _cpu.pack_gate_up(rows, others, part, pool=False):
                 _refuse(gate if not np.isfinite(_widened(rows)).all() else up)
 
     def _pack_rows(self, source: RowStream, panels: Floats) -> None:
         for start, stop in _pieces(source, _COLUMNS):
             part = panels[start // _COLUMNS : -(-stop // _COLUMNS)]
-            if not _cpu.pack_linear(source.read(stop), part, not self._stepping()):
+            if not _cpu.pack_linear(source.read(stop), part, pool=False):
                 _refuse(source)
 
     def _copy_rows(self, source: RowStream, target: Floats) -> None:

@@ -69,6 +69,26 @@ def test_what_is_published_is_what_is_opened(data: st.DataObject) -> None:
         assert_same(opened_copy(publisher.publish(tensors, version=5)), tensors)
 
 
+def test_a_set_of_another_layout_than_the_one_before_is_laid_out_anew() -> None:
+    values = np.arange(6, dtype=np.float32)
+    sets: list[Tensors] = [
+        {"a": values, "b": -values},
+        {"a": values + 1, "b": -values},  # as before
+        {"a": values.reshape(2, 3), "b": -values},
+        {"a": values.reshape(2, 3), "c": -values},
+        {"c": -values, "a": values.reshape(2, 3)},
+        {"c": -values.astype(np.int32), "a": values.reshape(2, 3)},
+    ]
+    with WeightPublisher() as publisher:
+        for version, tensors in enumerate(sets):
+            assert_same(opened_copy(publisher.publish(tensors, version)), tensors)
+        rounded = publisher.publish(sets[0], 10, dtype="bfloat16").manifest
+        assert [(spec.dtype, spec.nbytes) for spec in rounded.tensors] == [("bfloat16", 12)] * 2
+        with pytest.raises(ManifestError, match="version"):
+            publisher.publish(sets[0], -1, dtype="bfloat16")
+        assert_same(opened_copy(publisher.publish(sets[0], 11)), sets[0])
+
+
 def test_strided_sources_are_laid_out_in_c_order() -> None:
     base = np.arange(3_000_000, dtype=np.float32).reshape(1500, 2000)
     tensors = {"transposed": base.T, "every other": base[::2, 1::3], "backwards": base[::-1]}

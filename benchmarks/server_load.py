@@ -41,7 +41,7 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.limits import ServerLimits
-from zerokl.rollout.server.main import SWITCH_SECONDS
+from zerokl.rollout.server.main import prefer_latency
 from zerokl.rollout.server.sockets import RolloutServer
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import LocalWorker
@@ -250,7 +250,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--latency"]:
         latency_main(sys.argv[2], *map(float, sys.argv[3:]))
         return
-    sys.setswitchinterval(SWITCH_SECONDS)  # as rollout-server does
+    prefer_latency()  # as rollout-server does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--clients", type=int, default=50)

@@ -180,7 +180,7 @@ def latency_main(endpoint: str, rate: float, seconds: float) -> None:
 
 
 def latencies(engine: Any, rate: float, seconds: float) -> list[tuple[float, float]]:
-    """(seconds that it took, seconds that it was made late) of requests that arrive at random times, `rate` a second."""
+    """(seconds it took, seconds it was made late) of requests that arrive at random times, `rate` a second."""
     rng = np.random.default_rng(0)
     arrivals = np.cumsum(rng.exponential(1.0 / rate, int(rate * seconds)))
     pause = threading.Event()

@@ -134,7 +134,8 @@ def _array(name: str, dtype: Any, shape: list[Any], frame: Frame) -> NDArray[Any
 
 @functools.lru_cache(maxsize=16)
 def _name_of(kind: np.dtype[Any]) -> str:
-    return kind.name  # which NumPy puts together anew each time, in microseconds
+    name: str = kind.name  # which NumPy puts together anew each time, in microseconds
+    return name
 
 
 def _bytes_of(array: NDArray[Any]) -> Frame:

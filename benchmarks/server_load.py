@@ -8,7 +8,9 @@ cpu_us_per_token       50 clients (in processes of their own, whose time does no
                        flight stream all tokens. CPU time of engine and server, less that of the same requests to an
                        engine in the process, over tokens.
 added_p99_ms           requests at 200 a second, for a few seconds each way: p99 of the latency over a socket, less p99
-                       in the process. Steps take 2 ms, as with a small model.
+                       in the process. Steps take 2 ms, as with a small model. `late_p99_ms` (over a socket, and in the
+                       process) is the load generator's own share, and not in the latency: how long after its time a
+                       request was made.
 max_queued_bytes       10,000 requests at once, while no step runs: the most that the server promised, and held.
 logprobs_cost_fraction interleaved pairs of packing and reading a stream's messages with and without the columns of
                        logprobs, over the stub engine's time for a token. The engine computes logprobs in any case:
@@ -41,7 +43,7 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.limits import ServerLimits
-from zerokl.rollout.server.main import SWITCH_SECONDS
+from zerokl.rollout.server.main import prefer_latency
 from zerokl.rollout.server.sockets import RolloutServer
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import LocalWorker
@@ -78,7 +80,9 @@ def make_engine(folder: str, num_seqs: int, worker: type[StubWorker] = StubWorke
     config = EngineConfig(
         model=folder, num_blocks=16_384, max_num_seqs=num_seqs, max_num_batched_tokens=16_384, num_threads=1
     )
-    return RolloutEngine(config, make_worker=worker)
+    engine = RolloutEngine(config, make_worker=worker)
+    prefer_latency()  # as rollout-server does
+    return engine
 
 
 def params(max_tokens: int) -> SamplingParams:
@@ -158,9 +162,15 @@ def measure_latency(folder: str, args: argparse.Namespace) -> dict[str, float]:
             command = [sys.executable, __file__, "--latency", server.endpoint, str(args.rate), str(args.seconds / 4)]
             done = subprocess.run(command, capture_output=True, check=True)
             remote += json.loads(done.stdout)
-    p99 = [1000 * float(np.quantile(values, 0.99)) for values in (local, remote)]
-    p50 = [1000 * float(np.quantile(values, 0.5)) for values in (local, remote)]
-    return {"added_p99_ms": p99[1] - p99[0], "added_p50_ms": p50[1] - p50[0], "in_process_p99_ms": p99[0]}
+    p50, p99 = ([1000 * np.quantile(values, share, axis=0) for values in (local, remote)] for share in (0.5, 0.99))
+    return {
+        "added_p99_ms": float(p99[1][0] - p99[0][0]),
+        "added_p50_ms": float(p50[1][0] - p50[0][0]),
+        "in_process_p50_ms": float(p50[0][0]),
+        "in_process_p99_ms": float(p99[0][0]),
+        "late_p99_ms": float(p99[1][1]),
+        "in_process_late_p99_ms": float(p99[0][1]),
+    }
 
 
 def latency_main(endpoint: str, rate: float, seconds: float) -> None:
@@ -169,23 +179,23 @@ def latency_main(endpoint: str, rate: float, seconds: float) -> None:
         print(json.dumps(latencies(client, rate, seconds)))
 
 
-def latencies(engine: Any, rate: float, seconds: float) -> list[float]:
-    """Seconds that each of the requests took which arrive at random times, `rate` a second."""
+def latencies(engine: Any, rate: float, seconds: float) -> list[tuple[float, float]]:
+    """(seconds it took, seconds it was made late) of requests that arrive at random times, `rate` a second."""
     rng = np.random.default_rng(0)
     arrivals = np.cumsum(rng.exponential(1.0 / rate, int(rate * seconds)))
     pause = threading.Event()
 
-    def one() -> float:
-        start = time.perf_counter()
+    def one(due: float) -> tuple[float, float]:
+        made = time.perf_counter()
         engine.generate([PROMPT], params(4))
-        return time.perf_counter() - start
+        return time.perf_counter() - made, made - due
 
     with ThreadPoolExecutor(64) as threads:
         start = time.perf_counter()
         futures = []
         for arrival in arrivals:
             pause.wait(max(0.0, start + arrival - time.perf_counter()))
-            futures.append(threads.submit(one))
+            futures.append(threads.submit(one, start + arrival))
         return [future.result() for future in futures]
 
 
@@ -250,7 +260,6 @@ def main() -> None:
     if sys.argv[1:2] == ["--latency"]:
         latency_main(sys.argv[2], *map(float, sys.argv[3:]))
         return
-    sys.setswitchinterval(SWITCH_SECONDS)  # as rollout-server does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--clients", type=int, default=50)

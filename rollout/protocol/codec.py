@@ -7,6 +7,7 @@ Arrays are little-endian, in C order. Those that come out of `decode` are read-o
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ Frame = bytes | memoryview
 def encode(message: Message) -> list[Frame]:
     """The message's frames; those of arrays share their memory."""
     arrays = {name: np.ascontiguousarray(array) for name, array in message.arrays.items()}
-    table = [(name, array.dtype.name, array.shape) for name, array in arrays.items()]
+    table = [(name, _name_of(array.dtype), array.shape) for name, array in arrays.items()]
     header: bytes = msgpack.packb(
         (PROTOCOL_VERSION, message.kind, message.call, message.seq, dict(message.body), table)
     )
@@ -129,6 +130,12 @@ def _array(name: str, dtype: Any, shape: list[Any], frame: Frame) -> NDArray[Any
         return array.reshape(shape)
     except ValueError:  # no bytes, but lengths that no array can have
         raise ProtocolError(f"{name}: {shape!r:.80} is not a shape") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _name_of(kind: np.dtype[Any]) -> str:
+    name: str = kind.name  # which NumPy puts together anew each time, in microseconds
+    return name
 
 
 def _bytes_of(array: NDArray[Any]) -> Frame:

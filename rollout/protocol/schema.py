@@ -65,7 +65,7 @@ class MessageKind:
             if array is None:
                 if not expected.optional:
                     raise ProtocolError(f"{kind}: array {name} is missing")
-            elif array.dtype.name != expected.dtype or array.ndim != expected.ndim:
+            elif array.dtype != expected.dtype or array.ndim != expected.ndim:
                 raise ProtocolError(
                     f"{kind}: array {name} must be {expected.dtype} of {expected.ndim} dimensions, "
                     f"got {array.dtype.name} of {array.ndim}"

@@ -18,7 +18,7 @@ import numpy as np
 from zerokl.rollout.control import Call
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError
 from zerokl.rollout.protocol.codec import Message
-from zerokl.rollout.protocol.failures import CallCancelledError
+from zerokl.rollout.protocol.failures import CallCancelledError, failure_of
 from zerokl.rollout.protocol.records import params_of_message, prompts_of_arrays, rollouts_from_wire, split
 from zerokl.rollout.server.answers import (
     describe_engine,
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from zerokl.rollout.engine import RolloutEngine
 
 _NUM_COMMAND_THREADS = 4
+_QUICK_BYTES = 8192
+"""Message and longest result of a call that is too small to be worth another thread's while."""
+_QUICK_PROMPTS = 4
 
 
 class EngineJobs:
@@ -61,6 +64,7 @@ class EngineJobs:
         self._uploads = Uploads(limits.max_upload_bytes)
         self._feeds: tuple[TokenFeed, ...] = ()
         self._intake = ThreadPoolExecutor(1, "zerokl-intake")
+        self._last_taken_in: Future[None] | None = None
         self._results = ThreadPoolExecutor(1, "zerokl-results")
         self._commands = ThreadPoolExecutor(_NUM_COMMAND_THREADS, "zerokl-command")
         self._begin: dict[str, Callable[[ServedCall, Message], None]] = {
@@ -96,8 +100,13 @@ class EngineJobs:
         self._unwatch = engine.watch_steps(self._collect)
 
     def start(self, call: ServedCall, message: Message) -> None:
-        """Begin a call, after all that were begun before."""
-        self._intake.submit(self._guard, call, partial(self._begin[message.kind], call, message))
+        """Begin a call, after all that were begun before; one that is soon begun before this returns."""
+        begin = partial(self._begin[message.kind], call, message)
+        is_idle = self._last_taken_in is None or self._last_taken_in.done()
+        if is_idle and call.nbytes <= _QUICK_BYTES and _is_soon_begun(message):
+            self._guard(call, begin)
+        else:
+            self._last_taken_in = self._intake.submit(self._guard, call, begin)
 
     def call_off(self, call: ServedCall) -> None:
         """Have a call end soon; its outcome is posted as ever."""
@@ -161,9 +170,16 @@ class EngineJobs:
         call.request_ids = submission.request_ids
         if "stream" in message.body and isinstance(submission.call, Call):
             call.feed.add(call.number, submission.call.requests, message.body["stream"])
-        submission.future.add_done_callback(
-            lambda _: self._results.submit(self._read, call, submission, partial(rollout_messages, call.number))
-        )
+        if call.nbytes <= _QUICK_BYTES:  # read by the server's thread when the message is made
+            submission.future.add_done_callback(
+                lambda _: self._conclude(call, submission, partial(_read_rollouts, call, submission))
+            )
+        else:
+            submission.future.add_done_callback(
+                lambda _: self._results.submit(
+                    self._conclude, call, submission, lambda: rollout_messages(call.number, submission.read())
+                )
+            )
 
     def _score(self, call: ServedCall, message: Message) -> None:
         body, arrays = message.body, message.arrays
@@ -177,15 +193,17 @@ class EngineJobs:
         call.submission = submission
         call.request_ids = submission.request_ids
         submission.future.add_done_callback(
-            lambda _: self._results.submit(self._read, call, submission, partial(score_messages, call.number))
+            lambda _: self._results.submit(
+                self._conclude, call, submission, lambda: score_messages(call.number, submission.read())
+            )
         )
 
-    def _read(
-        self, call: ServedCall, submission: Submission[Any], messages: Callable[[Any], Iterator[Message]]
+    def _conclude(
+        self, call: ServedCall, submission: Submission[Any], messages: Callable[[], Iterator[Message]]
     ) -> None:
         error = submission.future.exception()
         if error is None and not call.is_answered:
-            self._guard(call, lambda: self._post(call, messages(submission.read())))
+            self._guard(call, lambda: self._post(call, messages()))
         else:
             self._post(call, error or CallCancelledError("the call was given up"))
 
@@ -254,6 +272,24 @@ class EngineJobs:
                 call.update.give_up()
             elif call.future is not None:
                 call.future.cancel()
+
+
+def _is_soon_begun(message: Message) -> bool:
+    """Whether a call of few bytes is of few requests, too, and has no text to be tokenized."""
+    return (
+        message.kind == "generate"
+        and len(message.arrays["prompt_lens"]) <= _QUICK_PROMPTS
+        and not len(message.arrays["prompt_text"])
+        and all(fields.get("n", 1) == 1 for fields in message.body.get("sampling_params", ()))
+    )
+
+
+def _read_rollouts(call: ServedCall, submission: Submission[Any]) -> Iterator[Message]:
+    """The messages of a call's rollouts, which are read with the first of them."""
+    try:
+        yield from rollout_messages(call.number, submission.read())
+    except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it and the server go on
+        yield Message(kind="error", call=call.number, body=failure_of(error))
 
 
 def _sleep(engine: RolloutEngine, body: Any) -> None:

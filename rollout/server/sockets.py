@@ -70,6 +70,9 @@ class RolloutServer:
             self._zap = self._context.socket(zmq.REP)
             self._zap.bind(_ZAP_ENDPOINT)
             self._router = self._bind(endpoint)
+            self._poller = zmq.Poller()
+            for source in (self._router, self._zap, self._wake_fd):
+                self._poller.register(source, zmq.POLLIN)
             self._undo = undo.pop_all()
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         """Where it is bound; a port 0 is filled in."""
@@ -140,10 +143,7 @@ class RolloutServer:
         """Wait for something, and act on it."""
         now = time.monotonic()
         due = dispatcher.tick(now)
-        poller = zmq.Poller()
-        for source in (self._router, self._zap, self._wake_fd):
-            poller.register(source, zmq.POLLIN)
-        ready = dict(poller.poll(int(1000 * max(0.0, due - now)) + 1))
+        ready = dict(self._poller.poll(int(1000 * max(0.0, due - now)) + 1))
         if self._zap in ready:
             self._authenticate()
         if self._wake_fd in ready:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
 
+from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineAsleepError, PauseLiftedError
@@ -117,6 +118,22 @@ def test_wrong_arguments_raise_what_the_engine_raises(client: RolloutClient, cal
     with pytest.raises(ValueError, match=message):
         call(client)
     assert len(client.generate("a", LONG)[0].token_ids) == 60
+
+
+@pytest.mark.parametrize("max_tokens", [4, 250])  # read by the server's thread, or by one for results
+def test_a_result_that_cannot_be_read_leaves_the_server_serving(
+    client: RolloutClient, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(CallMaker, "rollouts", _unreadable)
+        with pytest.raises(OSError, match="unreadable"):
+            client.generate([1], params)
+    assert len(client.generate([1], params)[0].token_ids) == max_tokens
+
+
+def _unreadable(*_: Any) -> list[Rollout]:
+    raise OSError("unreadable")
 
 
 def test_control(client: RolloutClient, tiny_model: Path) -> None:

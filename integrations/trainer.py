@@ -136,7 +136,9 @@ class PolicyTrainer(ABC):
             cached_tokens=sum(rollout.num_cached_tokens for rollout in rollouts),
             reward_mean=float(rewards.mean()),
             reward_std=float(rewards.std()),
-            mismatch=self.engine.report_trainer_logprobs(rollouts, first_epoch.logprobs, version=version),
+            mismatch=self.engine.report_trainer_logprobs(
+                rollouts, _per_token(rollouts, first_epoch.logprobs), version=version
+            ),
             reference=reference_kl(np.concatenate(reference), rolled),
             entropy=first_epoch.entropy,
             loss=first_epoch.loss,
@@ -189,3 +191,10 @@ class _Epoch:
     logprobs: NDArray[np.float32]
     entropy: float
     loss: float
+
+
+def _per_token(rollouts: Sequence[Rollout], logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logprobs [R] of the sampled tokens among all T tokens of the rollouts: [T], 0 at those of tools."""
+    whole = np.zeros(sum(len(rollout.token_ids) for rollout in rollouts), np.float32)
+    whole[np.concatenate([rollout.generated for rollout in rollouts])] = logprobs
+    return whole

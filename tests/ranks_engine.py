@@ -85,11 +85,11 @@ class GatedRanks:
 @contextmanager
 def gated(engine: RolloutEngine) -> Iterator[GatedRanks]:
     """The engine's steps wait, until the context ends. No request is in flight at its begin."""
-    loop: Any = engine._loop
-    ranks = GatedRanks(loop._ranks)
-    loop._ranks = ranks
+    steps: Any = engine._loop._steps
+    ranks = GatedRanks(steps._ranks)
+    steps._ranks = ranks
     try:
         yield ranks
     finally:
         ranks.open()
-        loop._ranks = ranks._ranks
+        steps._ranks = ranks._ranks

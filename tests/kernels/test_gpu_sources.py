@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,19 @@ def test_paddle_is_imported_in_two_modules_of_the_gpu_path():
 def test_an_operator_is_found(line):
     """The control."""
     assert computations(f'"""Talks of paddle.matmul."""\n{line}\n')
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["zerokl.kernels.cpu._cpu"] = None
+from zerokl.kernels import dispatch
+ops = dispatch.get_ops("reference")
+assert not dispatch.embeds_from_head(ops)
+assert dispatch.weight_packer(ops, {})[0] is ops
+assert "zerokl.kernels.cpu.ops" not in sys.modules
+"""
+
+
+def test_other_devices_place_weights_without_the_extension():
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], check=True, env={**os.environ, **path})

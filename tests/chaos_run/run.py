@@ -151,6 +151,7 @@ def warm_up(client: RolloutClient, model: Path, *, updates: bool) -> None:
     client.pin_weights(PINNED)
     for _ in range(2):
         client.generate([[1, 2, 3]] * 8, SamplingParams(max_tokens=4))
+        client.score([[1, 2, 3]])
         client.pause_generation()
         client.resume_generation()
         client.reset_prefix_cache()

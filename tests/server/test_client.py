@@ -166,6 +166,7 @@ def test_aborts_come_back_with_tokens_and_can_be_resumed(gated: Any, tiny_model:
     for _ in range(5):
         worker.began.acquire()
         worker.gate.release()
+    worker.began.acquire()  # or the abort might come between two steps, and not be seen to wait
     abort = in_thread(lambda: client.abort(["x", "y"]))
     wait_until(lambda: gated[0]._loop._inbox.num_urgent > 0)
     worker.open()

@@ -118,7 +118,7 @@ def _disturb(
     status = server.end()
     report.leaks += left_behind(server)
     if status != 0:
-        report.failures.append(f"the server ended with {status}: {server.last_words()}")
+        report.failures.append(f"the server ended with {status}: {server.last_words(12_000)}")
     verdict = run.verdict()
     with ExitStack() as stack:
         undisturbed = None

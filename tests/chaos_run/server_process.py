@@ -41,6 +41,7 @@ class ServerProcess:
         for name, value in LIMITS.items():
             command += ["--limit", f"{name}={value}"]
         environment = {**os.environ, MARK: self._token, "TMPDIR": str(self.temporary), "PYTHONSAFEPATH": "1"}
+        environment["PYTHONFAULTHANDLER"] = "1"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
@@ -69,6 +70,8 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
         ended = wait_for_end(self.process.pid, END_SECONDS)
         if not ended:
+            self.process.send_signal(signal.SIGABRT)  # where its threads stand goes to the log
+            wait_for_end(self.process.pid)
             self.kill()
         status = self.process.wait()
         assert self.process.stdout is not None

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def server_process(model: Path, endpoint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A `rollout-server` that says that it serves; killed if the test leaves it running."""
-    command = [sys.executable, "-m", "zerokl.rollout.server.main", "--model", str(model), "--bind", endpoint]
+def server_process(
+    model: Path, endpoint: str, *options: str, program: Sequence[str] = ("-m", "zerokl.rollout.server.main")
+) -> Iterator[subprocess.Popen[str]]:
+    """A `rollout-server` that says that it serves; killed if the test leaves it running.
+
+    `program`: what Python is given to run it.
+    """
+    command = [sys.executable, *program, "--model", str(model), "--bind", endpoint]
     command += ["--set", "num_blocks=256", "--set", "block_size=8", "--set", "num_threads=1", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:

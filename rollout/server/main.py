@@ -5,12 +5,14 @@
 
 SIGTERM and SIGINT end it: calls in flight may finish for --drain-timeout, what is left is aborted and comes back with
 the tokens so far, which clients have 2 seconds to fetch; a step that is not done after 5 more is cut off where ranks
-are processes. Exit status 0 then, 2 for wrong options, 3 where the endpoint is taken.
+are processes. Exit status 0 then, 2 for wrong options, 3 where the endpoint is taken. Should the end take 30 seconds
+longer than the drain may, the stacks of all threads go to stderr and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import signal
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 _SWITCH_SECONDS = 0.0005
 _ENDPOINT_TAKEN = 3
+END_SECONDS = 30.0
+"""After the drain: longer than all the bounds of what then ends add up to."""
 _MAX_RANK_RESTARTS = 16
 _TIMEOUTS = {
     "rank_heartbeat_timeout": "seconds without a sign of life of a rank that is a process",
@@ -83,7 +87,7 @@ def _serve(arguments: list[str]) -> int:
     keys = None if args.keys is None else ServerKeys.load(args.keys)
     with RolloutServer(args.bind, keys=keys, limits=limits) as server, _metrics_server(args) as metrics:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop(args.drain_timeout))
+            signal.signal(number, lambda *_: _end(server, args.drain_timeout))
         from zerokl.rollout.engine import RolloutEngine  # once the endpoint is ours: it loads kernels
 
         with RolloutEngine(config) as engine:
@@ -93,7 +97,15 @@ def _serve(arguments: list[str]) -> int:
                 print(f"metrics at http://{metrics.address}/metrics", flush=True)
             print(f"serving {args.model} at {server.endpoint}", flush=True)
             server.serve(engine, name=f"rollout-server {args.model}")
+    faulthandler.cancel_dump_traceback_later()
     return 0
+
+
+def _end(server: RolloutServer, drain_seconds: float) -> None:
+    """Have the server end, or the process in any case. The ranks' processes end with it."""
+    # Its thread needs neither the interpreter nor any lock of ours.
+    faulthandler.dump_traceback_later(drain_seconds + END_SECONDS, exit=True)
+    server.stop(drain_seconds)
 
 
 @contextmanager

@@ -41,6 +41,26 @@ def test_a_server_process_serves_and_ends_on_sigterm(tiny_model: Path, tmp_path:
         assert segments_of(server.pid) == []
 
 
+_STUCK = """
+import sys, threading
+from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.server import main
+RolloutEngine.__exit__ = lambda *_: threading.Event().wait()
+main.END_SECONDS = 0.3
+sys.exit(main.main())
+"""
+
+
+def test_a_server_that_is_stuck_tells_where_and_ends(tiny_model: Path, tmp_path: Path) -> None:
+    options = ["--drain-timeout", "0"]
+    endpoint = f"ipc://{tmp_path}/socket"
+    with server_process(tiny_model, endpoint, *options, program=["-c", _STUCK]) as server:
+        address_of(server)
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=30)
+        assert server.returncode == 1 and "Timeout (0:00:00.3" in errors and "in _serve" in errors
+
+
 def test_a_call_in_flight_may_finish_at_sigterm_or_comes_back_aborted(gated: Any) -> None:
     engine, worker, server, client = gated
     call = in_thread(lambda: client.generate("a", LONG))

@@ -253,10 +253,10 @@ class ClientLink:
             frames = encode(replace(message, seq=self._received))
             if len(frames[0]) > MAX_HEADER_BYTES:
                 raise ValueError(f"the call takes a header over {MAX_HEADER_BYTES} bytes: make several calls of it")
-            largest = max((array.nbytes for array in message.arrays.values()), default=0)
+            largest = max(map(len, frames))
             if largest > self._max_frame:
                 raise ValueError(
-                    f"the call holds an array of {largest} bytes, over the server's max_message_bytes "
+                    f"the call takes a frame of {largest} bytes, over the server's max_message_bytes "
                     f"({self._max_frame}): make several calls of it"
                 )
             self._socket.send(frames)

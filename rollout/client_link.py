@@ -65,7 +65,7 @@ class ClientLink:
         self._hello_again = self._last_heard + _HELLO_SECONDS
         self._max_frame = MAX_HEADER_BYTES
         self._refusal = "no answer"
-        self._socket = ClientSocket(options)
+        self._socket = ClientSocket(options, self._wake_fd)
         self._thread = threading.Thread(target=self._run, name="zerokl-client", daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class ClientLink:
 
     def _turn(self) -> None:
         seconds = self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS
-        ready = self._socket.wait(self._wake_fd, int(1000 * seconds) + 1)
+        ready = self._socket.wait(int(1000 * seconds) + 1)
         if "wake" in ready:
             os.eventfd_read(self._wake_fd)
         while self._orders:

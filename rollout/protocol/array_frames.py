@@ -74,43 +74,45 @@ def read_arrays(kind: str, table: Any, frames: Sequence[Frame], at_most: int) ->
         name = row[0]
         if name in arrays:
             raise ProtocolError(f"{kind}: array {name!r:.40} comes twice")
-        arrays[name] = _array(f"{kind}.{name:.40}", row, frames, ends)
+        try:
+            arrays[name] = _array(row, frames, ends)
+        except ProtocolError as error:
+            raise ProtocolError(f"{kind}.{name:.40}: {error}") from None
     for number, frame in enumerate(frames[1:], 1):
         if ends[number] != len(frame):
             raise ProtocolError(f"{kind}: frame {number} has {len(frame)} bytes, its arrays end at {ends[number]}")
     return arrays
 
 
-def _array(what: str, row: list[Any], frames: Sequence[Frame], ends: list[int]) -> NDArray[Any]:
+def _array(row: list[Any], frames: Sequence[Frame], ends: list[int]) -> NDArray[Any]:
     _, dtype, shape, number, offset = row
     if type(dtype) is not str or dtype not in _DTYPES:
-        raise ProtocolError(f"{what}: dtype must be one of {sorted(_DTYPES)}, got {dtype!r:.40}")
+        raise ProtocolError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r:.40}")
     if not _is_shape(shape):
-        raise ProtocolError(f"{what}: {shape!r:.80} is not a shape")
+        raise ProtocolError(f"{shape!r:.80} is not a shape")
     if type(number) is not int or not 1 <= number < len(frames):
-        raise ProtocolError(f"{what}: its frame must be one of the {len(frames) - 1} that follow, got {number!r:.40}")
+        raise ProtocolError(f"its frame must be one of the {len(frames) - 1} that follow, got {number!r:.40}")
     start = ends[number] + -ends[number] % _ALIGNMENT
     if type(offset) is not int or offset != start:
-        raise ProtocolError(f"{what}: its offset in frame {number} must be {start}, got {offset!r:.40}")
+        raise ProtocolError(f"its offset in frame {number} must be {start}, got {offset!r:.40}")
     frame, kind, size = frames[number], _DTYPES[dtype], math.prod(shape)
     ends[number] = start + size * kind.itemsize
     if ends[number] > len(frame):
-        raise ProtocolError(
-            f"{what}: shape {shape!r:.80} of {dtype} ends at byte {ends[number]}, its frame has {len(frame)}"
-        )
+        raise ProtocolError(f"shape {shape!r:.80} of {dtype} ends at byte {ends[number]}, its frame has {len(frame)}")
     array = np.frombuffer(frame, kind, size, start) if size else np.empty(0, kind)
     try:
         return array if len(shape) == 1 else array.reshape(shape)
     except ValueError:  # no bytes, but lengths that no array can have
-        raise ProtocolError(f"{what}: {shape!r:.80} is not a shape") from None
+        raise ProtocolError(f"{shape!r:.80} is not a shape") from None
 
 
 def _is_shape(shape: Any) -> bool:
-    return (
-        type(shape) is list
-        and len(shape) <= _MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size <= _MAX_SIZE for size in shape)
-    )
+    if type(shape) is not list or len(shape) > _MAX_DIMENSIONS:
+        return False
+    for size in shape:  # noqa: SIM110 - a generator costs as much as the rest of an array's checks
+        if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)

@@ -65,6 +65,8 @@ class AdmissionLimits:
     def _check_something_is_allowed(self, request: Request) -> None:
         # The first row: min_tokens bans the stop tokens there.
         _, bias = request.sampling.bias(0)
+        if not len(bias):
+            return
         banned = int(np.isneginf(bias).sum())
         if banned == self.vocab_size:
             raise ValueError(

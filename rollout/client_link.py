@@ -65,7 +65,7 @@ class ClientLink:
         self._hello_again = self._last_heard + _HELLO_SECONDS
         self._max_frame = MAX_HEADER_BYTES
         self._refusal = "no answer"
-        self._socket = ClientSocket(options)
+        self._socket = ClientSocket(options, self._wake_fd)
         self._thread = threading.Thread(target=self._run, name="zerokl-client", daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class ClientLink:
 
     def _turn(self) -> None:
         seconds = self._heartbeat / 2 if self._is_greeted else _RETRY_SECONDS
-        ready = self._socket.wait(self._wake_fd, int(1000 * seconds) + 1)
+        ready = self._socket.wait(int(1000 * seconds) + 1)
         if "wake" in ready:
             os.eventfd_read(self._wake_fd)
         while self._orders:
@@ -253,10 +253,10 @@ class ClientLink:
             frames = encode(replace(message, seq=self._received))
             if len(frames[0]) > MAX_HEADER_BYTES:
                 raise ValueError(f"the call takes a header over {MAX_HEADER_BYTES} bytes: make several calls of it")
-            largest = max((array.nbytes for array in message.arrays.values()), default=0)
+            largest = max(map(len, frames))
             if largest > self._max_frame:
                 raise ValueError(
-                    f"the call holds an array of {largest} bytes, over the server's max_message_bytes "
+                    f"the call takes a frame of {largest} bytes, over the server's max_message_bytes "
                     f"({self._max_frame}): make several calls of it"
                 )
             self._socket.send(frames)

@@ -10,6 +10,7 @@ import zmq
 import zmq.utils.monitor
 
 from zerokl.rollout.protocol.codec import PROTOCOL_VERSION, Frame, Message, encode
+from zerokl.rollout.socket_frames import receive_frames, send_frames
 
 _RECONNECT_MS = 50
 _LOST = zmq.EVENT_DISCONNECTED
@@ -34,36 +35,35 @@ class LinkOptions:
 class ClientSocket:
     """A connection that says hello as soon as it is made. One thread's."""
 
-    def __init__(self, options: LinkOptions) -> None:
+    def __init__(self, options: LinkOptions, wake_fd: int) -> None:
+        """`wake_fd`: a descriptor that ends a `wait`."""
         self._options = options
+        self._wake_fd = wake_fd
         self._context = zmq.Context()
-        self._socket, self._monitor = self._open()
+        self._socket, self._monitor, self._poller = self._open()
         self._say_hello(None, 0)
 
     def reconnect(self, session: bytes | None, received: int) -> None:
         """Drop the connection and make another; `session` and the last message received are what hello says."""
         self._drop(0)
-        self._socket, self._monitor = self._open()
+        self._socket, self._monitor, self._poller = self._open()
         self._say_hello(session, received)
 
-    def wait(self, wake_fd: int, milliseconds: int) -> set[Ready]:
+    def wait(self, milliseconds: int) -> set[Ready]:
         """What there is to take, after so long at most: a message, an event of the connection, a word on `wake_fd`."""
-        poller = zmq.Poller()
-        sources: dict[Any, Ready] = {self._socket: "message", self._monitor: "event", wake_fd: "wake"}
-        for source in sources:
-            poller.register(source, zmq.POLLIN)
-        return {sources[source] for source, _ in poller.poll(milliseconds)}
+        sources: dict[Any, Ready] = {self._socket: "message", self._monitor: "event", self._wake_fd: "wake"}
+        return {sources[source] for source, _ in self._poller.poll(milliseconds)}
 
     def receive(self) -> list[Frame] | None:
         """Frames of the next message, if there is one."""
         try:
-            return [frame.buffer for frame in self._socket.recv_multipart(zmq.NOBLOCK, copy=False)]
+            return [frame.buffer for frame in receive_frames(self._socket)]
         except zmq.Again:
             return None
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Queue a message."""
-        self._socket.send_multipart(frames, copy=False)
+        send_frames(self._socket, frames)  # it always fits: the socket has no bound
 
     def event(self) -> Literal["lost", "refused"] | None:
         """Take an event, if there is one: the connection broke, or the handshake failed."""
@@ -78,7 +78,7 @@ class ClientSocket:
         self._drop(linger_ms)
         self._context.term()
 
-    def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes], zmq.Poller]:
         options = self._options
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
@@ -91,13 +91,16 @@ class ClientSocket:
             socket.set(zmq.CURVE_SECRETKEY, options.secret_key)
         monitor = socket.get_monitor_socket(_LOST | _REFUSED)
         socket.connect(options.endpoint)
-        return socket, monitor
+        poller = zmq.Poller()
+        for source in (socket, monitor, self._wake_fd):
+            poller.register(source, zmq.POLLIN)
+        return socket, monitor, poller
 
     def _say_hello(self, session: bytes | None, received: int) -> None:
         body: dict[str, Any] = {"versions": [PROTOCOL_VERSION], "name": self._options.name}
         if session is not None:
             body["session"] = session
-        self._socket.send_multipart(encode(Message(kind="hello", seq=received, body=body)))
+        self.send(encode(Message(kind="hello", seq=received, body=body)))
 
     def _drop(self, linger_ms: int) -> None:
         self._socket.disable_monitor()

@@ -104,12 +104,15 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> SamplingParams:
         """From a mapping of options; an unknown one raises ValueError listing the known ones."""
-        return build_options(cls, [field.name for field in dataclasses.fields(cls)], options)
+        return build_options(cls, _FIELD_NAMES, options)
 
     @property
     def uses_penalties(self) -> bool:
         """Whether a row needs the history of its tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+_FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

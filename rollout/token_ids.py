@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_MAX_TOKEN_ID = 2**31 - 1
+
 
 def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
     """`token_ids` as int32[N], N >= 1. Raises ValueError naming `name` for anything but a flat sequence of ids."""
@@ -19,6 +21,6 @@ def as_token_ids(name: str, token_ids: ArrayLike) -> NDArray[np.int32]:
             f"{name} must be a non-empty flat sequence of integers, got shape {array.shape} of dtype {array.dtype}"
         )
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high > np.iinfo(np.int32).max:
+    if low < 0 or high > _MAX_TOKEN_ID:
         raise ValueError(f"{name} must hold token ids in [0, 2**31), got {low if low < 0 else high}")
     return np.ascontiguousarray(array, np.int32)

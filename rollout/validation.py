@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 UINT64_LIMIT = 1 << 64
@@ -48,11 +48,11 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def build_options(cls: type[Options], known: Iterable[str], options: Mapping[str, Any]) -> Options:
+def build_options(cls: type[Options], known: Collection[str], options: Mapping[str, Any]) -> Options:
     """cls(**options), with a ValueError that lists the known options where one is unknown or missing."""
-    names = sorted(known)
     for name in options:
-        if name not in names:
+        if name not in known:
+            names = sorted(known)
             close = difflib.get_close_matches(str(name), names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"{cls.__name__} has no option {name!r}{hint}; known options: {', '.join(names)}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from zerokl.rollout.outputs import Rollout
-from zerokl.rollout.protocol.codec import Message, encode
+from zerokl.rollout.protocol.codec import PROTOCOL_VERSION, Message, encode
 from zerokl.rollout.protocol.fields import Field, Optional
 from zerokl.rollout.protocol.records import prompts_to_arrays, rollouts_to_wire
 from zerokl.rollout.protocol.schema import (
@@ -76,7 +76,7 @@ def examples() -> dict[str, Message]:
     }
     session = bytes(range(16))
     welcome = {
-        "version": 1,
+        "version": PROTOCOL_VERSION,
         "session": session,
         "resumed": False,
         "heartbeat": 5.0,
@@ -85,7 +85,7 @@ def examples() -> dict[str, Message]:
     }
     update = {"source": "folder", "path": "/m", "mode": "wait", "on_stale": "requeue", "allow_rewind": False}
     bodies: dict[str, dict[str, Any]] = {
-        "hello": {"versions": [1], "name": "me", "session": session},
+        "hello": {"versions": [PROTOCOL_VERSION], "name": "me", "session": session},
         "generate": {"sampling_params": [{"max_tokens": 8, "logit_bias": [[5, 1.5]]}], "stream": 4, "deadline": 2.5},
         "resume": body,
         "score": {"definition": "policy_logprobs", "policy": "policy"},
@@ -208,11 +208,24 @@ def hex_line(data: bytes, text: str) -> str:
 def dump(message: Message) -> str:
     """All frames of a message."""
     header, *frames = (bytes(frame) for frame in encode(message))
-    lines = [f"# frame 1: header, {len(header)} bytes", *Annotator(header).lines()]
-    for number, ((name, array), frame) in enumerate(zip(message.arrays.items(), frames, strict=True), 2):
-        values = ", ".join(map(str, array.tolist()))
-        lines += [f"# frame {number}", hex_line(frame, f"{name}, {array.dtype.name}{list(array.shape)}: {values}")]
+    lines = [f"# frame 0: header, {len(header)} bytes", *Annotator(header).lines()]
+    if frames:
+        (payload,) = frames
+        lines += [f"# frame 1: arrays, {len(payload)} bytes", *array_lines(message, payload)]
     return "\n".join(lines)
+
+
+def array_lines(message: Message, payload: bytes) -> Iterator[str]:
+    """The arrays of a frame that has them all."""
+    end = 0
+    for name, array in message.arrays.items():
+        start = -(-end // 8) * 8
+        if start > end:
+            yield hex_line(payload[end:start], "up to a multiple of 8 bytes")
+        end = start + array.nbytes
+        values = ", ".join(map(str, array.tolist()))
+        yield hex_line(payload[start:end], f"{name} from byte {start}, {array.dtype.name}{list(array.shape)}: {values}")
+    assert end == len(payload)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ MAX_TEXT = 65_536
 """Characters of a text field; prompts travel as arrays."""
 MAX_ITEMS = 262_144
 """Entries of a list field."""
-_MAX_INT = 2**64 - 1
+_SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 
 
 class ProtocolError(ValueError):
@@ -33,11 +33,6 @@ class Field(ABC):
     @abstractmethod
     def accepts(self, value: Any) -> bool:
         """Whether the value is one."""
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise ProtocolError unless the value is one."""
-        if not self.accepts(value):
-            raise ProtocolError(f"{name} must be {self.describe}, got {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -163,19 +158,16 @@ class Plain(Field):
 
 
 def _is_plain(value: Any, levels: int) -> bool:
-    if value is None or type(value) in (bool, float, str, bytes):
+    if type(value) in _SCALARS:
         return True
-    if type(value) is int:
-        return -_MAX_INT <= value <= _MAX_INT
-    if not levels:
+    if not levels or type(value) not in (list, dict) or len(value) > MAX_ITEMS:
         return False
-    if type(value) is list:
-        return len(value) <= MAX_ITEMS and all(_is_plain(item, levels - 1) for item in value)
-    return (
-        type(value) is dict
-        and len(value) <= MAX_ITEMS
-        and all(type(key) is str and _is_plain(item, levels - 1) for key, item in value.items())
-    )
+    items = value
+    if type(value) is dict:
+        if not all(type(key) is str for key in value):
+            return False
+        items = value.values()
+    return all(type(item) in _SCALARS or _is_plain(item, levels - 1) for item in items)
 
 
 @dataclass(frozen=True)
@@ -203,6 +195,7 @@ def check_fields(what: str, fields: Mapping[str, Field], body: Any) -> None:
             raise ProtocolError(f"{what} has no field {name!r:.40}")
     for name, field in fields.items():
         if name in body:
-            field.check(f"{what}.{name}", body[name])
+            if not field.accepts(body[name]):
+                raise ProtocolError(f"{what}.{name} must be {field.describe}, got {body[name]!r:.80}")
         elif not isinstance(field, Optional):
             raise ProtocolError(f"{what}.{name} is missing")

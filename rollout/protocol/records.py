@@ -108,13 +108,14 @@ def prompts_to_arrays(prompts: Iterable[str | NDArray[np.int32]]) -> dict[str, N
 
 def prompts_of_arrays(arrays: Arrays) -> list[str | NDArray[np.int32]]:
     """Inverse; raises ValueError where lengths and arrays do not match, or text is not UTF-8."""
-    lens, tokens, text = arrays["prompt_lens"], arrays["prompt_tokens"], arrays["prompt_text"].tobytes()
-    taken = int(lens[lens > 0].sum(dtype=np.int64)), -int(lens[lens < 0].sum(dtype=np.int64))
+    tokens, text = arrays["prompt_tokens"], arrays["prompt_text"].tobytes()
+    lens = arrays["prompt_lens"].tolist()
+    taken = sum([size for size in lens if size > 0]), -sum([size for size in lens if size < 0])
     if taken != (len(tokens), len(text)):
         raise ValueError(f"prompt_lens take {taken} tokens and bytes of text, got {(len(tokens), len(text))}")
     prompts: list[str | NDArray[np.int32]] = []
     token, byte = 0, 0
-    for size in lens.tolist():
+    for size in lens:
         if size > 0:
             prompts.append(tokens[token : token + size])
             token += size
@@ -126,7 +127,7 @@ def prompts_of_arrays(arrays: Arrays) -> list[str | NDArray[np.int32]]:
 
 def split(name: str, array: NDArray[Any], lens: Sequence[int]) -> list[NDArray[Any]]:
     """Copies of the consecutive parts of an array; raises ValueError unless `lens`, all >= 0, add up to its length."""
-    if any(size < 0 for size in lens) or sum(lens) != len(array):
+    if (lens and min(lens) < 0) or sum(lens) != len(array):
         raise ValueError(f"lens must be >= 0 and add up to the {len(array)} entries of {name}, got {sum(lens)}")
     parts, start = [], 0
     for size in lens:

@@ -171,13 +171,11 @@ class EngineJobs:
         if "stream" in message.body and isinstance(submission.call, Call):
             call.feed.add(call.number, submission.call.requests, message.body["stream"])
         if call.nbytes <= _QUICK_BYTES:  # read by the server's thread when the message is made
-            submission.future.add_done_callback(
-                lambda _: self._conclude(call, submission, partial(_read_rollouts, call, submission))
-            )
+            submission.future.add_done_callback(lambda _: self._conclude(call, partial(_read_rollouts, call)))
         else:
             submission.future.add_done_callback(
                 lambda _: self._results.submit(
-                    self._conclude, call, submission, lambda: rollout_messages(call.number, submission.read())
+                    self._conclude, call, lambda done: rollout_messages(call.number, done.read())
                 )
             )
 
@@ -193,17 +191,16 @@ class EngineJobs:
         call.submission = submission
         call.request_ids = submission.request_ids
         submission.future.add_done_callback(
-            lambda _: self._results.submit(
-                self._conclude, call, submission, lambda: score_messages(call.number, submission.read())
-            )
+            lambda _: self._results.submit(self._conclude, call, lambda done: score_messages(call.number, done.read()))
         )
 
-    def _conclude(
-        self, call: ServedCall, submission: Submission[Any], messages: Callable[[], Iterator[Message]]
-    ) -> None:
+    def _conclude(self, call: ServedCall, messages: Callable[[Submission[Any]], Iterator[Message]]) -> None:
+        # The future keeps its callbacks and these the call: a circle, which only the garbage collector would free.
+        submission, call.submission = call.submission, None
+        assert submission is not None, "concluded twice"
         error = submission.future.exception()
         if error is None and not call.is_answered:
-            self._guard(call, lambda: self._post(call, messages()))
+            self._guard(call, lambda: self._post(call, messages(submission)))
         else:
             self._post(call, error or CallCancelledError("the call was given up"))
 
@@ -255,6 +252,7 @@ class EngineJobs:
         call.future = future
 
         def answer(done: Future[Any]) -> None:
+            call.future = None  # as in `_conclude`
             if done.cancelled():
                 self._post(call, CallCancelledError("the call was given up"))
             elif (error := done.exception()) is not None:
@@ -266,12 +264,13 @@ class EngineJobs:
 
     def _call_off(self, call: ServedCall) -> None:
         with contextlib.suppress(EngineClosedError, EngineFailedError, CancelledError):  # then it ends by itself
-            if call.submission is not None:
-                self._engine.submit_abort(call.submission.request_ids)
+            submission, future = call.submission, call.future  # another thread takes them away once they are done
+            if submission is not None:
+                self._engine.submit_abort(submission.request_ids)
             elif call.update is not None:
                 call.update.give_up()
-            elif call.future is not None:
-                call.future.cancel()
+            elif future is not None:
+                future.cancel()
 
 
 def _is_soon_begun(message: Message) -> bool:

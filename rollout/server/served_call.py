@@ -52,7 +52,7 @@ class ServedCall:
         # What the ledger has promised. The intake thread's until the outcome is posted, then the server's:
         self.nbytes = 0
         self.num_requests = 0
-        # How to call it off:
+        # How to call it off, while it can be:
         self.submission: Submission[Any] | None = None
         self.update: WeightUpdate | None = None
         self.future: Future[Any] | None = None

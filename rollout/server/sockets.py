@@ -21,6 +21,7 @@ from zerokl.rollout.server.keys import ServerKeys, check_endpoint
 from zerokl.rollout.server.ledger import Ledger
 from zerokl.rollout.server.limits import ServerLimits
 from zerokl.rollout.server.served_call import Outcome, ServedCall
+from zerokl.rollout.socket_frames import receive_frames, send_frames
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine import RolloutEngine
@@ -158,7 +159,7 @@ class RolloutServer:
         now = time.monotonic()
         for _ in range(_BURST):
             try:
-                route, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                route, *frames = receive_frames(self._router)
             except zmq.Again:
                 return
             user = ""
@@ -168,7 +169,7 @@ class RolloutServer:
 
     def _send(self, route: bytes, frames: Sequence[Frame]) -> bool:
         try:
-            self._router.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
+            send_frames(self._router, [route, *frames])
         except zmq.ZMQError as error:
             if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 return False

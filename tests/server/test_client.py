@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import inspect
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.client import RolloutClient
+from zerokl.rollout.control import Call
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineAsleepError, PauseLiftedError
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.server.served_call import ServedCall
 
 PARAMS = SamplingParams(n=3, max_tokens=24, temperature=0.9, stop=("qq",), raw_logprobs=True)
 PROVENANCE = ("num_cached_tokens", "num_preemptions", "steps", "phases", "cached_lens", "ranks")
@@ -207,6 +211,25 @@ def test_deadlines_end_calls_with_what_they_have(gated: Any) -> None:
     assert call()[0].finish_reason == "abort"
     client.resume_generation()
     wait_until(lambda: client.metrics()["server_queued_bytes"] < 1000)
+
+
+def test_calls_leave_nothing_to_the_garbage_collector(client: RolloutClient) -> None:
+    """What refers to itself lives on until a collection, which stops all threads."""
+
+    def num_alive() -> int:
+        return sum(type(one) in (Call, Request, ServedCall) for one in gc.get_objects())
+
+    gc.collect()
+    before = num_alive()
+    gc.disable()
+    try:
+        client.generate([1, 2, 3], LONG)  # by the server's thread, the next by others
+        client.generate(["a"] * 9, LONG)
+        client.score([[1, 2, 3]])
+        client.abort_all()
+        wait_until(lambda: num_alive() == before)
+    finally:
+        gc.enable()
 
 
 def test_a_pause_that_is_lifted_raises(gated: Any) -> None:

@@ -24,7 +24,7 @@ from tiny_server import LIMITS
 
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.protocol.codec import Message, encode
+from zerokl.rollout.protocol.codec import PROTOCOL_VERSION, Message, encode
 from zerokl.rollout.protocol.schema import CLIENT_MESSAGES
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.dispatcher import Dispatcher
@@ -42,7 +42,7 @@ EXAMPLES = [
     if kind in CLIENT_MESSAGES
 ]
 """One of each kind, under rising numbers, acknowledging nothing."""
-HELLO = [bytes(frame) for frame in encode(Message(kind="hello", body={"versions": [1], "name": "fuzz"}))]
+HELLO = [bytes(frame) for frame in encode(Message(kind="hello", body={"versions": [PROTOCOL_VERSION], "name": "fuzz"}))]
 
 
 class Rig:
@@ -116,14 +116,17 @@ plain = st.recursive(
 
 @st.composite
 def messages(draw: st.DrawFn) -> list[bytes]:
-    """An example with something wrong: a value in its header, its bytes, or its frames."""
+    """An example with something wrong: a value in its header or its arrays' table, its bytes, or its frames."""
     frames = list(draw(st.sampled_from(EXAMPLES)))
-    how = draw(st.sampled_from(["header", "field", "bytes", "frames", "call", "noise"]))
+    how = draw(st.sampled_from(["header", "field", "table", "bytes", "frames", "call", "noise"]))
     header = msgpack.unpackb(frames[0])
     if how == "header":
         header[draw(st.integers(0, 5))] = draw(plain)
     elif how == "field" and header[4]:
         header[4][draw(st.sampled_from(sorted(header[4])))] = draw(plain)
+    elif how == "table" and header[5]:
+        row = draw(st.sampled_from(header[5]))
+        row[draw(st.integers(0, 4))] = draw(plain | st.integers(-8, 64))
     elif how == "call":
         header[2], header[3] = draw(st.integers(0, 40)), draw(st.integers(0, 40))
     elif how == "bytes":
@@ -189,7 +192,7 @@ def test_a_session_is_its_owners(engine: RolloutEngine) -> None:
     rig = Rig(engine)
     rig.dispatcher.receive(b"a", "key 1", HELLO, 0.0)
     (token,) = rig.dispatcher._sessions
-    thief = encode(Message(kind="hello", body={"versions": [1], "name": "thief", "session": token}))
+    thief = encode(Message(kind="hello", body={"versions": [PROTOCOL_VERSION], "name": "thief", "session": token}))
     rig.dispatcher.receive(b"b", "key 2", thief, 0.0)
     assert rig.dispatcher._sessions[token].route == b"a" and len(rig.dispatcher._sessions) == 2
     rig.dispatcher.receive(b"c", "key 1", thief, 0.0)

@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+import zmq
 from leftovers import segments_of
 from server_process import address_of, server_process
 from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
@@ -17,7 +19,9 @@ from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.client_link import ServerLostError
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.observe.prometheus import MetricsServer
+from zerokl.rollout.protocol.codec import PROTOCOL_VERSION
 from zerokl.rollout.protocol.failures import ServerClosingError
+from zerokl.rollout.protocol.fields import ProtocolError
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.keys import ServerKeys, check_endpoint, write_keys
 from zerokl.rollout.server.limits import ServerLimits
@@ -155,6 +159,34 @@ def test_only_clients_with_a_known_key_are_served(tiny_model: Path, tmp_path: Pa
                     with pytest.raises(ServerLostError):
                         RolloutClient(server.endpoint, reconnect_seconds=0.5, **options)
                 assert client.metrics()["server_clients"] == 1
+
+
+OLDER = PROTOCOL_VERSION - 1
+
+
+def test_an_older_client_is_told_so(tiny_model: Path, serve: Any) -> None:
+    server, client = serve(RolloutEngine(tiny_options(tiny_model)))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as older:
+        older.connect(server.endpoint)
+        older.send(msgpack.packb([OLDER, "hello", 0, 0, {"versions": [OLDER], "name": "older"}, []]))
+        assert older.poll(10_000), "no answer"
+        (header,) = older.recv_multipart()
+    version, kind, _, _, body, arrays = msgpack.unpackb(header)
+    assert (version, kind, body["code"], arrays) == (PROTOCOL_VERSION, "refused", "version", [])
+    assert body["text"] == f"protocol version {OLDER} is not {PROTOCOL_VERSION}"
+    assert client.metrics()["server_clients"] == 1
+
+
+def test_a_client_says_that_a_server_is_older() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as older:
+        port = older.bind_to_random_port("tcp://127.0.0.1")
+        client = in_thread(lambda: RolloutClient(f"tcp://127.0.0.1:{port}"))
+        assert older.poll(10_000), "no hello"
+        route, _ = older.recv_multipart()
+        refused = [OLDER, "refused", 0, 0, {"code": "version", "text": f"protocol version 2 is not {OLDER}"}, []]
+        older.send_multipart([route, msgpack.packb(refused)])
+        with pytest.raises(ProtocolError, match=f"protocol version {OLDER} is not {PROTOCOL_VERSION}"):
+            client()
 
 
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class PageClient:
             self.socket.close(0)
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.connect(self.endpoint)
-        body: dict[str, Any] = {"versions": [1], "name": "page"}
+        body: dict[str, Any] = {"versions": [2], "name": "page"}
         if self.session is not None:
             body["session"] = self.session
         self.send("hello", body)
@@ -63,9 +64,13 @@ class PageClient:
 
     def send(self, kind: str, body: dict[str, Any], arrays: dict[str, Any] | None = None, call: int = 0) -> None:
         arrays = arrays or {}
-        table = [[name, str(array.dtype), list(array.shape)] for name, array in arrays.items()]
-        header = msgpack.packb([1, kind, call, self.received, body, table])
-        self.socket.send_multipart([header, *(array.tobytes() for array in arrays.values())])
+        table, payload = [], b""
+        for name, array in arrays.items():
+            payload += bytes(-len(payload) % 8)
+            table.append([name, str(array.dtype), list(array.shape), 1, len(payload)])
+            payload += array.tobytes()
+        header = msgpack.packb([2, kind, call, self.received, body, table])
+        self.socket.send_multipart([header, payload] if arrays else [header])
 
     def ask(self, kind: str, body: dict[str, Any], arrays: dict[str, Any] | None = None) -> int:
         self.call += 1
@@ -74,15 +79,15 @@ class PageClient:
 
     def receive(self) -> tuple[str, int, Any, dict[str, Any]]:
         assert self.socket.poll(10_000), "no answer"
-        header, *frames = self.socket.recv_multipart()
-        version, kind, call, seq, body, table = msgpack.unpackb(header)
-        assert version == 1
+        frames = self.socket.recv_multipart()
+        version, kind, call, seq, body, table = msgpack.unpackb(frames[0])
+        assert version == 2
         if seq:
             assert seq == self.received + 1
             self.received = seq
         arrays = {
-            name: np.frombuffer(frame, dtype).reshape(shape)
-            for (name, dtype, shape), frame in zip(table, frames, strict=True)
+            name: np.frombuffer(frames[frame], dtype, math.prod(shape), offset).reshape(shape)
+            for name, dtype, shape, frame, offset in table
         }
         return kind, call, body, arrays
 

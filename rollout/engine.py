@@ -213,7 +213,7 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
         sampling with these parameters draws from (-inf for a token it never draws; penalties and min_tokens need
         `prompt_lens`), "raw" under softmax(logits). `policy`: "policy", or a name given to `pin_weights`.
 
-        Raises ValueError, before anything is queued, for what can never run.
+        Raises ValueError, before anything is queued, for what can never run; AbortedError where an abort cut it off.
         """
         return self._wait(self.submit_score(token_ids, sampling_params, definition, policy, prompt_lens))
 
@@ -248,7 +248,8 @@ class RolloutEngine(WeightMethods, PauseMethods, ObservationMethods, SessionHost
     def abort(self, ids: str | Collection[str]) -> int:
         """End the requests of these `request_ids` after the current step; returns how many samples it ended.
 
-        Their calls return the tokens so far with finish_reason "abort". Unknown and finished ids are passed over.
+        Their `generate` calls return the tokens so far with finish_reason "abort", `score` calls raise AbortedError.
+        Unknown and finished ids are passed over.
         """
         return self.submit_abort(ids).result()
 

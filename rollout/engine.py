@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.calls import CallMaker
-from zerokl.rollout.config import EngineConfig, SchedulerConfig
+from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.control import POLICY, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.engine_observation import ObservationMethods
@@ -37,6 +37,7 @@ from zerokl.rollout.resumption import RoutingForm
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.scoring import Definition
 from zerokl.rollout.session import Session
 from zerokl.rollout.session_host import SessionHost

@@ -48,7 +48,7 @@ class RankProcesses:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Start them together and wait until they are ready. Raises what LocalWorker(config) raises; none is left then."""
+        """Start them together, wait until all are ready. Raises what LocalWorker(config) raises; no process is left."""
         reap_dead_segments()
         self.size = config.num_ranks
         self.faults = FaultMeter()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from zerokl.rollout.config import EngineConfig, SchedulerConfig
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.scheduler_config import SchedulerConfig
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class WeightMethods(HotSwapping):
 
     def get_weight_version(self, name: str = POLICY) -> int:
         """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
-        self._check_policy(name)
+        self._weights.check_known(name)
         return self._weights.versions[name]
 
     # -- experts ------------------------------------------------------------------------------------------------------
@@ -191,11 +191,6 @@ class WeightMethods(HotSwapping):
         return away
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _check_policy(self, name: str) -> None:
-        known = self._weights.versions
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
-
     def _change(self, change: Exclusive) -> Any:
         def begin() -> Future[Any]:
             self._loop.submit(change)

@@ -175,6 +175,10 @@ class WeightMethods(HotSwapping):
         - Level 2: they are dropped, pinned sets and all. `update_weights` brings new ones and ends the sleep of
           "weights"; until then `wake_up` leaves it as it is.
 
+        With `max_rank_restarts` level 1 keeps the engine's own copies in shared memory: one of each set that came by an
+        update, in the type that it came in, and of the model's folder none. They are what a rank that is lost
+        asleep is started anew from, when its file is gone with it. Level 2 frees them.
+
         Raises ValueError for a tag or level that there is not, and where the file cannot be written: nothing is freed
         then.
         """

@@ -99,6 +99,31 @@ def test_a_rank_lost_asleep_is_replaced_by_one_that_sleeps(moe_model: Path, tmp_
         assert differences(expected, short(engine)) == NONE_DIFFER
 
 
+def test_what_is_kept_asleep(moe_model: Path, tmp_path: Path) -> None:
+    """The set of an update at level 1, and no memory for a next one; nothing at level 2, nor of the model's folder."""
+    segments = len(segments_of(os.getpid()))
+
+    def num_kept() -> int:
+        return len(segments_of(os.getpid())) - segments
+
+    with on_ranks(moe_model, worker="process", max_rank_restarts=RESTARTS) as engine:
+        engine.sleep("weights", spill_dir=tmp_path)
+        assert num_kept() == 0 and engine.wake_up() == []
+        for seed in (1, 2):
+            engine.update_weights(weights(engine, seed))
+        expected = short(engine)
+        assert num_kept() == 2
+        engine.sleep("kv_cache")
+        assert num_kept() == 2
+        engine.sleep("weights", spill_dir=tmp_path)
+        assert num_kept() == 1
+        lose(engine, 0)
+        assert engine.wake_up() == []
+        assert differences(expected, short(engine)) == NONE_DIFFER
+        engine.sleep("weights", level=2)
+        assert num_kept() == 0
+
+
 def test_a_rank_lost_in_a_pause_is_replaced_and_what_stood_still_goes_on(
     engine_of: Callable[[str], RolloutEngine], expected: list[Rollout]
 ) -> None:

@@ -10,18 +10,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 
-from gpu_kernels import (
-    CONTEXT,
-    MODELS,
-    Case,
-    Shape,
-    attention_cases,
-    head_case,
-    launches,
-    linear_case,
-    mixture_case,
-    swiglu_case,
-)
+from gpu_attention_cases import CONTEXT, attention_cases
+from gpu_cases import MODELS, Case, Shape, head_case, launches, linear_case, mixture_case, swiglu_case
 from gpu_timing import PEAK, Bench
 
 from zerokl.kernels.gpu import paged_attention

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from machine_facts import machine_facts
+from weight_models import MODELS
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -35,17 +36,7 @@ SEQUENCES = 32
 def model(tiny: bool) -> dict[str, Any]:
     if tiny:
         return tiny_config(vocab_size=300, max_position_embeddings=4096, eos_token_id=None)
-    return tiny_config(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
+    return {**MODELS["135m"], "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": None}
 
 
 def decode(engine: RolloutEngine) -> Any:

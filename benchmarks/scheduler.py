@@ -30,13 +30,13 @@ from machine_facts import machine_facts
 from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.control import Call, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.step_plan import Hold, StepPlan

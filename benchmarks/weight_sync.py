@@ -38,10 +38,10 @@ from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import num_parameters
+from zerokl.rollout.ranks import Ranks, make_ranks
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource
-from zerokl.rollout.worker import Worker, make_worker
 from zerokl.weight_sync import WeightPublisher, publish_file
 
 SEQUENCES, WARM_STEPS = 8, 8
@@ -65,30 +65,34 @@ class Record:
             self.changed.wait_for(lambda: len(self.steps) >= count)
 
 
-def recording(worker: Any, record: Record, first: WeightSource) -> Worker:
-    """The worker, its methods noting what they do. The folder that it is to load at the start is `first`."""
-    execute, stage, commit = worker.execute, worker.stage_weights, worker.commit_weights
+class RecordingWorker:
+    """The one rank of an engine as its worker, which notes what it does. The folder to load at the start is `first`."""
 
-    def execute_and_note(order: StepOrder) -> StepResult:
+    def __init__(self, ranks: Ranks, record: Record, first: WeightSource) -> None:
+        self._ranks, self._record, self._first = ranks, record, first
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ranks, name)  # what needs no noting
+
+    def execute(self, order: StepOrder) -> StepResult:
         start = perf_counter()
-        result: StepResult = execute(order)
-        with record.changed:
-            record.steps.append((start, perf_counter(), len(order.inputs.token_ids)))
-            record.changed.notify_all()
+        (result,) = self._ranks.execute([order])
+        with self._record.changed:
+            self._record.steps.append((start, perf_counter(), len(order.inputs.token_ids)))
+            self._record.changed.notify_all()
         return result
 
-    def stage_and_note(source: WeightSource, version: int) -> None:
+    def stage_weights(self, source: WeightSource, version: int) -> None:
         start = perf_counter()
-        stage(first if isinstance(source, FolderWeights) else source, version)
-        record.staging = (start, perf_counter())
+        self._ranks.stage_weights(self._first if isinstance(source, FolderWeights) else source, version)
+        self._record.staging = (start, perf_counter())
 
-    def commit_and_note() -> None:
-        record.commit = len(record.steps)
-        commit()
+    def commit_weights(self) -> None:
+        self._record.commit = len(self._record.steps)
+        self._ranks.commit_weights()
 
-    worker.execute, worker.stage_weights, worker.commit_weights = execute_and_note, stage_and_note, commit_and_note
-    made: Worker = worker
-    return made
+    def describe(self) -> dict[str, Any]:
+        return self._ranks.describe()[0]
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -205,7 +209,7 @@ def bench_of(model: str, worker: str, args: argparse.Namespace) -> Iterator[Benc
             if large:  # arrays would go to the worker's process through a float32 segment of their own
                 first = SharedWeights(published=publisher.publish(tensors, 0, dtype="bfloat16"))
             with RolloutEngine(
-                options, make_worker=lambda given: recording(make_worker(given), record, first)
+                options, make_worker=lambda given: RecordingWorker(make_ranks(given), record, first)
             ) as engine:
                 yield Bench(tensors, publisher, engine, record)
 

@@ -24,7 +24,8 @@ from zerokl.integrations.policy_batch import (
 )
 from zerokl.integrations.policy_files import config_content, initial_tensors
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.layout import CORRECTION, expected_tensors
 from zerokl.rollout.models.loader import check_tensors, open_tensors
 from zerokl.rollout.models.rope import rope_table

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.engine import RolloutEngine
     from zerokl.rollout.errors import (
+        AbortedError,
         EngineAsleepError,
         EngineClosedError,
         EngineFailedError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from zerokl.rollout.text import Tokenizer
 
 _MODULES = {
+    "AbortedError": "errors",
     "EngineAsleepError": "errors",
     "EngineClosedError": "errors",
     "EngineConfig": "config",
@@ -55,6 +57,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AbortedError",
     "EngineAsleepError",
     "EngineClosedError",
     "EngineConfig",

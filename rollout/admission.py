@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.token_ids import as_token_ids
@@ -22,6 +23,17 @@ class AdmissionLimits:
     """Blocks in the KV pool: one request may use them all."""
     block_size: int
     vocab_size: int
+
+    @classmethod
+    def of_engine(cls, config: EngineConfig, vocab_size: int) -> AdmissionLimits:
+        """Those of an engine with these options, which must be resolved."""
+        assert config.max_model_len is not None and config.num_blocks is not None, "an unresolved config"
+        return cls(
+            max_model_len=config.max_model_len,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            vocab_size=vocab_size,
+        )
 
     def check_prompt(self, token_ids: ArrayLike, name: str = "prompt_token_ids") -> NDArray[np.int32]:
         """`token_ids` as int32[N]; non-empty, flat, within the vocabulary, not longer than the model."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.rank_draft import RankDraft
 from zerokl.rollout.request import Request
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.snapshot import Blocked, Decision, Join, Snapshot
 from zerokl.rollout.step_plan import Refusal
 

@@ -175,6 +175,11 @@ class WeightSets:
         self._ranks.discard_staged()
         self._staged = None
 
+    def check_known(self, name: str) -> None:
+        """Raise ValueError unless a set has that name."""
+        if not isinstance(name, str) or name not in self.versions:
+            raise ValueError(f"policy must be one of {sorted(self.versions)}, got {name!r}")
+
     def pin(self, name: str) -> int:
         """Keep the live weights as `name`; returns their version."""
         self._ranks.pin_weights(name)

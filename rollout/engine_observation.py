@@ -1,35 +1,91 @@
-"""The engine's methods that say how it fares: telemetry, and the mismatch KL of what the trainer reports."""
+"""The engine's methods that say how it fares: metrics, health, and the mismatch KL of what the trainer reports."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.rollout.config import EngineConfig
+from zerokl.rollout.control import WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
+from zerokl.rollout.expert_balance import ExpertBalance
 from zerokl.rollout.kl import KLReport
 from zerokl.rollout.mismatch import AlarmHook, MismatchMonitor, ReportedTokens
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.sleep import Sleep
+from zerokl.rollout.weight_updates import WeightUpdates
 
 
-class ObservationMethods(ABC):
+class ObservationMethods:
     """The part of `RolloutEngine` that is observed; the engine makes the collaborators."""
 
+    _balance: ExpertBalance
+    _config: EngineConfig
+    _facts: Sequence[Mapping[str, Any]]
     _loop: EngineLoop
     _mismatch: MismatchMonitor
+    _ranks: Ranks
     _scheduler: Scheduler
+    _sleep: Sleep
+    _updates: WeightUpdates
+    _weights: WeightSets
 
-    @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Counters and sizes."""
+        """Counters since the start, and sizes of now, all ranks together; `health` has what each rank holds.
 
-    @abstractmethod
+        They are read without stopping the loop, so they may be a step apart.
+        """
+        failures = {"weight_update_failures": self._updates.num_failures}
+        return {**self._loop.metrics(), **self._balance.metrics(), **self._ranks.metrics(), **failures}
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The process of each rank now; one that is started anew has another."""
+        return self._ranks.pids
+
     def health(self) -> dict[str, Any]:
-        """State and facts."""
+        """State, cause of a failure, load, weight versions, errors of hooks, parts asleep, facts of the first worker.
+
+        `ranks` holds of each rank its role, the worker's kind, pid and num_threads, the requests running there, its KV
+        blocks and its tokens since the start.
+
+        `inexact_weights` are the sets published as rounded otherwise than in the trainer's forward: the mismatch KL is
+        not 0 under them. States are "running", "draining", "paused", "asleep", "failed" and "closed".
+        """
+        cause, state, roles = self._loop.cause, self._loop.state, self._config.rank_roles
+        assert roles is not None, "an unresolved config"
+        return {
+            "state": "asleep" if state == "running" and self._sleep.parts else state,
+            "cause": None if cause is None else repr(cause),
+            "num_running": self._scheduler.num_running,
+            "num_waiting": self._scheduler.num_waiting,
+            "num_held": self._loop.num_held,
+            "weight_versions": dict(self._weights.versions),
+            "inexact_weights": sorted(self._weights.inexact),
+            "hook_errors": self._updates.hooks.num_errors,
+            "asleep": dict(self._sleep.parts),
+            "worker": {**self._facts[0], "pid": self._ranks.pids[0]},
+            "ranks": [
+                {"rank": rank, "role": role, **facts, "pid": pid, **load}
+                for rank, (role, facts, pid, load) in enumerate(
+                    zip(roles, self._facts, self._ranks.pids, self._scheduler.rank_metrics(), strict=True)
+                )
+            ],
+        }
+
+    def describe_worker(self) -> dict[str, Any]:
+        """Facts of the first rank's worker now: see `describe_ranks`."""
+        return self.describe_ranks()[0]
+
+    def describe_ranks(self) -> list[dict[str, Any]]:
+        """Facts of each rank's worker now: kind, pid, num_threads, peak_rss_bytes of its process, weight versions by
+        name."""
+        return self._loop.at_boundary(self._ranks.describe).result()
 
     def telemetry(self) -> dict[str, Any]:
         """All that can be observed, at one moment and as plain data: what Prometheus and `rollout-top` are told.

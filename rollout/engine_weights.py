@@ -133,7 +133,7 @@ class WeightMethods(HotSwapping):
 
     def get_weight_version(self, name: str = POLICY) -> int:
         """Version of the live weights, or of a pinned set. ValueError for an unknown name."""
-        self._check_policy(name)
+        self._weights.check_known(name)
         return self._weights.versions[name]
 
     # -- experts ------------------------------------------------------------------------------------------------------
@@ -175,6 +175,10 @@ class WeightMethods(HotSwapping):
         - Level 2: they are dropped, pinned sets and all. `update_weights` brings new ones and ends the sleep of
           "weights"; until then `wake_up` leaves it as it is.
 
+        With `max_rank_restarts` level 1 keeps the engine's own copies in shared memory: one of each set that came by an
+        update, in the type that it came in, and of the model's folder none. They are what a rank that is lost
+        asleep is started anew from, when its file is gone with it. Level 2 frees them.
+
         Raises ValueError for a tag or level that there is not, and where the file cannot be written: nothing is freed
         then.
         """
@@ -191,11 +195,6 @@ class WeightMethods(HotSwapping):
         return away
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _check_policy(self, name: str) -> None:
-        known = self._weights.versions
-        if not isinstance(name, str) or name not in known:
-            raise ValueError(f"policy must be one of {sorted(known)}, got {name!r}")
-
     def _change(self, change: Exclusive) -> Any:
         def begin() -> Future[Any]:
             self._loop.submit(change)

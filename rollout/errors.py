@@ -23,6 +23,10 @@ class EngineAsleepError(RuntimeError):
     """The call needs weights or a KV pool that `sleep` has put away; `wake_up` brings them back."""
 
 
+class AbortedError(RuntimeError):
+    """The call's requests were aborted, and a part of its result is of no use: a `score` that did not reach its end."""
+
+
 class StaleRequestError(RuntimeError):
     """The call was ended by a weight update: it held tokens older than `max_staleness` allows."""
 

@@ -113,11 +113,15 @@ class KeptWeights:
             one.check()
         return [(one, [name for name, other in pins if other is one]) for one in kept]
 
+    def free_spare(self) -> None:
+        """Free the memory that is kept for the next set."""
+        while self._spare:
+            self._spare.pop().close()
+
     def close(self) -> None:
         """Free all; idempotent."""
         self.drop_all()
-        while self._spare:
-            self._spare.pop().close()
+        self.free_spare()
 
     def _release(self, old: KeptSet | None, *, reuse: bool = True) -> None:
         """Free a set that nothing stands for any more; the memory of one such is kept for the next."""

@@ -31,7 +31,8 @@ from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
 from zerokl.rollout.gpu_steps import make_gpu_steps
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, Previous, build_params, forward, held_tensors
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import Previous, build_params, held_tensors
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.routing_capture import RoutingCapture

@@ -9,9 +9,9 @@ decided here.
 from __future__ import annotations
 
 from zerokl.rollout.admissions import Admissions
-from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.rank_draft import RankDraft
 from zerokl.rollout.request import Request
+from zerokl.rollout.scheduler_config import Role, SchedulerConfig
 from zerokl.rollout.snapshot import Decision, Move, Snapshot
 from zerokl.rollout.step_plan import Refusal
 

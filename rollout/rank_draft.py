@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.request import Request
+from zerokl.rollout.scheduler_config import Role, SchedulerConfig
 from zerokl.rollout.snapshot import KVCacheView, RankDecision, RunningView
 from zerokl.rollout.step_plan import PlanEntry, Refusal
 

@@ -120,9 +120,12 @@ class RestartingRanks(RankProcesses):
         self._surely(lambda: super(RestartingRanks, self).sleep(tags, level, spill_dir))
         self._levels |= dict.fromkeys(tags, level)
         self._spill_dir = spill_dir
-        if "weights" in tags and level == 2:
+        if "weights" not in tags:
+            return
+        if level == 2:
             self._is_staged = False
             self._kept.drop_all()
+        self._kept.free_spare()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """See Ranks."""

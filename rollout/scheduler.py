@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin
 from zerokl.rollout.run_ahead import follow
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult

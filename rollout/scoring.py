@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.rollout.admission import AdmissionLimits
+from zerokl.rollout.errors import AbortedError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.prompts import params_list, prompt_list, token_ids_of
 from zerokl.rollout.request import Request
@@ -31,12 +32,14 @@ class ScoreRequests:
         return {f"{prefix}-{index}": [request] for index, request in enumerate(self.requests) if request is not None}
 
     def logprobs(self) -> list[NDArray[np.float32]]:
-        """One array per sequence, once all requests are finished."""
-        return [self._read(request) for request in self.requests]
+        """One array per sequence, once all requests are finished. Raises AbortedError where one was aborted."""
+        return [self._read(index, request) for index, request in enumerate(self.requests)]
 
-    def _read(self, request: Request | None) -> NDArray[np.float32]:
+    def _read(self, index: int, request: Request | None) -> NDArray[np.float32]:
         if request is None:
             return np.zeros(0, np.float32)
+        if request.finish_reason == "abort":
+            raise AbortedError(f"score: token_ids[{index}] was aborted (request {request.request_id})")
         column = {
             "policy_logprobs": request.policy_logprobs,
             "logprobs": request.logprobs,

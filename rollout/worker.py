@@ -298,12 +298,3 @@ def _check_tied(manifest: Manifest, expected: Mapping[str, Any]) -> None:
     content = {spec.name: (spec.dtype, spec.checksum) for spec in manifest.tensors if spec.name in (EMBED, LM_HEAD)}
     if LM_HEAD not in expected and LM_HEAD in content and content[LM_HEAD] != content[EMBED]:
         raise ValueError(f"tie_word_embeddings is true, but {LM_HEAD} differs from {EMBED}")
-
-
-def make_worker(config: EngineConfig) -> Worker:
-    """The worker that `config.worker` names, "inprocess" or "process"; `config` must be resolved."""
-    if config.worker == "process":
-        from zerokl.rollout.worker_link import RemoteWorker
-
-        return RemoteWorker(config)
-    return LocalWorker(config)

@@ -40,43 +40,48 @@ class RemoteTraceback(Exception):  # noqa: N818 - shown as the cause of an error
     """The worker's own traceback, as text."""
 
 
-class _Processes:
-    """One process per rank, each with a LocalWorker. Every order goes to all ranks, and is done when all have done it.
+class RankProcesses:
+    """`zerokl.rollout.ranks.Ranks` with a process for each rank of the config, each with a LocalWorker.
 
-    Besides `Worker`'s errors every method raises WorkerDiedError (a WorkerError) at once when a process dies.
+    Every order goes to all ranks, and is done when all have done it. Besides `Ranks`' errors every method raises
+    WorkerDiedError (a WorkerError) at once when a process dies.
     """
 
-    def __init__(self, config: EngineConfig, size: int) -> None:
-        """Start the processes and wait until they are ready. Raises what LocalWorker(config) raises."""
+    def __init__(self, config: EngineConfig) -> None:
+        """Start them together, wait until all are ready. Raises what LocalWorker(config) raises; no process is left."""
         reap_dead_segments()
-        self._size = size
+        self.size = config.num_ranks
+        self.faults = FaultMeter()
+        self._config = config
         self._options = dataclasses.asdict(config)
         self._publisher: WeightPublisher | None = None
         self._away: frozenset[str] = frozenset()
         """Parts that are put away."""
+        self._num_tokens = 0
+        """Of the latest step."""
         with ExitStack() as undo:
-            self._link = WorkerLink(size)
+            self._link = WorkerLink(self.size)
             undo.callback(self._link.close)
-            self._configure(range(size), [])
+            self._configure(range(self.size), [])
             self._connect()
             undo.pop_all()
         self._close = weakref.finalize(self, self._link.close)
 
-    def _configure(self, ranks: Iterable[int], placement: list[list[list[int]]]) -> None:
-        """Let the others reach these ranks; `placement` as in the message."""
-        options, folder = self._options, str(self._link.folder)
-        orders: dict[int, Message] = {
-            rank: messages.Configure(options=options, rank=rank, folder=folder, placement=placement) for rank in ranks
-        }
-        self._exchange(orders, messages.Done)
+    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
+        """See Ranks. The first rank that fails ends the wait: others may be waiting for it."""
+        executes: dict[int, Message] = {rank: messages.Execute(order=order) for rank, order in enumerate(orders)}
+        self._num_tokens = sum(len(order.inputs.token_ids) for order in orders)
+        with self._link.step_of(self._num_tokens):
+            replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
+        return [reply.result for reply in replies]
 
-    def _connect(self) -> None:
-        """Link all ranks, which are configured, with each other."""
-        self._done(messages.Connect(), enough=_is_cause)
-        self._link.forget_folder()
+    def describe(self) -> list[dict[str, Any]]:
+        """See Ranks."""
+        orders: dict[int, Message] = dict.fromkeys(range(self.size), messages.Describe())
+        return [reply.facts for reply in self._exchange(orders, messages.Facts)]
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        """See Worker. On all ranks or, where one refuses, on none; raises what the first that refused raised.
+        """See Ranks. On all ranks or, where one refuses, on none; raises what the first that refused raised.
 
         Arrays of this process (TensorWeights) are copied once into shared memory, which all ranks read and which is
         kept for the next call, until `sleep` of "weights" or `close`.
@@ -115,24 +120,24 @@ class _Processes:
             self._publisher = None
 
     def commit_weights(self) -> None:
-        """See Worker."""
+        """See Ranks."""
         self._done(messages.Commit())
         self._away -= {"weights"}
 
     def discard_staged(self) -> None:
-        """See Worker."""
+        """See Ranks."""
         self._done(messages.Discard())
 
     def pin_weights(self, name: str) -> None:
-        """See Worker."""
+        """See Ranks."""
         self._done(messages.Pin(name=name))
 
     def drop_weights(self, name: str) -> None:
-        """See Worker."""
+        """See Ranks."""
         self._done(messages.Drop(name=name))
 
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
-        """See Worker. Weights go first, as only they can fail to: where one rank fails, the others' come back."""
+        """See Ranks. Weights go first, as only they can fail to: where one rank fails, the others' come back."""
         for tag in ("weights", "kv_cache"):
             if tag not in tags:
                 continue
@@ -147,88 +152,18 @@ class _Processes:
             self._free_publisher()
 
     def wake_up(self, tags: Collection[str]) -> None:
-        """See Worker. Where a rank fails to, it may be called again: what is there stays."""
+        """See Ranks. Where a rank fails to, it may be called again: what is there stays."""
         self._done(messages.BringBack(weights="weights" in tags, kv_cache="kv_cache" in tags))
         self._away -= set(tags)
 
     def rearrange_experts(self, placement: NDArray[np.int32]) -> None:
-        """See Worker. As with a step, the first rank that fails ends the wait: others may be waiting for it."""
+        """See Ranks. As with a step, the first rank that fails ends the wait: others may be waiting for it."""
         self._done(messages.Rearrange(placement=placement.tolist()), enough=_is_cause)
 
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
         self._free_publisher()
-
-    def _done(
-        self,
-        order: Message,
-        ranks: Iterable[int] | None = None,
-        *,
-        channels: Channels | None = None,
-        enough: Callable[[Message], bool] | None = None,
-    ) -> None:
-        """Have these ranks (None: all) carry out one order."""
-        orders = dict.fromkeys(range(self._size) if ranks is None else ranks, order)
-        self._exchange(orders, messages.Done, channels=channels, enough=enough)
-
-    def _exchange(
-        self,
-        orders: Mapping[int, Message],
-        kind: type[Reply],
-        *,
-        channels: Channels | None = None,
-        enough: Callable[[Message], bool] | None = None,
-    ) -> list[Reply]:
-        """Send ranks their orders and give their answers in rank order, all of which must be of that kind."""
-        replies = (channels or self._link.steps).exchange(orders, enough)
-        answers = {rank: reply for rank, reply in replies.items() if isinstance(reply, kind)}
-        if len(answers) < len(orders):
-            _refuse({rank: reply for rank, reply in sorted(replies.items()) if rank not in answers})
-        return [answers[rank] for rank in sorted(answers)]
-
-
-class RemoteWorker(_Processes):
-    """A `zerokl.rollout.worker.Worker` in a process of its own."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        """As `_Processes`."""
-        assert config.num_ranks == 1, f"one worker for {config.num_ranks} ranks"
-        super().__init__(config, 1)
-
-    def execute(self, order: StepOrder) -> StepResult:
-        """See Worker. The arrays travel through the socket, which adds about 0.2 ms to a step."""
-        return self._exchange({0: messages.Execute(order=order)}, messages.Sampled)[0].result
-
-    def describe(self) -> dict[str, Any]:
-        """See Worker."""
-        return self._exchange({0: messages.Describe()}, messages.Facts)[0].facts
-
-
-class RankProcesses(_Processes):
-    """`zerokl.rollout.ranks.Ranks` with a process for each rank of the config."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        """Start them all together. Raises what LocalWorker(config) raises; no process is left then."""
-        super().__init__(config, config.num_ranks)
-        self.size = config.num_ranks
-        self.faults = FaultMeter()
-        self._config = config
-        self._num_tokens = 0
-        """Of the latest step."""
-
-    def execute(self, orders: Sequence[StepOrder]) -> list[StepResult]:
-        """See Ranks. The first rank that fails ends the wait: others may be waiting for it."""
-        executes: dict[int, Message] = {rank: messages.Execute(order=order) for rank, order in enumerate(orders)}
-        self._num_tokens = sum(len(order.inputs.token_ids) for order in orders)
-        with self._link.step_of(self._num_tokens):
-            replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
-        return [reply.result for reply in replies]
-
-    def describe(self) -> list[dict[str, Any]]:
-        """See Ranks."""
-        orders: dict[int, Message] = dict.fromkeys(range(self._size), messages.Describe())
-        return [reply.facts for reply in self._exchange(orders, messages.Facts)]
 
     @property
     def pids(self) -> list[int]:
@@ -263,6 +198,47 @@ class RankProcesses(_Processes):
             tick=TICK_SECONDS,
         )
         self._link.watch(supervision, report)
+
+    # -- orders --------------------------------------------------------------------------------------------------------
+    def _configure(self, ranks: Iterable[int], placement: list[list[list[int]]]) -> None:
+        """Let the others reach these ranks; `placement` as in the message."""
+        options, folder = self._options, str(self._link.folder)
+        orders: dict[int, Message] = {
+            rank: messages.Configure(options=options, rank=rank, folder=folder, placement=placement) for rank in ranks
+        }
+        self._exchange(orders, messages.Done)
+
+    def _connect(self) -> None:
+        """Link all ranks, which are configured, with each other."""
+        self._done(messages.Connect(), enough=_is_cause)
+        self._link.forget_folder()
+
+    def _done(
+        self,
+        order: Message,
+        ranks: Iterable[int] | None = None,
+        *,
+        channels: Channels | None = None,
+        enough: Callable[[Message], bool] | None = None,
+    ) -> None:
+        """Have these ranks (None: all) carry out one order."""
+        orders = dict.fromkeys(range(self.size) if ranks is None else ranks, order)
+        self._exchange(orders, messages.Done, channels=channels, enough=enough)
+
+    def _exchange(
+        self,
+        orders: Mapping[int, Message],
+        kind: type[Reply],
+        *,
+        channels: Channels | None = None,
+        enough: Callable[[Message], bool] | None = None,
+    ) -> list[Reply]:
+        """Send ranks their orders and give their answers in rank order, all of which must be of that kind."""
+        replies = (channels or self._link.steps).exchange(orders, enough)
+        answers = {rank: reply for rank, reply in replies.items() if isinstance(reply, kind)}
+        if len(answers) < len(orders):
+            _refuse({rank: reply for rank, reply in sorted(replies.items()) if rank not in answers})
+        return [answers[rank] for rank in sorted(answers)]
 
     # -- ranks one by one ----------------------------------------------------------------------------------------------
     def _lost(self) -> list[WorkerChild]:
@@ -307,4 +283,4 @@ def _refuse(replies: Mapping[int, Message]) -> NoReturn:
     raise WorkerError(f"unexpected reply {type(reply).__name__} from the worker of rank {rank}")
 
 
-__all__ = ["RankProcesses", "RemoteTraceback", "RemoteWorker", "WorkerDiedError"]
+__all__ = ["RankProcesses", "RemoteTraceback", "WorkerDiedError"]

@@ -15,7 +15,7 @@ from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.worker import Worker, make_worker
+from zerokl.rollout.worker import Worker
 
 Ids = NDArray[np.int32]
 
@@ -89,7 +89,7 @@ def run(
     *,
     order: Sequence[int] | None = None,
     repeat: int = 1,
-    make_worker: Callable[[EngineConfig], Worker] = make_worker,
+    make_worker: Callable[[EngineConfig], Worker] | None = None,
     **changes: Any,
 ) -> Outcome:
     """The job on an engine of its own: sample, then score what was sampled. `order`: of the prompts in the call."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from scheduling_rig import MASK, FakeModel, draw, figure, mix
 
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.in_flight import InFlightOptions, InFlightRequests
@@ -21,6 +20,7 @@ from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.sleep import Sleep
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.stop import StopStrings

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zerokl.rollout.observe.series import SERIES, UNLISTED, Series
+from zerokl.rollout.observe.readings import Series
+from zerokl.rollout.observe.series import SERIES, UNLISTED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "observability.md"

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from zerokl.kernels.ops import SampleResult, StepInputs
-from zerokl.rollout.config import Role, SchedulerConfig
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import Role, SchedulerConfig
 from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.step_plan import Hold, PlanEntry, StepPlan

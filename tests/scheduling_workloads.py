@@ -80,9 +80,12 @@ DISTURBANCES = st.lists(
 
 
 def disturb(rig: Rig, action: str, choice: int) -> None:
+    """Abort or preempt one of the requests, preempt all, forget the cached prefixes, or give a step up."""
     ids = list(rig.scheduler.requests)
     if action == "reset":
         rig.kv_cache.reset()
+    elif action == "fail":
+        rig.next_plan()  # a step that comes to nothing
     elif action == "preempt_all":
         rig.scheduler.preempt_all()
     elif ids and action == "preempt":

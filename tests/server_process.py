@@ -19,7 +19,8 @@ def server_process(
     """
     command = [sys.executable, *program, "--model", str(model), "--bind", endpoint]
     command += ["--set", "num_blocks=256", "--set", "block_size=8", "--set", "num_threads=1", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as server:  # a group of its own
         try:
             yield server
         finally:

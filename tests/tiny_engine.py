@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -19,6 +19,8 @@ from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.worker import LocalWorker
+
+SomeWorker = TypeVar("SomeWorker", bound=LocalWorker)
 
 END = 256
 """Id of the special token <|end|>, the model's end of sequence; ids 0..255 are bytes."""
@@ -167,15 +169,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition never came true")
 
 
-def gated_engine(folder: Path, **changes: Any) -> tuple[RolloutEngine, GatedWorker]:
-    """An engine whose steps wait for permits, and its worker."""
-    workers: list[GatedWorker] = []
+def engine_with(
+    folder: Path, kind: Callable[[EngineConfig], SomeWorker], **changes: Any
+) -> tuple[RolloutEngine, SomeWorker]:
+    """An engine around a worker of that kind, and the worker."""
+    workers: list[SomeWorker] = []
 
-    def make(config: EngineConfig) -> GatedWorker:
-        workers.append(GatedWorker(config))
+    def make(config: EngineConfig) -> SomeWorker:
+        workers.append(kind(config))
         return workers[0]
 
     return RolloutEngine(tiny_options(folder, **changes), make_worker=make), workers[0]
+
+
+def gated_engine(folder: Path, **changes: Any) -> tuple[RolloutEngine, GatedWorker]:
+    """An engine whose steps wait for permits, and its worker."""
+    return engine_with(folder, GatedWorker, **changes)
 
 
 def update_after(

@@ -165,7 +165,7 @@ def moves(old: ExpertPlacement, new: ExpertPlacement) -> list[list[ExpertMove]]:
 
 @dataclass(frozen=True, slots=True)
 class RankExperts:
-    """One rank's share of a placement: `zerokl.rollout.models.decoder.ExpertShare`."""
+    """One rank's share of a placement: `zerokl.rollout.models.decoder_params.ExpertShare`."""
 
     placement: ExpertPlacement
     rank: int

@@ -14,7 +14,7 @@ from zerokl.kernels.ops import KVPool
 from zerokl.rollout.expert_parallel.block_moves import move_blocks
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement, RankExperts
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import AllExperts, ExpertShare
+from zerokl.rollout.models.decoder_params import AllExperts, ExpertShare
 from zerokl.rollout.step_order import StepOrder
 
 

@@ -14,7 +14,7 @@ _HOMES = {
     "MoeConfig": "moe_config",
     "RopeConfig": "config",
     "attention_spec": "decoder",
-    "build_params": "decoder",
+    "build_params": "decoder_params",
     "check_tensors": "loader",
     "expected_tensors": "layout",
     "forward": "decoder",

@@ -12,7 +12,7 @@ from zerokl.kernels.cpu.packing import PackedLinear, unpack_expert, unpack_gate_
 from zerokl.kernels.ops import DecoderParams, LayerParams
 
 from .config import ModelConfig
-from .decoder import AllExperts, ExpertShare, held_tensors
+from .decoder_params import AllExperts, ExpertShare, held_tensors
 from .layout import CORRECTION, EMBED, FINAL_NORM, LM_HEAD, ROUTER
 
 Floats = NDArray[np.float32]

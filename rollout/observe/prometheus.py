@@ -26,7 +26,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from zerokl.rollout.observe.series import SERIES, UNLISTED, Sample, Series, Telemetry
+from zerokl.rollout.observe.readings import Sample, Series, Telemetry
+from zerokl.rollout.observe.series import SERIES, UNLISTED
 from zerokl.rollout.server.keys import is_loopback
 from zerokl.rollout.server.sockets import EndpointTakenError
 

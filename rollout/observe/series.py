@@ -6,98 +6,29 @@ of values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
 
-from zerokl.rollout.histogram import HistogramData
-
-Telemetry = Mapping[str, Any]
-"""What `RolloutEngine.telemetry` returns, or `RolloutClient.telemetry`."""
-Sample = tuple[tuple[str, ...], Any]
-"""Values of the labels, and a number or a `HistogramData`."""
-Kind = Literal["counter", "gauge", "histogram"]
+from zerokl.rollout.observe.readings import (
+    Sample,
+    Series,
+    Telemetry,
+    by,
+    flat,
+    histogram,
+    of_mismatch,
+    of_ranks,
+    of_token_kinds,
+)
 
 STATES = ("running", "draining", "paused", "asleep", "failed", "closed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One metric family."""
-
-    name: str
-    kind: Kind
-    meaning: str
-    labels: tuple[str, ...] = ()
-    read: Callable[[Telemetry], Iterable[Sample]]
-    """The samples; none where the telemetry has nothing of it."""
-    covers: tuple[str, ...] = ()
-    """Keys of `metrics()` that it stands for."""
+_REFUSALS = ("tokens", "slots", "blocks", "policy", "turn", "window", "handover")
+_RANK_FAULTS = {"death": "rank_deaths", "stall": "rank_stalls", "step_timeout": "rank_step_timeouts"}
 
 
 def unlisted(telemetry: Telemetry) -> list[Sample]:
     """Keys of `metrics()` that no series stands for."""
     covered = {key for series in SERIES for key in series.covers}
     return [((key,), value) for key, value in telemetry["metrics"].items() if key not in covered]
-
-
-# -- ways to read -----------------------------------------------------------------------------------------------------
-def _flat(kind: Kind, name: str, key: str, meaning: str) -> Series:
-    """A number of `metrics()`, left out where there is none."""
-
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        metrics = telemetry["metrics"]
-        return [((), metrics[key])] if key in metrics else []
-
-    return Series(name=name, kind=kind, meaning=meaning, read=read, covers=(key,))
-
-
-def _by(label: str, name: str, keys: Mapping[str, str], meaning: str) -> Series:
-    """A counter from several numbers of `metrics()`: label's value -> key."""
-
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        return [((value,), telemetry["metrics"][key]) for value, key in keys.items()]
-
-    return Series(name=name, kind="counter", meaning=meaning, labels=(label,), read=read, covers=tuple(keys.values()))
-
-
-def _of_ranks(kind: Kind, name: str, value: Callable[[Mapping[str, Any]], float], meaning: str, *covers: str) -> Series:
-    """A number of each rank's row of `health()`."""
-
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        return [((str(row["rank"]), row["role"]), value(row)) for row in telemetry["health"]["ranks"]]
-
-    return Series(name=name, kind=kind, meaning=meaning, labels=("rank", "role"), read=read, covers=covers)
-
-
-def _histogram(name: str, key: str, meaning: str, *labels: str, covers: tuple[str, ...] = ()) -> Series:
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        rows = [HistogramData(**row) for row in telemetry["histograms"] if row["name"] == key]
-        return [(tuple(row.labels[label] for label in labels), row) for row in rows]
-
-    return Series(name=name, kind="histogram", meaning=meaning, labels=labels, read=read, covers=covers)
-
-
-def _of_token_kinds(kind: Kind, name: str, group: str, field: str | None, meaning: str) -> Series:
-    """A number of the mismatch for each kind of token; `field` of a report, where the group holds reports."""
-
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        rows = telemetry["mismatch"][group].items()
-        return [((tokens,), value if field is None else value[field]) for tokens, value in rows]
-
-    return Series(name=name, kind=kind, meaning=meaning, labels=("tokens",), read=read)
-
-
-def _of_mismatch(kind: Kind, name: str, key: str, meaning: str) -> Series:
-    def read(telemetry: Telemetry) -> Iterable[Sample]:
-        value = telemetry["mismatch"][key]
-        return [] if value is None else [((), value)]
-
-    return Series(name=name, kind=kind, meaning=meaning, read=read)
-
-
-_REFUSALS = ("tokens", "slots", "blocks", "policy", "turn", "window", "handover")
-_RANK_FAULTS = {"death": "rank_deaths", "stall": "rank_stalls", "step_timeout": "rank_step_timeouts"}
 
 
 def _faults(telemetry: Telemetry) -> Iterable[Sample]:
@@ -129,47 +60,45 @@ _STATE = (
     ),
 )
 _RANKS = (
-    _of_ranks("gauge", "zerokl_running_requests", lambda row: row["running"], "Requests that run there.", "running"),
-    _of_ranks(
+    of_ranks("gauge", "zerokl_running_requests", lambda row: row["running"], "Requests that run there.", "running"),
+    of_ranks(
         "gauge",
         "zerokl_kv_usage_ratio",
         lambda row: 1.0 - row["free_blocks"] / row["total_blocks"],
         "Part of the KV blocks that requests hold.",
         "kv_usage",
     ),
-    _of_ranks("gauge", "zerokl_kv_blocks", lambda row: row["total_blocks"], "KV blocks in the pool.", "total_blocks"),
-    _of_ranks(
+    of_ranks("gauge", "zerokl_kv_blocks", lambda row: row["total_blocks"], "KV blocks in the pool.", "total_blocks"),
+    of_ranks(
         "gauge",
         "zerokl_kv_free_blocks",
         lambda row: row["free_blocks"],
         "KV blocks that no request holds, cached ones included.",
         "free_blocks",
     ),
-    _of_ranks(
+    of_ranks(
         "gauge",
         "zerokl_kv_cached_blocks",
         lambda row: row["cached_blocks"],
         "KV blocks that the prefix cache can give, held or free.",
         "cached_blocks",
     ),
-    _of_ranks(
+    of_ranks(
         "counter",
         "zerokl_computed_tokens",
         lambda row: row["computed_tokens"],
         "Tokens that went through the forward.",
         "computed_tokens",
     ),
-    _of_ranks(
+    of_ranks(
         "counter",
         "zerokl_generated_tokens",
         lambda row: row["generated_tokens"],
         "Tokens sampled; its rate is tokens per second.",
         "generated_tokens",
     ),
-    _flat("counter", "zerokl_rank_restarts", "rank_restarts", "Ranks that were started anew after a fault."),
-    _flat(
-        "counter", "zerokl_rank_restart_seconds", "rank_restart_seconds", "From faults until the ranks worked again."
-    ),
+    flat("counter", "zerokl_rank_restarts", "rank_restarts", "Ranks that were started anew after a fault."),
+    flat("counter", "zerokl_rank_restart_seconds", "rank_restart_seconds", "From faults until the ranks worked again."),
     Series(
         name="zerokl_rank_faults",
         kind="counter",
@@ -178,56 +107,56 @@ _RANKS = (
         read=_faults,
         covers=tuple(_RANK_FAULTS.values()),
     ),
-    _flat(
+    flat(
         "counter", "zerokl_rank_faults_in_step", "rank_faults_in_step", "Faults that hit a rank with a step in flight."
     ),
 )
 _REQUESTS = (
-    _flat("counter", "zerokl_requests_received", "received", "Requests queued: samples and scored sequences."),
-    _by(
+    flat("counter", "zerokl_requests_received", "received", "Requests queued: samples and scored sequences."),
+    by(
         "reason",
         "zerokl_requests_finished",
         {reason: f"finished_{reason}" for reason in ("stop", "length", "abort")},
         "Requests that have ended.",
     ),
-    _flat("gauge", "zerokl_waiting_requests", "waiting", "Requests that hold no KV block; they have no rank yet."),
-    _flat("gauge", "zerokl_held_calls", "held", "Calls and changes held by a pause, a change or a step in flight."),
-    _by(
+    flat("gauge", "zerokl_waiting_requests", "waiting", "Requests that hold no KV block; they have no rank yet."),
+    flat("gauge", "zerokl_held_calls", "held", "Calls and changes held by a pause, a change or a step in flight."),
+    by(
         "reason",
         "zerokl_refusals",
         {reason: f"refused_{reason}" for reason in _REFUSALS},
         "Times that a step could not take those that wait, by what was lacking.",
     ),
-    _flat("counter", "zerokl_admissions", "admissions", "Requests that began to run, preempted ones again."),
-    _flat("counter", "zerokl_preemptions", "preemptions", "Requests that lost their KV blocks, to be computed again."),
-    _flat("counter", "zerokl_handovers", "handovers", "Requests that moved from a prefill rank to a decode rank."),
-    _histogram("zerokl_intake_seconds", "intake_seconds", "From submission until the scheduler had the request."),
-    _histogram(
+    flat("counter", "zerokl_admissions", "admissions", "Requests that began to run, preempted ones again."),
+    flat("counter", "zerokl_preemptions", "preemptions", "Requests that lost their KV blocks, to be computed again."),
+    flat("counter", "zerokl_handovers", "handovers", "Requests that moved from a prefill rank to a decode rank."),
+    histogram("zerokl_intake_seconds", "intake_seconds", "From submission until the scheduler had the request."),
+    histogram(
         "zerokl_queue_wait_seconds",
         "queue_wait_seconds",
         "From submission (or preemption) until the request ran, by what held it last.",
         "reason",
     ),
-    _histogram(
+    histogram(
         "zerokl_time_to_first_token_seconds",
         "time_to_first_token_seconds",
         "From submission to the first sampled token.",
     ),
-    _histogram("zerokl_request_seconds", "request_seconds", "From submission to the end, by why it ended.", "reason"),
+    histogram("zerokl_request_seconds", "request_seconds", "From submission to the end, by why it ended.", "reason"),
 )
 _WORK = (
-    _flat("counter", "zerokl_steps", "steps", "Steps planned."),
-    _histogram("zerokl_step_seconds", "step_seconds", "A step, planning to results.", covers=("step_seconds",)),
-    _histogram("zerokl_plan_seconds", "plan_seconds", "Planning a step and laying out its arrays."),
-    _flat("counter", "zerokl_worker_seconds", "worker_seconds", "Seconds of steps that the ranks computed."),
-    _by(
+    flat("counter", "zerokl_steps", "steps", "Steps planned."),
+    histogram("zerokl_step_seconds", "step_seconds", "A step, planning to results.", covers=("step_seconds",)),
+    histogram("zerokl_plan_seconds", "plan_seconds", "Planning a step and laying out its arrays."),
+    flat("counter", "zerokl_worker_seconds", "worker_seconds", "Seconds of steps that the ranks computed."),
+    by(
         "phase",
         "zerokl_forward_tokens",
         {"prefill": "prefill_tokens", "decode": "decode_tokens"},
         "Tokens that went through the forward alone (decode) or with others of their sequence (prefill).",
     ),
-    _flat("counter", "zerokl_result_rows", "result_rows", "Rows of results: sampled and rated tokens."),
-    _flat(
+    flat("counter", "zerokl_result_rows", "result_rows", "Rows of results: sampled and rated tokens."),
+    flat(
         "counter",
         "zerokl_prefix_cache_hit_tokens",
         "cached_tokens",
@@ -240,15 +169,15 @@ _WORK = (
         meaning="Tokens sampled by each of the newest 8 versions that sampled any, and by `older` ones.",
         read=lambda seen: [((version,), count) for version, count in seen["version_tokens"].items()],
     ),
-    _flat("counter", "zerokl_expert_moves", "expert_moves", "Experts that came to another rank."),
-    _flat("counter", "zerokl_expert_rebalances", "expert_rebalances", "Times that experts moved."),
+    flat("counter", "zerokl_expert_moves", "expert_moves", "Experts that came to another rank."),
+    flat("counter", "zerokl_expert_rebalances", "expert_rebalances", "Times that experts moved."),
 )
 _WEIGHTS = (
-    _flat("counter", "zerokl_weight_updates", "weight_updates", "Updates that became live."),
-    _flat(
+    flat("counter", "zerokl_weight_updates", "weight_updates", "Updates that became live."),
+    flat(
         "counter", "zerokl_weight_update_failures", "weight_update_failures", "Updates after which the old one served."
     ),
-    _histogram(
+    histogram(
         "zerokl_weight_sync_seconds",
         "weight_sync_seconds",
         "Reading and packing weights beside the steps (`stage`), changes waiting for requests in flight (`drain`), the "
@@ -256,7 +185,7 @@ _WEIGHTS = (
         "part",
         covers=("weight_stage_seconds", "weight_drain_seconds", "weight_commit_seconds"),
     ),
-    _histogram(
+    histogram(
         "zerokl_pause_seconds",
         "pause_seconds",
         "Between the last step before new weights and the first one after, with requests in flight (`weights`); "
@@ -266,47 +195,47 @@ _WEIGHTS = (
     ),
 )
 _MISMATCH = (
-    _of_mismatch("counter", "zerokl_mismatch_reports", "reports", "Calls of `report_trainer_logprobs`."),
-    _of_token_kinds(
+    of_mismatch("counter", "zerokl_mismatch_reports", "reports", "Calls of `report_trainer_logprobs`."),
+    of_token_kinds(
         "counter",
         "zerokl_mismatch_tokens",
         "tokens",
         None,
         "Tokens reported: `exact` must agree, `inexact` weights and `other_version` need not.",
     ),
-    _of_token_kinds(
+    of_token_kinds(
         "counter",
         "zerokl_mismatch_differing_logprobs",
         "differing_logprobs",
         None,
         "Tokens whose two logprobs were not the same number.",
     ),
-    _of_token_kinds(
+    of_token_kinds(
         "gauge",
         "zerokl_mismatch_k3_kl_mean",
         "last",
         "k3_kl_mean",
         "Mean k3 of the last report: trainer's forward against rollout, never against the reference.",
     ),
-    _of_token_kinds("gauge", "zerokl_mismatch_k3_kl_max", "last", "k3_kl_max", "Largest k3 of the last report."),
-    _of_token_kinds(
+    of_token_kinds("gauge", "zerokl_mismatch_k3_kl_max", "last", "k3_kl_max", "Largest k3 of the last report."),
+    of_token_kinds(
         "gauge",
         "zerokl_mismatch_probs_diff_max",
         "last",
         "probs_diff_max",
         "Largest difference of two probabilities in the last report.",
     ),
-    _of_mismatch("counter", "zerokl_mismatch_alarms", "alarms", "Reports whose exact tokens were over the threshold."),
-    _of_mismatch("gauge", "zerokl_mismatch_alarming", "is_alarming", "1 while the last report is over the threshold."),
-    _of_mismatch("gauge", "zerokl_mismatch_alarm_threshold", "k3_alarm", "`EngineConfig.k3_alarm`; left out for None."),
+    of_mismatch("counter", "zerokl_mismatch_alarms", "alarms", "Reports whose exact tokens were over the threshold."),
+    of_mismatch("gauge", "zerokl_mismatch_alarming", "is_alarming", "1 while the last report is over the threshold."),
+    of_mismatch("gauge", "zerokl_mismatch_alarm_threshold", "k3_alarm", "`EngineConfig.k3_alarm`; left out for None."),
 )
 _SERVER = (
-    _flat("gauge", "zerokl_server_clients", "server_clients", "Clients with a session."),
-    _flat("gauge", "zerokl_server_calls", "server_calls", "Calls that are open or being answered."),
-    _flat("gauge", "zerokl_server_queued_bytes", "server_queued_bytes", "Memory promised to calls and their results."),
-    _flat("gauge", "zerokl_server_max_queued_bytes", "server_max_queued_bytes", "The most that was ever promised."),
-    _flat("gauge", "zerokl_server_unacknowledged_bytes", "server_unacknowledged_bytes", "Sent and not acknowledged."),
-    _flat(
+    flat("gauge", "zerokl_server_clients", "server_clients", "Clients with a session."),
+    flat("gauge", "zerokl_server_calls", "server_calls", "Calls that are open or being answered."),
+    flat("gauge", "zerokl_server_queued_bytes", "server_queued_bytes", "Memory promised to calls and their results."),
+    flat("gauge", "zerokl_server_max_queued_bytes", "server_max_queued_bytes", "The most that was ever promised."),
+    flat("gauge", "zerokl_server_unacknowledged_bytes", "server_unacknowledged_bytes", "Sent and not acknowledged."),
+    flat(
         "counter",
         "zerokl_server_refused_messages",
         "server_refused_messages",

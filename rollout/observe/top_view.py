@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerokl.rollout.histogram import HistogramData
-from zerokl.rollout.observe.series import Telemetry
+from zerokl.rollout.observe.readings import Telemetry
 
 MAX_RANKS = 16
 """Rows of ranks in a frame; the busiest by running requests are shown."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zerokl.rollout.errors import (
+    AbortedError,
     EngineAsleepError,
     EngineClosedError,
     EngineFailedError,
@@ -35,6 +36,7 @@ class DeadlineError(TimeoutError):
 ERRORS = NamedErrors(
     (
         *COMMON_ERRORS,
+        AbortedError,
         BusyError,
         CallCancelledError,
         DeadlineError,

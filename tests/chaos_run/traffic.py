@@ -13,6 +13,7 @@ from exactness_harness import SETTINGS, differing
 
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.client_calls import TokenChunk
+from zerokl.rollout.errors import AbortedError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.protocol.codec import Message
 from zerokl.rollout.sampling_params import SamplingParams
@@ -159,6 +160,8 @@ class TrafficClient:
         self.scored.append(scored)
         try:
             (scored.logprobs,) = self.client.score([tokens], policy=PINNED)
+        except AbortedError:  # by an `abort_all`, which is for the requests of all clients
+            self.scored.pop()
         except Exception as error:  # noqa: BLE001 - the verdict tells it
             self._lose(scored, error)
 

@@ -116,7 +116,7 @@ def _compare_scores(verdict: Verdict, plain: RolloutEngine, scored: Sequence[Sco
             verdict.wrong.append(f"a score was not answered: {one.error}")
             continue
         (expected,) = plain.score([one.tokens])
-        places = differing_places(one.logprobs, expected[: len(one.logprobs)])  # abort_all cuts it
+        places = differing_places(one.logprobs, expected)
         if len(places):
             unlike.append(one)
         if len(places) and not version:

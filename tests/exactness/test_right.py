@@ -9,7 +9,8 @@ from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.loader import open_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.sampling_params import SamplingParams

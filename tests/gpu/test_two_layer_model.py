@@ -27,7 +27,8 @@ from zerokl.kernels.gpu import paged_attention  # noqa: E402
 from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward, forward_begun  # noqa: E402
+from zerokl.rollout.models.decoder import DecoderSpec, forward, forward_begun  # noqa: E402
+from zerokl.rollout.models.decoder_params import build_params  # noqa: E402
 from zerokl.rollout.models.rope import rope_table  # noqa: E402
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config, tiny_moe_config  # noqa: E402
 

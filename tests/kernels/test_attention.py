@@ -1,6 +1,5 @@
 """Paged attention on the CPU: right against float64, and bit for bit however a sequence is cut, cached or batched."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -10,14 +9,6 @@ from attention_rig import LENGTHS, Sequences, assert_same
 from zerokl.kernels.cpu import _cpu
 
 SPLIT = 64
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    threads, instruction_set = _cpu.num_threads(), _cpu.instruction_set()
-    yield
-    _cpu.set_num_threads(threads)
-    _cpu.set_instruction_set(instruction_set)
 
 
 # -- right -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Gradients of packed causal attention: against float64, and free of threads, instruction sets and neighbours."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -8,14 +7,6 @@ import pytest
 from attention_rig import Sequences, assert_same, attend64
 
 from zerokl.kernels.cpu import _cpu
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    threads, instruction_set = _cpu.num_threads(), _cpu.instruction_set()
-    yield
-    _cpu.set_num_threads(threads)
-    _cpu.set_instruction_set(instruction_set)
 
 
 def packed(sequences):

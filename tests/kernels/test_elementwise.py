@@ -1,6 +1,6 @@
 """Row-wise CPU ops: against plain NumPy in float64, and bit for bit over batches, threads and instruction sets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,14 +10,6 @@ from zerokl.kernels.cpu.packing import Packer
 
 EPS = 1e-5
 WIDTHS = [1, 5, 16, 17, 80, 576]
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    threads, instruction_set = _cpu.num_threads(), _cpu.instruction_set()
-    yield
-    _cpu.set_num_threads(threads)
-    _cpu.set_instruction_set(instruction_set)
 
 
 def normal(seed, *shape):

@@ -1,6 +1,5 @@
 """Same bits whatever stands beside a row, however many threads run, and on every instruction set."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,14 +7,6 @@ import pytest
 from sampling_rig import assert_same_bits, make_batch, random_batch, sample, take_rows
 
 from zerokl.kernels.cpu import _cpu
-
-
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    threads, instruction_set = _cpu.num_threads(), _cpu.instruction_set()
-    yield
-    _cpu.set_num_threads(threads)
-    _cpu.set_instruction_set(instruction_set)
 
 
 def case(rows, vocab, seed=0):

@@ -1,6 +1,7 @@
 """What is installed equals what is in the folders, every module imports, and none of them brings torch."""
 
 import importlib
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -31,6 +32,14 @@ def test_every_folder_of_a_room_is_a_package():
     for room in ROOMS:
         for folder in {path.parent for path in (ROOT / room).rglob("*.py")}:
             assert (folder / "__init__.py").exists(), folder
+
+
+def test_every_environment_variable_is_in_the_documentation():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    sources = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    names = {name for path in sources for name in re.findall(r"\bZEROKL_[A-Z0-9_]+", path.read_text())}
+    assert len(names) >= 2
+    assert not [name for name in names if f"| `{name}` |" not in page]
 
 
 def test_all_modules_import_without_torch():

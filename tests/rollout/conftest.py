@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks_engine import write_moe_model
 from tiny_engine import tiny_options, write_byte_tokenizer, write_tiny_model
 
 from zerokl.rollout.engine import RolloutEngine
@@ -24,6 +25,12 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny random model."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model with two mixtures of experts."""
+    return write_moe_model(tmp_path_factory.mktemp("moe_model"))
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tiny_engine import (
     FailingWorker,
-    GatedWorker,
     ctrl_c_after,
+    gated_engine,
     in_thread,
     step_into_drain,
     tiny_options,
@@ -24,9 +24,8 @@ from tiny_engine import (
     wait_until,
 )
 
-from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
+from zerokl.rollout.errors import AbortedError, EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.worker import LocalWorker
 
@@ -35,16 +34,6 @@ LONG = SamplingParams(max_tokens=60, ignore_eos=True, seed=1)
 
 def loop_threads() -> int:
     return sum(thread.name == "zerokl-engine-loop" for thread in threading.enumerate())
-
-
-def gated_engine(folder: Path) -> tuple[RolloutEngine, GatedWorker]:
-    workers: list[GatedWorker] = []
-
-    def make(config: EngineConfig) -> GatedWorker:
-        workers.append(GatedWorker(config))
-        return workers[0]
-
-    return RolloutEngine(tiny_options(folder), make_worker=make), workers[0]
 
 
 def test_abort_returns_the_tokens_so_far_and_spares_the_others(tiny_model: Path) -> None:
@@ -68,6 +57,29 @@ def test_abort_returns_the_tokens_so_far_and_spares_the_others(tiny_model: Path)
             np.testing.assert_array_equal(engine.score(rollout)[0], rollout.policy_logprobs)
         assert engine.abort("keep") == 0
         assert engine.abort_all() == 0
+
+
+def test_a_score_that_is_aborted_raises_whether_it_has_begun_or_not(tiny_model: Path) -> None:
+    """A shorter array would be taken for a whole one."""
+    engine, worker = gated_engine(tiny_model, max_num_batched_tokens=8)
+    tokens = [[1], [1, 2], list(range(40))]
+    with engine:
+        score = in_thread(lambda: engine.score(tokens))
+        for _ in range(3):  # the second sequence and a part of the third are rated
+            worker.began.acquire()
+            worker.gate.release()
+        worker.began.acquire()
+        late = in_thread(lambda: asyncio.run(engine.ascore(tokens)))
+        wait_until(lambda: engine.health()["num_held"] == 1)
+        aborted = in_thread(engine.abort_all)
+        wait_until(lambda: engine._loop._inbox.num_urgent > 0)
+        worker.open()
+        assert aborted() == 3
+        with pytest.raises(AbortedError, match=r"token_ids\[2\] was aborted"):
+            score()
+        with pytest.raises(AbortedError, match=r"token_ids\[1\] was aborted"):
+            late()
+        assert [len(one) for one in engine.score(tokens)] == [0, 1, 39]
 
 
 def test_request_ids_are_checked(engine: RolloutEngine) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from scheduling_rig import FakeModel, assert_as_expected, generate
 
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.control import Call, Exclusive, WeightSets
 from zerokl.rollout.engine_loop import EngineLoop
 from zerokl.rollout.errors import EngineClosedError
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.stop import StopStrings
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from exactness_harness import NONE_DIFFER, differences
 from leftovers import children_of, segments_of, wait_for_end
-from ranks_engine import SMALL, gated, kill_rank, no_new_files, on_ranks, write_moe_model
+from ranks_engine import SMALL, gated, kill_rank, no_new_files, on_ranks
 from tiny_engine import ctrl_c_after, in_thread, tiny_model_config, tiny_tensors, update_after, wait_until
 
 from zerokl.rollout import messages
@@ -34,11 +34,6 @@ SPREAD: dict[str, dict[str, Any]] = {
     "E2": {"expert_parallel_size": 2},
     "E2 x D2": {"expert_parallel_size": 2, "data_parallel_size": 2, "num_redundant_experts": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_moe_model(tmp_path_factory.mktemp("moe_model"))
 
 
 @pytest.fixture(scope="module")

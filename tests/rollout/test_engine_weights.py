@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_engine import (
     GatedWorker,
+    gated_engine,
     in_thread,
     step_into_drain,
     tiny_options,
@@ -18,7 +19,6 @@ from tiny_engine import (
     write_tiny_model,
 )
 
-from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import EngineClosedError
 from zerokl.rollout.sampling_params import SamplingParams
@@ -31,15 +31,10 @@ PARAMS = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
 @pytest.fixture
 def gated(tiny_model: Path) -> Iterator[tuple[RolloutEngine, GatedWorker]]:
     """An engine whose steps wait for permits, and its worker."""
-    workers: list[GatedWorker] = []
-
-    def make(config: EngineConfig) -> GatedWorker:
-        workers.append(GatedWorker(config))
-        return workers[0]
-
-    with RolloutEngine(tiny_options(tiny_model), make_worker=make) as engine:
-        yield engine, workers[0]
-        workers[0].open()
+    engine, worker = gated_engine(tiny_model)
+    with engine:
+        yield engine, worker
+        worker.open()
 
 
 def test_new_weights_give_what_a_fresh_engine_gives(engine: RolloutEngine, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from leftovers import children_of, segments_of, wait_for_end
+from process_rig import CONTENT, MODEL, loaded, process_config
 from ranks_engine import no_new_files
 from tiny_engine import in_thread
 
@@ -19,36 +20,18 @@ from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.rollout import worker_child
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.messages import Done, Failed, is_consequence
-from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
-from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.models.synthetic import random_tensors, step_inputs
 from zerokl.rollout.ranks import OneRank, make_ranks
 from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.weight_source import FolderWeights, TensorWeights
 from zerokl.rollout.worker import LocalWorker
 from zerokl.rollout.worker_link import RankProcesses, WorkerDiedError, _refuse
 
-CONTENT = tiny_config("LlamaForCausalLM")
-MODEL = ModelConfig.from_json(CONTENT)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    save_pretrained(path, CONTENT, random_tensors(MODEL, 0))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def config(folder: str) -> EngineConfig:
-    return EngineConfig(model=folder, num_blocks=8, max_model_len=128, num_threads=1, data_parallel_size=2)
-
-
-def loaded(config: EngineConfig) -> RankProcesses:
-    ranks = RankProcesses(config)
-    ranks.stage_weights(FolderWeights(path=config.model), 0)
-    ranks.commit_weights()
-    return ranks
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return process_config(tmp_path_factory.mktemp("model"), data_parallel_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +48,14 @@ def mortal(config: EngineConfig) -> Iterator[RankProcesses]:
     ranks.close()
 
 
-def a_step(first: int) -> StepInputs:
+def a_short_step(first: int) -> StepInputs:
     tokens = np.arange(first, first + 19, dtype=np.int32)
     sampling = dataclasses.replace(neutral_sampling(19), seed=tokens.astype(np.uint64))
     return step_inputs([tokens], [0], [[5, 3]], 16, logit_rows=np.arange(19, dtype=np.int32), sampling=sampling)
 
 
 def orders() -> list[StepOrder]:
-    return [StepOrder(inputs=a_step(1)), StepOrder(inputs=a_step(7))]
+    return [StepOrder(inputs=a_short_step(1)), StepOrder(inputs=a_short_step(7))]
 
 
 def sampled(ranks: RankProcesses) -> list[list[float]]:
@@ -80,7 +63,7 @@ def sampled(ranks: RankProcesses) -> list[list[float]]:
 
 
 def local(config: EngineConfig, seed: int) -> list[list[float]]:
-    worker = LocalWorker(dataclasses.replace(config, data_parallel_size=1))
+    worker = LocalWorker(dataclasses.replace(config, data_parallel_size=1, worker="inprocess"))
     worker.stage_weights(TensorWeights(tensors=random_tensors(MODEL, seed)), 0)
     worker.commit_weights()
     return [worker.execute(order).sampled.logprobs.tolist() for order in orders()]
@@ -164,7 +147,7 @@ def test_where_one_rank_cannot_put_weights_away_all_stay_awake(
 
 
 def test_one_rank_is_the_worker_itself(config: EngineConfig) -> None:
-    alone = dataclasses.replace(config, data_parallel_size=1)
+    alone = dataclasses.replace(config, data_parallel_size=1, worker="inprocess")
     ranks = make_ranks(alone)
     assert isinstance(ranks, OneRank) and ranks.describe()[0]["kind"] == "inprocess"
     ranks.close()

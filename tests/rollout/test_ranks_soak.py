@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from exactness_harness import differing
 from leftovers import children_of, segments_of
-from ranks_engine import on_ranks, write_moe_model
+from ranks_engine import on_ranks
 from span_replay import differences
 from tiny_engine import tiny_tensors, wait_until
 
@@ -215,11 +215,6 @@ def whole(rollout: Rollout) -> list[int]:
     """Prompt and output."""
     tokens: list[int] = np.concatenate([rollout.prompt_token_ids, rollout.token_ids]).tolist()
     return tokens
-
-
-@pytest.fixture(scope="module")
-def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_moe_model(tmp_path_factory.mktemp("moe_model"))
 
 
 @pytest.mark.slow

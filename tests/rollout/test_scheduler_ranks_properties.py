@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduling_rig import VOCAB, Rig, assert_as_expected, entries, generate
+from scheduling_workloads import disturb
 
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.kv_cache import KVCacheManager
@@ -77,21 +78,6 @@ DISTURBANCES = st.lists(
     st.tuples(st.integers(0, 50), st.sampled_from(["abort", "preempt", "preempt_all", "fail"]), st.integers(0, 20)),
     max_size=5,
 )
-
-
-def disturb(rig: Rig, action: str, choice: int) -> None:
-    ids = list(rig.scheduler.requests)
-    if action == "preempt_all":
-        rig.scheduler.preempt_all()
-    elif action == "fail":
-        rig.next_plan()  # a step that comes to nothing
-    elif ids and action == "preempt":
-        rig.scheduler.preempt(ids[choice % len(ids)])
-    elif ids:
-        aborted = rig.scheduler.abort(ids[choice % len(ids)])
-        assert aborted is not None
-        rig.keep(aborted)
-    rig.scheduler.check_integrity()
 
 
 @EXAMPLES

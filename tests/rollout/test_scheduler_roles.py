@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from scheduling_rig import Rig, assert_as_expected, entries, generate, placement, refusals
 
-from zerokl.rollout.config import SchedulerConfig
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
 from zerokl.rollout.results import DECODE, PREFILL
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.scheduler_config import SchedulerConfig
 
 SPLIT = ("prefill", "decode")
 

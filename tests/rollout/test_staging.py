@@ -18,9 +18,10 @@ from zerokl.rollout.models.layout import expected_tensors
 from zerokl.rollout.models.packed_tensors import PackedTensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
+from zerokl.rollout.ranks import OneRank, Ranks, make_ranks
 from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
-from zerokl.rollout.worker import LocalWorker, Worker, make_worker
+from zerokl.rollout.worker import LocalWorker
 from zerokl.weight_sync import PublishedShards, WeightPublisher, publish_file
 from zerokl.weight_sync.errors import ParentMismatchError
 
@@ -38,8 +39,8 @@ def a_step() -> StepInputs:
     return step_inputs([tokens], [0], [[5, 3]], 16, logit_rows=rows, sampling=sampling)
 
 
-def bits(worker: Worker) -> bytes:
-    result = worker.execute(StepOrder(inputs=a_step())).sampled
+def bits(worker: Ranks) -> bytes:
+    result = worker.execute([StepOrder(inputs=a_step())])[0].sampled
     return result.tokens.tobytes() + result.logprobs.tobytes()
 
 
@@ -49,8 +50,8 @@ def options(folder: Path, content: dict[str, Any], **changes: Any) -> EngineConf
 
 
 @pytest.fixture(params=["inprocess", "process"])
-def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Worker]:
-    made = make_worker(options(tmp_path, CONTENTS[0], worker=request.param))
+def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ranks]:
+    made = make_ranks(options(tmp_path, CONTENTS[0], worker=request.param))
     made.stage_weights(FolderWeights(path=str(tmp_path)), 0)
     made.commit_weights()
     yield made
@@ -58,13 +59,13 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Worker]:
 
 
 def fresh_bits(folder: Path, tensors: dict[str, Any]) -> bytes:
-    fresh = LocalWorker(EngineConfig(model=str(folder), num_blocks=8, max_model_len=128, num_threads=1))
+    fresh = OneRank(LocalWorker(EngineConfig(model=str(folder), num_blocks=8, max_model_len=128, num_threads=1)))
     fresh.stage_weights(TensorWeights(tensors=tensors), 0)
     fresh.commit_weights()
     return bits(fresh)
 
 
-def test_steps_beside_staging_see_one_version(worker: Worker, tmp_path: Path) -> None:
+def test_steps_beside_staging_see_one_version(worker: Ranks, tmp_path: Path) -> None:
     model = ModelConfig.from_json(CONTENTS[0])
     sets = [random_tensors(model, seed) for seed in range(2)]
     expected = [fresh_bits(tmp_path, tensors) for tensors in sets]
@@ -82,7 +83,7 @@ def test_steps_beside_staging_see_one_version(worker: Worker, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_chain_of_deltas_equals_a_fresh_worker(worker: Worker, tmp_path: Path, dtype: Any) -> None:
+def test_a_chain_of_deltas_equals_a_fresh_worker(worker: Ranks, tmp_path: Path, dtype: Any) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 0)
     names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     with WeightPublisher() as publisher:
@@ -113,7 +114,7 @@ def rounded(tensors: dict[str, Any]) -> dict[str, Any]:
     return wide
 
 
-def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
+def test_perturb_and_revert_is_byte_identical(worker: Ranks) -> None:
     before = bits(worker)
     name = "model.layers.0.mlp.down_proj.weight"
     original = random_tensors(ModelConfig.from_json(CONTENTS[0]), 0)
@@ -128,7 +129,7 @@ def test_perturb_and_revert_is_byte_identical(worker: Worker) -> None:
             assert (bits(worker) == before) == (version == 2)
 
 
-def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp_path: Path) -> None:
+def test_a_rounded_publication_is_used_as_its_widened_values(worker: Ranks, tmp_path: Path) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 7)
     wide = rounded(tensors)
     with WeightPublisher() as publisher:
@@ -138,7 +139,7 @@ def test_a_rounded_publication_is_used_as_its_widened_values(worker: Worker, tmp
     assert bits(worker) == fresh_bits(tmp_path, wide)
 
 
-def test_files_and_shards_equal_a_fresh_worker(worker: Worker, tmp_path: Path) -> None:
+def test_files_and_shards_equal_a_fresh_worker(worker: Ranks, tmp_path: Path) -> None:
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[0]), 5)
     axes = {name: 0 for name in tensors if "proj" in name}
     ranks = [
@@ -162,7 +163,7 @@ def test_files_and_shards_equal_a_fresh_worker(worker: Worker, tmp_path: Path) -
 
 
 def test_a_delta_after_a_set_with_its_tied_head(tmp_path: Path) -> None:
-    worker = LocalWorker(options(tmp_path, CONTENTS[1]))
+    worker = OneRank(LocalWorker(options(tmp_path, CONTENTS[1])))
     tensors = random_tensors(ModelConfig.from_json(CONTENTS[1]), 0)
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     with WeightPublisher() as publisher:

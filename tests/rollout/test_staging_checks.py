@@ -20,7 +20,7 @@ from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
 from zerokl.rollout.worker import LocalWorker
-from zerokl.rollout.worker_link import RemoteWorker
+from zerokl.rollout.worker_link import RankProcesses
 from zerokl.weight_sync import PublishedFile, WeightPublisher, publish_file
 
 
@@ -65,7 +65,7 @@ def test_a_nan_or_infinity_is_refused_by_name_from_every_source(engine: RolloutE
 
 def test_arrays_to_a_worker_process_go_through_one_segment(tmp_path: Path) -> None:
     options = tiny_options(write_tiny_model(tmp_path), worker="process", max_model_len=64)
-    worker = RemoteWorker(options)
+    worker = RankProcesses(options)
     worker.stage_weights(FolderWeights(path=str(tmp_path)), 0)
     worker.commit_weights()
     assert segments_of(os.getpid()) == []

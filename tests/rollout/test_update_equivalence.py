@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until, write_tiny_model
+from tiny_engine import engine_with, in_thread, tiny_options, tiny_tensors, wait_until, write_tiny_model
 
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
@@ -133,20 +133,15 @@ def packed_bytes(worker: LocalWorker) -> list[bytes]:
 
 
 def test_perturb_apply_revert_is_identical_to_the_byte(tiny_model: Path) -> None:
-    workers: list[LocalWorker] = []
-
-    def make(config: EngineConfig) -> LocalWorker:
-        workers.append(LocalWorker(config))
-        return workers[0]
-
-    with RolloutEngine(tiny_options(tiny_model), make_worker=make) as engine:
-        start, rollouts = packed_bytes(workers[0]), engine.generate(PROMPTS, PARAMS)
+    engine, worker = engine_with(tiny_model, LocalWorker)
+    with engine:
+        start, rollouts = packed_bytes(worker), engine.generate(PROMPTS, PARAMS)
         tensors = tiny_tensors(0)
         for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
             engine.update_weights(tensors | {name: np.nextafter(tensors[name], np.float32(9))})
-            assert packed_bytes(workers[0]) != start, "the smallest change of one tensor shows"
+            assert packed_bytes(worker) != start, "the smallest change of one tensor shows"
             engine.update_weights(tensors)
-            assert packed_bytes(workers[0]) == start
+            assert packed_bytes(worker) == start
         assert_same(engine.generate(PROMPTS, PARAMS), rollouts)
 
 
@@ -169,15 +164,10 @@ class SlowStaging(LocalWorker):
 
 @pytest.fixture
 def slow(tiny_model: Path) -> Iterator[tuple[RolloutEngine, SlowStaging]]:
-    workers: list[SlowStaging] = []
-
-    def make(config: EngineConfig) -> SlowStaging:
-        workers.append(SlowStaging(config))
-        return workers[0]
-
-    with RolloutEngine(tiny_options(tiny_model), make_worker=make) as engine:
-        yield engine, workers[0]
-        workers[0].gate.set()
+    engine, worker = engine_with(tiny_model, SlowStaging)
+    with engine:
+        yield engine, worker
+        worker.gate.set()
 
 
 def test_requests_run_while_weights_are_staged(

@@ -1,14 +1,10 @@
-"""The worker in a process of its own: the same results as in-process, prompt errors, and nothing left behind."""
+"""The worker in a process of its own: the same results as in-process, and prompt errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,71 +13,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 from leftovers import children_of, segments_of, wait_for_end
+from process_rig import MODEL, a_step, loaded, process_config, sample
 
-from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling
+from zerokl.kernels.ops import SampleResult
 from zerokl.rollout import worker_child
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.errors import WorkerError
-from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.saver import save_pretrained
-from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
-from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.models.synthetic import random_tensors
+from zerokl.rollout.ranks import OneRank, Ranks
 from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights
-from zerokl.rollout.worker import LocalWorker, Worker
-from zerokl.rollout.worker_link import RemoteTraceback, RemoteWorker, WorkerDiedError
+from zerokl.rollout.worker import LocalWorker
+from zerokl.rollout.worker_link import RankProcesses, RemoteTraceback, WorkerDiedError
 from zerokl.weight_sync import ChecksumError, WeightPublisher
 
-CONTENT = tiny_config("LlamaForCausalLM")
-MODEL = ModelConfig.from_json(CONTENT)
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return process_config(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def mortal(config: EngineConfig) -> Iterator[RankProcesses]:
+    """A worker of the test's own."""
+    worker = loaded(config)
+    yield worker
+    worker.close()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model")
-    save_pretrained(path, CONTENT, random_tensors(MODEL, 0))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def config(folder: str) -> EngineConfig:
-    return EngineConfig(model=folder, num_blocks=8, max_model_len=128, num_threads=1, worker="process")
-
-
-@pytest.fixture(scope="module")
-def shared_remote(config: EngineConfig) -> Iterator[RemoteWorker]:
-    worker = RemoteWorker(config)
+def shared_remote(config: EngineConfig) -> Iterator[RankProcesses]:
+    worker = RankProcesses(config)
     yield worker
     worker.close()
 
 
 @pytest.fixture
-def remote(shared_remote: RemoteWorker, folder: str) -> RemoteWorker:
+def remote(shared_remote: RankProcesses, config: EngineConfig) -> RankProcesses:
     """A worker with the folder's weights live and nothing staged; for tests that leave it alive."""
-    shared_remote.stage_weights(FolderWeights(path=folder), 0)
+    shared_remote.stage_weights(FolderWeights(path=config.model), 0)
     shared_remote.commit_weights()
     return shared_remote
-
-
-@pytest.fixture
-def mortal(config: EngineConfig, folder: str) -> Iterator[RemoteWorker]:
-    """A worker of the test's own."""
-    worker = RemoteWorker(config)
-    worker.stage_weights(FolderWeights(path=folder), 0)
-    worker.commit_weights()
-    yield worker
-    worker.close()
-
-
-def a_step(policy: str = "policy") -> StepInputs:
-    tokens = np.arange(1, 20, dtype=np.int32)
-    rows = np.arange(19, dtype=np.int32)
-    sampling = dataclasses.replace(neutral_sampling(19), seed=rows.astype(np.uint64), want_raw=True)
-    return step_inputs([tokens], [0], [[5, 3]], 16, policy=policy, logit_rows=rows, sampling=sampling, step=3)
-
-
-def sample(worker: Worker, step: StepInputs) -> SampleResult:
-    return worker.execute(StepOrder(inputs=step)).sampled
 
 
 def same(one: SampleResult, other: SampleResult) -> bool:
@@ -90,7 +61,7 @@ def same(one: SampleResult, other: SampleResult) -> bool:
 
 
 def local_result(config: EngineConfig, seed: int) -> SampleResult:
-    worker = LocalWorker(config)
+    worker = OneRank(LocalWorker(config))
     worker.stage_weights(TensorWeights(tensors=random_tensors(MODEL, seed)), 0)
     worker.commit_weights()
     return sample(worker, a_step())
@@ -98,7 +69,7 @@ def local_result(config: EngineConfig, seed: int) -> SampleResult:
 
 # -- the same worker ---------------------------------------------------------------------------------------------------
 def test_results_are_those_of_the_local_worker_from_every_source_of_weights(
-    remote: RemoteWorker, config: EngineConfig
+    remote: RankProcesses, config: EngineConfig
 ) -> None:
     expected = [local_result(config, seed) for seed in range(3)]
     assert same(sample(remote, a_step()), expected[0]) and not same(expected[0], expected[1])
@@ -115,15 +86,15 @@ def test_results_are_those_of_the_local_worker_from_every_source_of_weights(
     remote.commit_weights()
     assert same(sample(remote, a_step()), expected[2])
     assert same(sample(remote, a_step("reference")), expected[0])
-    facts = remote.describe()
+    (facts,) = remote.describe()
     assert facts["kind"] == "process" and facts["pid"] != os.getpid()
     assert facts["versions"] == {"policy": 2, "reference": 0}
     remote.drop_weights("reference")
-    assert remote.describe()["versions"] == {"policy": 2}
+    assert remote.describe()[0]["versions"] == {"policy": 2}
     assert len(segments_of(os.getpid())) == 1  # kept for the next arrays
 
 
-def test_results_are_the_callers_to_keep(remote: RemoteWorker) -> None:
+def test_results_are_the_callers_to_keep(remote: RankProcesses) -> None:
     first = sample(remote, a_step())
     kept = first.logprobs.copy()
     sample(remote, dataclasses.replace(a_step(), token_ids=np.arange(2, 21, dtype=np.int32)))
@@ -131,11 +102,11 @@ def test_results_are_the_callers_to_keep(remote: RemoteWorker) -> None:
     first.logprobs[...] = 0
 
 
-def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RemoteWorker, config: EngineConfig) -> None:
+def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RankProcesses, config: EngineConfig) -> None:
     before = sample(remote, a_step())
     tensors = random_tensors(MODEL, 1)
     del tensors["model.norm.weight"]
-    local: Worker = LocalWorker(config)
+    local: Ranks = OneRank(LocalWorker(config))
     for worker in (local, remote):
         with pytest.raises(ValueError, match=r"model\.norm\.weight") as missing:
             worker.stage_weights(TensorWeights(tensors=tensors), 1)
@@ -146,7 +117,7 @@ def test_an_error_keeps_its_text_and_leaves_the_worker_as_it_was(remote: RemoteW
     assert same(sample(remote, a_step()), before)
 
 
-def test_damaged_weights_are_refused_by_type_and_name(remote: RemoteWorker) -> None:
+def test_damaged_weights_are_refused_by_type_and_name(remote: RankProcesses) -> None:
     before = sample(remote, a_step())
     with WeightPublisher(buffers=1) as publisher:
         published = publisher.publish(random_tensors(MODEL, 1), 1)
@@ -169,19 +140,19 @@ def test_a_bad_model_folder_raises_as_in_process(tmp_path: Path, config: EngineC
     with pytest.raises((ValueError, OSError)) as local:
         LocalWorker(broken)
     with pytest.raises((ValueError, OSError)) as remote:
-        RemoteWorker(broken)
+        RankProcesses(broken)
     assert str(remote.value) == str(local.value)
     assert isinstance(local.value, type(remote.value))
     assert children_of(os.getpid()) == before
 
 
-def test_the_child_stays_clear_of_paddle(remote: RemoteWorker) -> None:
-    assert "paddle" not in Path(f"/proc/{remote.describe()['pid']}/maps").read_text()
+def test_the_child_stays_clear_of_paddle(remote: RankProcesses) -> None:
+    assert "paddle" not in Path(f"/proc/{remote.pids[0]}/maps").read_text()
 
 
 # -- death -------------------------------------------------------------------------------------------------------------
-def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RemoteWorker) -> None:
-    pid = mortal.describe()["pid"]
+def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RankProcesses) -> None:
+    pid = mortal.pids[0]
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(sample, mortal, a_step())
@@ -194,9 +165,9 @@ def test_a_worker_killed_in_a_call_is_noticed_at_once(mortal: RemoteWorker) -> N
     assert pid not in children_of(os.getpid())
 
 
-def test_a_worker_killed_between_calls_is_noticed_by_the_next_and_every_later_one(mortal: RemoteWorker) -> None:
+def test_a_worker_killed_between_calls_is_noticed_by_the_next_and_every_later_one(mortal: RankProcesses) -> None:
     segments = segments_of(os.getpid())
-    pid = mortal.describe()["pid"]
+    pid = mortal.pids[0]
     os.kill(pid, signal.SIGKILL)
     assert wait_for_end(pid)
     for _ in range(3):
@@ -213,8 +184,8 @@ def test_the_last_words_of_a_crash_are_in_the_error(
     monkeypatch: pytest.MonkeyPatch, config: EngineConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
-    worker = RemoteWorker(config)
-    os.kill(worker.describe()["pid"], signal.SIGSEGV)
+    worker = RankProcesses(config)
+    os.kill(worker.pids[0], signal.SIGSEGV)
     with pytest.raises(WorkerDiedError, match=r"(?s)killed by SIGSEGV; it wrote:.*Segmentation fault"):
         worker.describe()
     worker.close()
@@ -224,13 +195,13 @@ def test_the_last_words_of_a_crash_are_in_the_error(
 def test_a_child_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, config: EngineConfig) -> None:
     monkeypatch.setattr(worker_child, "_BOOT", "raise SystemExit('no zerokl here')")
     with pytest.raises(WorkerDiedError, match=r"(?s)ended with exit status 1; it wrote:\nno zerokl here"):
-        RemoteWorker(config)
+        RankProcesses(config)
 
 
 # -- interruption ------------------------------------------------------------------------------------------------------
-def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: RemoteWorker) -> None:
+def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: RankProcesses) -> None:
     expected = sample(remote, a_step())
-    pid = remote.describe()["pid"]
+    pid = remote.pids[0]
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGSTOP)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -244,141 +215,7 @@ def test_ctrl_c_does_not_reach_the_worker_and_late_answers_are_dropped(remote: R
     assert same(sample(remote, a_step()), expected)
 
 
-# -- nothing left ------------------------------------------------------------------------------------------------------
-def test_close_leaves_no_process_thread_descriptor_or_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: EngineConfig
-) -> None:
-    def state() -> tuple[list[int], int, int]:
-        tasks, descriptors = (len(list(Path(f"/proc/self/{name}").iterdir())) for name in ("task", "fd"))
-        return children_of(os.getpid()), tasks, descriptors
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    children, tasks, descriptors = state()
-    worker = RemoteWorker(config)
-    pid = worker.describe()["pid"]
-    assert state()[0] == [*children, pid] and state()[1] > tasks
-    assert list(tmp_path.iterdir()) == []  # a connected socket needs no name
-    worker.close()
-    worker.close()
-    left = state()
-    assert left[0] == children and left[1] <= tasks and left[2] == descriptors  # threads of tests before may have ended
-    with pytest.raises(WorkerError, match="closed"):
-        worker.describe()
-
-
-def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(
-    monkeypatch: pytest.MonkeyPatch, mortal: RemoteWorker
-) -> None:
-    monkeypatch.setattr(worker_child, "CLOSE_SECONDS", 0.2)
-    pid = mortal.describe()["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
-        about_to_call = threading.Event()
-        call = pool.submit(lambda: about_to_call.set() or sample(mortal, a_step()))
-        about_to_call.wait()
-        start = time.perf_counter()
-        mortal.close()
-        with pytest.raises(WorkerError):
-            call.result()
-    assert time.perf_counter() - start < 2
-    assert wait_for_end(pid) and pid not in children_of(os.getpid())
-
-
-def test_a_worker_outlives_the_thread_that_started_it(config: EngineConfig) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        worker = pool.submit(RemoteWorker, config).result()
-    assert worker.describe()["kind"] == "process"
-    worker.close()
-
-
-def test_a_forked_copy_cannot_end_its_parents_worker(remote: RemoteWorker) -> None:
-    child = os.fork()
-    if not child:
-        remote._link.close()
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert remote.describe()["kind"] == "process"
-
-
-def test_a_long_path_for_temporary_files_is_no_obstacle(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: EngineConfig
-) -> None:
-    deep = tmp_path / ("d" * 120)
-    deep.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    worker = RemoteWorker(config)
-    assert list(deep.iterdir()) == []
-    worker.close()
-
-
-USER_SCRIPT = """
-import os, signal, sys, time
-import numpy as np
-from zerokl.rollout.config import EngineConfig
-from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.synthetic import random_tensors
-from zerokl.rollout.weight_source import SharedWeights
-from zerokl.rollout.worker_link import RemoteWorker
-from zerokl.weight_sync import WeightPublisher
-worker = RemoteWorker(EngineConfig(model=sys.argv[1], num_blocks=8, max_model_len=128, num_threads=1))
-publisher = WeightPublisher()
-published = publisher.publish(random_tensors(ModelConfig.from_json(sys.argv[1]), 1), 1)
-worker.stage_weights(SharedWeights(published=published), 1)
-print(worker.describe()["pid"], flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("then", "by", "status"),
-    [
-        ("", None, 0),
-        ("raise RuntimeError('bug')", None, 1),
-        ("sys.stdin.read()", signal.SIGINT, -signal.SIGINT),
-        ("sys.stdin.read()", signal.SIGTERM, -signal.SIGTERM),
-        ("sys.stdin.read()", signal.SIGKILL, -signal.SIGKILL),
-    ],
-    ids=["exit", "exception", "ctrl-c", "terminated", "killed"],
-)
-def test_however_the_engines_process_ends_nothing_of_it_stays(
-    tmp_path: Path, folder: str, then: str, by: signal.Signals | None, status: int
-) -> None:
-    script = tmp_path / "user_script.py"  # no main guard, and run from a folder that holds a `kernels`
-    script.write_text(USER_SCRIPT + then)
-    command = [sys.executable, str(script), folder]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
-        assert process.stdout is not None and process.stderr is not None
-        child = process.stdout.readline()
-        assert child, process.stderr.read().decode()
-        if by is signal.SIGINT:
-            os.killpg(process.pid, by)  # as a terminal does
-        elif by is not None:
-            process.send_signal(by)
-        _, errors = process.communicate(timeout=20)
-        assert process.returncode == status, errors.decode()
-    assert wait_for_end(int(child))
-    assert list(tmp_path.iterdir()) == [script]
-    if by in (signal.SIGKILL, signal.SIGTERM):  # these leave no chance to clean up: the next start does it
-        WeightPublisher().close()
-    assert segments_of(process.pid) == []
-    assert b"Exception ignored" not in errors and b"resource_tracker" not in errors
-
-
-def test_an_engine_killed_while_its_worker_starts_leaves_no_folder(tmp_path: Path, folder: str) -> None:
-    script = USER_SCRIPT.replace("worker = ", "print('starting', flush=True)\nworker = ")
-    command = [sys.executable, "-c", script, folder]
-    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"starting\n"
-        while not (children := children_of(process.pid)):
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-    assert wait_for_end(children[0])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_workers_live_side_by_side(remote: RemoteWorker, mortal: RemoteWorker) -> None:
+def test_two_workers_live_side_by_side(remote: RankProcesses, mortal: RankProcesses) -> None:
     assert same(sample(remote, a_step()), sample(mortal, a_step()))
     mortal.close()
-    assert remote.describe()["kind"] == "process"
+    assert remote.describe()[0]["kind"] == "process"

@@ -17,7 +17,7 @@ from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.client import RolloutClient
 from zerokl.rollout.control import Call
 from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.errors import EngineAsleepError, PauseLiftedError
+from zerokl.rollout.errors import AbortedError, EngineAsleepError, PauseLiftedError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
@@ -179,6 +179,20 @@ def test_aborts_come_back_with_tokens_and_can_be_resumed(gated: Any, tiny_model:
     assert [part.finish_reason for part in parts] == ["abort"] * 2
     assert all(0 < len(part.token_ids) < 60 for part in parts)
     same(client.generate(resume_from=parts), whole)
+
+
+def test_a_score_that_is_aborted_raises(gated: Any) -> None:
+    engine, worker, _, client = gated
+    call = in_thread(lambda: client.generate("a", LONG))
+    worker.began.acquire()
+    score = in_thread(lambda: client.score([[1, 2], list(range(40))]))
+    wait_until(lambda: engine.health()["num_held"] == 1)
+    abort = in_thread(client.abort_all)
+    wait_until(lambda: engine._loop._inbox.num_urgent > 0)
+    worker.open()
+    assert abort() == 3 and call()[0].finish_reason == "abort"
+    with pytest.raises(AbortedError, match=r"token_ids\[0\] was aborted"):
+        score()
 
 
 def test_a_cancelled_task_aborts_its_requests(gated: Any) -> None:

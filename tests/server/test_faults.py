@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from leftovers import children_of, segments_of, wait_for_end
+from server_process import address_of, server_process
 from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.client import RolloutClient
@@ -26,24 +26,10 @@ PARAMS = SamplingParams(n=2, max_tokens=60, ignore_eos=True, seed=1)
 ENDLESS = SamplingParams(max_tokens=250, ignore_eos=True, seed=1)
 
 
-@contextmanager
-def server_process(model: Path, endpoint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A `rollout-server` of two ranks; killed if the test leaves it running."""
-    command = [sys.executable, "-m", "zerokl.rollout.server.main", "--model", str(model), "--bind", endpoint]
-    command += ["--ranks", "2", "--set", "num_blocks=256", "--set", "block_size=8", "--set", "num_threads=1"]
-    command += ["--limit", "heartbeat_seconds=0.2", "--limit", "session_seconds=1.0", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as server:
-        try:
-            yield server
-        finally:
-            server.kill()
-
-
-def address_of(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None
-    return server.stdout.readline().split()[-1]
+def two_ranks(model: Path, endpoint: str, *options: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A `rollout-server` of two ranks that soon misses a client."""
+    limits = ("--limit", "heartbeat_seconds=0.2", "--limit", "session_seconds=1.0")
+    return server_process(model, endpoint, "--ranks", "2", *limits, *options)
 
 
 def bits(rollouts: list[Rollout]) -> list[tuple[bytes, bytes]]:
@@ -56,13 +42,13 @@ def test_a_second_server_is_refused_and_touches_nothing_of_the_first_which_survi
     with RolloutEngine(tiny_options(tiny_model)) as engine:
         engine.update_weights(tiny_tensors(1))
         expected = bits(engine.generate(PROMPTS, PARAMS))
-    with server_process(tiny_model, f"ipc://{tmp_path}/socket") as server:
+    with two_ranks(tiny_model, f"ipc://{tmp_path}/socket") as server:
         endpoint = address_of(server)
         with RolloutClient(endpoint) as client:
             client.update_weights(tiny_tensors(1))
             segments = segments_of(server.pid)
             assert segments, "the copy of the weights"
-            with server_process(tiny_model, endpoint) as second:
+            with two_ranks(tiny_model, endpoint) as second:
                 _, errors = second.communicate(timeout=30)
             assert second.returncode == 3 and "is taken by another server" in errors
             assert segments_of(server.pid) == segments
@@ -89,7 +75,7 @@ client.generate([[1, 2]] * 40, SamplingParams(max_tokens=250, ignore_eos=True))
 
 
 def test_the_requests_of_a_client_that_is_killed_are_reaped(tiny_model: Path, tmp_path: Path) -> None:
-    with server_process(tiny_model, f"ipc://{tmp_path}/socket", "--set", "max_num_seqs=1") as server:
+    with two_ranks(tiny_model, f"ipc://{tmp_path}/socket", "--set", "max_num_seqs=1") as server:
         endpoint = address_of(server)
         with (
             RolloutClient(endpoint) as client,
@@ -107,7 +93,7 @@ def test_the_requests_of_a_client_that_is_killed_are_reaped(tiny_model: Path, tm
 def test_sigterm_ends_a_busy_server_within_its_bound(tiny_model: Path, tmp_path: Path) -> None:
     """What is in flight comes back with the tokens so far."""
     options = ["--drain-timeout", "0.2", "--set", "max_num_seqs=1"]
-    with server_process(tiny_model, f"ipc://{tmp_path}/socket", *options) as server:
+    with two_ranks(tiny_model, f"ipc://{tmp_path}/socket", *options) as server:
         with RolloutClient(address_of(server)) as client:
             call = in_thread(lambda: client.generate([[1, 2]] * 40, ENDLESS))
             wait_until(lambda: client.metrics()["steps"] > 5)
@@ -123,7 +109,7 @@ def test_sigterm_ends_a_busy_server_within_its_bound(tiny_model: Path, tmp_path:
 @pytest.mark.slow
 def test_sigterm_ends_a_server_with_a_rank_that_does_nothing_within_its_bound(tiny_model: Path, tmp_path: Path) -> None:
     options = ["--drain-timeout", "0.2", "--rank-heartbeat-timeout", "600"]
-    with server_process(tiny_model, f"ipc://{tmp_path}/socket", *options) as server:
+    with two_ranks(tiny_model, f"ipc://{tmp_path}/socket", *options) as server:
         with RolloutClient(address_of(server)) as client:
             call = in_thread(lambda: client.generate([[1, 2]] * 40, ENDLESS))
             wait_until(lambda: client.metrics()["steps"] > 5)

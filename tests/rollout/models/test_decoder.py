@@ -14,7 +14,8 @@ from zerokl.kernels.cpu.ops import CpuOps
 from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.kernels.reference.ops import ReferenceOps
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config, tiny_moe_config
 

@@ -15,7 +15,8 @@ from zerokl.kernels.dispatch import spread_experts
 from zerokl.kernels.reference.ops import ReferenceOps
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement, RankExperts
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_moe_config
 

@@ -1,0 +1,71 @@
+"""A device that runs behind its host, over anything that runs whole steps: for engines whose steps overlap."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.ops import StepInputs
+from zerokl.rollout.step_order import StepOrder, StepResult
+
+
+class LateDevice:
+    """Runs a step when it is begun, or with `late` not before its result is asked for.
+
+    Tokens under way are taken from the rows of the step before, as a GPU does.
+    """
+
+    def __init__(self, execute: Callable[[StepOrder], StepResult], late: bool, takes_drawn_tokens: bool = True) -> None:
+        """`takes_drawn_tokens` off is a planted fault."""
+        self.execute = execute
+        self.late = late
+        self.takes_drawn_tokens = takes_drawn_tokens
+        self.waiting: deque[tuple[StepOrder, LateStep]] = deque()
+        self.drawn: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.num_steps = 0
+        self.num_ahead = 0
+        """Steps that were begun before the results of the one before had been asked for."""
+        self.num_open = 0
+
+    def begin(self, order: StepOrder) -> LateStep:
+        step = LateStep(self)
+        self.waiting.append((order, step))
+        self.num_steps += 1
+        self.num_ahead += self.num_open > 0
+        self.num_open += 1
+        assert self.num_open <= 2, "two steps are under way at most"
+        if not self.late:
+            self.run()
+        return step
+
+    def run(self) -> None:
+        order, step = self.waiting.popleft()
+        inputs = order.inputs
+        if inputs.token_rows is not None and self.takes_drawn_tokens:
+            inputs = self._with_tokens(inputs, inputs.token_rows)
+        step.value = self.execute(StepOrder(inputs=inputs))
+        if len(inputs.logit_rows):  # what nobody draws stays as it is
+            self.drawn = step.value.sampled.tokens
+
+    def _with_tokens(self, inputs: StepInputs, rows: NDArray[np.int32]) -> StepInputs:
+        token_ids = np.where(rows >= 0, self.drawn[rows] if len(self.drawn) else 0, inputs.token_ids)
+        return replace(inputs, token_ids=token_ids, token_rows=None)
+
+
+class LateStep:
+    """A step under way."""
+
+    value: StepResult | None = None
+
+    def __init__(self, device: LateDevice) -> None:
+        self.device = device
+
+    def result(self) -> StepResult:
+        while self.value is None:
+            self.device.run()
+        self.device.num_open -= 1
+        return self.value

@@ -42,8 +42,7 @@ class Progress:
     def foresee(self, plan: StepPlan, requests: Mapping[str, Request]) -> None:
         """Move the requests of a step of one rank on to the next step, while this one is under way.
 
-        Blocks are published: who reads them does so in a later step. Those that the results must tell how to go on, or
-        that end whatever they are, rest until `RunningSet.wake`.
+        Blocks are published: who reads them does so in a later step. Those that end whatever the results are rest.
         """
         (rank_plan,) = plan.ranks
         left, move = self._residents.left, self.move
@@ -66,12 +65,12 @@ class Progress:
 
 
 def _goes_on(request: Request, entry: PlanEntry) -> bool:
-    """Whether what the request computes after `entry` is known; a token that is drawn there is one to compute."""
+    """Whether the request has more to compute after `entry` unless it is stopped; a token drawn there is one more."""
     if request.kind == "score":
         return request.num_computed_tokens < request.compute_target
     if entry.num_rows:
         num_tokens = request.num_computed_tokens + 1
-        if num_tokens >= request.max_num_tokens or request.sampling.history is not None:
+        if num_tokens >= request.max_num_tokens:
             return False
         request.compute_target = num_tokens
     return True

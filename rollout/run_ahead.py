@@ -61,14 +61,26 @@ def order_ahead(
         parts.append(replace(carried, step=plan.step, policy=plan.policy))
     if count < len(entries):
         others = entries[count:]
-        num_others = plan.num_tokens - count
-        inputs = rank_inputs(plan, RankPlan(0, others, num_others, plan.num_rows - count), requests, block_size)
-        token_rows = np.full(num_others, -1, np.int32)
-        for entry, request, token in zip(others, members[count:], inputs.seq_starts.tolist(), strict=False):
-            if is_under_way(entry, request):
-                token_rows[token] = rows[index_of[entry.request_id]]
-        parts.append(replace(inputs, token_rows=token_rows))
+        sources = [
+            rows[index_of[entry.request_id]] if is_under_way(entry, request) else -1
+            for entry, request in zip(others, members[count:], strict=True)
+        ]
+        part = RankPlan(0, others, plan.num_tokens - count, plan.num_rows - count)
+        parts.append(_with_sources(rank_inputs(plan, part, requests, block_size), others, sources))
     return StepOrder(inputs=parts[0] if len(parts) == 1 else joined(*parts))
+
+
+def _with_sources(inputs: StepInputs, entries: Sequence[PlanEntry], sources: Sequence[int]) -> StepInputs:
+    """`inputs` of entries, of which each draws its input in row `sources[i]` of the step before; -1: it is known."""
+    token_rows = np.full(len(inputs.token_ids), -1, np.int32)
+    batch, row = inputs.sampling, 0
+    for entry, token, source in zip(entries, inputs.seq_starts.tolist(), sources, strict=False):
+        if source >= 0:
+            token_rows[token] = source
+            if batch.history_start[row + 1] > batch.history_start[row]:
+                batch.history_count[batch.history_start[row + 1] - 1] = -1 - source
+        row += entry.num_rows
+    return replace(inputs, token_rows=token_rows)
 
 
 def _carried(

@@ -57,15 +57,10 @@ class RunningSet:
         self._by_policy[request.policy].next_entries[request_id] = entry
 
     def rest(self, request: Request) -> None:
-        """A member has nothing to compute until the results of the step under way are in."""
+        """A member has nothing more to compute: it ends with the results that are under way."""
         self._short.pop(request.request_id, None)
         self._by_policy[request.policy].next_entries[request.request_id] = None
         self._resting[request.request_id] = request
-
-    def wake(self) -> None:
-        """The results are in."""
-        while self._resting:
-            self.advance(self._resting.popitem()[1])
 
     def note_grown(self, request: Request) -> None:
         """A member has got a block for its next token, perhaps before the result came that shows the need of it."""
@@ -102,7 +97,7 @@ class RunningSet:
 
     @property
     def resting(self) -> Mapping[str, Request]:
-        """Those of all weight sets that have nothing to compute for now."""
+        """Those of all weight sets that have nothing more to compute."""
         return self._resting
 
     def in_order(self) -> list[Request]:

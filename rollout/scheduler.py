@@ -249,7 +249,6 @@ class Scheduler:
                     finished.append(request)
                 elif not is_foreseen:
                     running.advance(request)
-            running.wake()
             self.meter.count_results(plan, rank_plan, num_generated)
         self._awaited_step = 0 if ahead is None else ahead.step
         self._progress.release_groups()

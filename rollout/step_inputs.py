@@ -16,6 +16,7 @@ from zerokl.rollout.step_order import BlockMove, StepOrder
 from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
+_PLACE = np.int32(-1)
 _Rows = tuple[int, PlanEntry, Request]
 """An entry that gives rows, after the first one's number in its rank's result."""
 
@@ -50,7 +51,8 @@ def _moves(ends: Sequence[tuple[int, int, tuple[int, ...]]], rank: int) -> tuple
 def rank_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
     """A rank's arrays for its T tokens, S sequences (one per entry, in order) and R rows; all empty for a dummy.
 
-    A token that only the device has yet stands as 0, and is in no history.
+    A token that only the device has yet stands as 0. A history that lacks it ends with a place for it, whose count is
+    to say which row draws it (`SamplingBatch.history_token`).
     """
     entries = rank_plan.entries
     members = [requests[entry.request_id] for entry in entries]
@@ -165,6 +167,9 @@ def _histories(wanted: Sequence[_Rows], num_rows: int) -> tuple[Ints, Ints, Ints
 
 
 def _row_histories(entry: PlanEntry, request: Request, history: TokenHistory) -> list[tuple[Ints, Ints]]:
+    if is_under_way(entry, request):
+        tokens, counts = history.arrays()
+        return [(np.append(tokens, _PLACE), np.append(counts, _PLACE))]
     first = request.num_prompt_tokens + _first_output(entry, request)
     begin = request.num_prompt_tokens + request.num_output_tokens
     if first == begin and entry.num_rows == 1:

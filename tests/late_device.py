@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.ops import StepInputs
+from zerokl.kernels.ops import SamplingBatch, StepInputs
 from zerokl.rollout.step_order import StepOrder, StepResult
 
 
@@ -53,7 +54,26 @@ class LateDevice:
 
     def _with_tokens(self, inputs: StepInputs, rows: NDArray[np.int32]) -> StepInputs:
         token_ids = np.where(rows >= 0, self.drawn[rows] if len(self.drawn) else 0, inputs.token_ids)
-        return replace(inputs, token_ids=token_ids, token_rows=None)
+        return replace(inputs, token_ids=token_ids, token_rows=None, sampling=self._with_histories(inputs.sampling))
+
+    def _with_histories(self, batch: SamplingBatch) -> SamplingBatch:
+        rows = [self._history(batch, row) for row in range(len(batch.forced))]
+        tokens, counts = ([*chain.from_iterable(column)] for column in zip(*rows, strict=True)) if rows else ([], [])
+        return replace(
+            batch,
+            history_start=np.cumsum([0, *(len(row[0]) for row in rows)], dtype=np.int32),
+            history_token=np.array(tokens, np.int32),
+            history_count=np.array(counts, np.int32),
+        )
+
+    def _history(self, batch: SamplingBatch, row: int) -> tuple[list[int], list[int]]:
+        """A row's tokens and counts, the one under way among them."""
+        span = slice(batch.history_start[row], batch.history_start[row + 1])
+        counts = dict(zip(batch.history_token[span].tolist(), batch.history_count[span].tolist(), strict=True))
+        if -1 in counts:
+            token = int(self.drawn[-1 - counts.pop(-1)])
+            counts[token] = counts.get(token, 0) + 1
+        return [*counts], [*counts.values()]
 
 
 class LateStep:

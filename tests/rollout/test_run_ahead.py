@@ -168,25 +168,21 @@ def test_a_request_that_stops_is_computed_once_more_and_leaves_no_trace():
     assert any(request.num_cached_tokens for request in again)
 
 
-@pytest.mark.parametrize("params", [{"min_tokens": 5, "stop_token_ids": (3,)}, {"logit_bias": {7: -np.inf}}])
-def test_what_a_row_is_biased_by_follows_from_its_number(params):
+OPTIONS = [
+    {"min_tokens": 5, "stop_token_ids": (3,)},
+    {"logit_bias": {7: -np.inf}},
+    {"frequency_penalty": 0.5},
+    {"repetition_penalty": 1.1, "logit_bias": {7: -np.inf}},
+]
+
+
+@pytest.mark.parametrize("params", OPTIONS)
+def test_bias_and_penalties_run_ahead(params):
     overlapped = OverlappedRig(Rig(num_blocks=128), late=True)
-    requests = plain(3, 3, **params)
+    requests = plain(3, 3, **params) + plain(4, 3, max_tokens=21)
     overlapped.run(*requests)
     overlapped.check_done(requests)
     assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
-
-
-def test_penalties_wait_for_the_tokens_and_others_do_not_wait_for_them():
-    overlapped = OverlappedRig(Rig(num_blocks=128), late=True)
-    requests = plain(4, 3, frequency_penalty=0.5)
-    overlapped.run(*requests)
-    overlapped.check_done(requests)
-    assert overlapped.device.num_ahead == 0
-    mixed = plain(5, 3, frequency_penalty=0.5) + plain(6, 3, max_tokens=79)
-    overlapped.run(*mixed)
-    overlapped.check_done(mixed)
-    assert overlapped.device.num_ahead >= 78
 
 
 def test_a_pool_without_room_for_the_next_step_waits_for_the_results():
@@ -216,6 +212,10 @@ def tokens_are_taken_from_other_rows(monkeypatch: Patch) -> None:
     monkeypatch.setattr("zerokl.rollout.step_pipeline.order_ahead", order_ahead)
 
 
+def histories_lack_the_token_under_way(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(LateDevice, "_with_histories", lambda self, batch: batch)
+
+
 def the_bias_is_that_of_the_row_before(monkeypatch: Patch) -> None:
     monkeypatch.setattr(step_inputs, "_first_output", lambda entry, request: request.num_output_tokens)
 
@@ -236,6 +236,7 @@ _ORDER_AHEAD = run_ahead.order_ahead
     [
         who_left_is_forgotten_by_the_next_plan,
         tokens_are_taken_from_other_rows,
+        histories_lack_the_token_under_way,
         the_bias_is_that_of_the_row_before,
         those_that_end_by_length_go_on,
     ],
@@ -243,8 +244,12 @@ _ORDER_AHEAD = run_ahead.order_ahead
 def test_negative_control_a_planted_fault_is_found_out(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     def play() -> None:
         overlapped = OverlappedRig(Rig(num_blocks=128, max_num_batched_tokens=48, max_num_seqs=6), late=True)
-        params = SamplingParams(max_tokens=30, min_tokens=9, stop_token_ids=tuple(range(12)))
-        requests = [generate(f"c{i}", 24 + i, params=params, group_id=None) for i in range(12)]
+        stops = tuple(range(12))
+        params = [
+            SamplingParams(max_tokens=30, min_tokens=9, stop_token_ids=stops, presence_penalty=0.5 * (i % 2))
+            for i in range(12)
+        ]
+        requests = [generate(f"c{i}", 24 + i, params=params[i], group_id=None) for i in range(12)]
         for request in requests:
             overlapped.rig.add(request)
             overlapped.step()

@@ -119,7 +119,7 @@ def _grown_tables(tables: Ints, members: Sequence[Request]) -> Ints:
     for row in np.flatnonzero(sizes > known).tolist():
         request = members[row]
         tables[row, : request.num_blocks] = request.block_table[: request.num_blocks]
-    return tables[:, :widest]
+    return np.ascontiguousarray(tables[:, :widest])
 
 
 def _sampling(batch: SamplingBatch, rows: Ints, positions: Ints) -> SamplingBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 
 import numpy as np
@@ -33,6 +33,8 @@ class LateDevice:
         self.num_open = 0
 
     def begin(self, order: StepOrder) -> LateStep:
+        arrays = [getattr(order.inputs, field.name) for field in fields(StepInputs)]
+        assert all(array.flags.c_contiguous for array in arrays if isinstance(array, np.ndarray))
         step = LateStep(self)
         self.waiting.append((order, step))
         self.num_steps += 1

@@ -83,9 +83,10 @@ class SamplingBatch:
     history_start: NDArray[np.int32]
     """[R + 1], offsets into the history_* arrays; a row without penalties has none."""
     history_token: NDArray[np.int32]
-    """[P], distinct tokens of prompt and output."""
+    """[P], distinct tokens of prompt and output. -1 at a row's end: the token that row r of the step before draws is to
+    be counted too (`StepInputs.token_rows`)."""
     history_count: NDArray[np.int32]
-    """[P], times the token stands in the output; 0 for tokens of the prompt alone."""
+    """[P], times the token stands in the output; 0 for tokens of the prompt alone. -1 - r where the token is -1."""
     bias_start: NDArray[np.int32]
     """[R + 1], offsets into the bias arrays."""
     bias_token: NDArray[np.int32]

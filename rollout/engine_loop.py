@@ -198,6 +198,9 @@ class EngineLoop:
             self._steps.finish()  # what others want is done between steps
             self._inbox.run_urgent()
             self._take_inbox()
+        elif self._is_open:
+            while (call := self._inbox.take_call()) is not None:
+                self._calls.add(call)
         if self._scheduler.num_unfinished and not self._pause.is_frozen:
             with contextlib.suppress(StepAbandonedError):  # applied nowhere: planned again
                 self._step()
@@ -220,10 +223,16 @@ class EngineLoop:
             return self._clock() >= self._hold.until
         return unfinished
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether further calls are let in: neither a change nor a pause waits for those in flight."""
+        return self._draining is None and not self._pause.holds_calls
+
     def _is_asked(self) -> bool:
-        """Whether there is anything to do beside further steps."""
-        asks = len(self._inbox) or self._inbox.num_urgent or self._draining is not None
-        return bool(asks) or self._pause.holds_calls
+        """Whether there is anything to do that is done while no step is under way: all but letting calls in."""
+        if self._inbox.num_urgent:
+            return True
+        return self._inbox.num_changes > 0 if self._draining is None else self._is_due(self._draining)
 
     def _take_inbox(self) -> None:
         while True:
@@ -261,7 +270,7 @@ class EngineLoop:
         """Apply or drop the change that is due; False while requests must still finish before it."""
         change = self._draining
         assert change is not None
-        if change.waits and self._scheduler.num_unfinished and not change.future.cancelled():
+        if not self._is_due(change):
             return False
         self._meter.end_drain()
         if change.future.set_running_or_notify_cancel():
@@ -271,14 +280,16 @@ class EngineLoop:
         self._draining = None
         return True
 
+    def _is_due(self, change: Exclusive) -> bool:
+        return not (change.waits and self._scheduler.num_unfinished) or change.future.cancelled()
+
     def _step(self) -> None:
         if not self._steps.is_empty:
             self._steps.run_ahead()
             return
         start = time.perf_counter()
-        # While a change or a pause waits for those in flight nobody else is let in: nothing is worth waiting for.
-        is_open = self._draining is None and not self._pause.holds_calls
-        plan = self._scheduler.plan(self._clock() if is_open else math.inf)
+        # While nobody else is let in nothing is worth waiting for.
+        plan = self._scheduler.plan(self._clock() if self._is_open else math.inf)
         assert plan is not None, "unfinished requests and nothing to run"
         if isinstance(plan, Hold):
             self._hold = plan

@@ -120,6 +120,15 @@ class LoopInbox:
             self._num_changes -= isinstance(item, Exclusive)
             return item
 
+    def take_call(self) -> Call | None:
+        """The next item if it is a call."""
+        with self._wake:
+            first = self._items[0] if self._items else None
+            if not isinstance(first, Call):
+                return None
+            self._items.popleft()
+            return first
+
     def take_aborted(self) -> list[Call]:
         """The calls of which every id was aborted before they were taken up."""
         with self._wake:

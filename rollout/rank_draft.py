@@ -100,8 +100,9 @@ class RankDraft:
         self.budget -= len(singles)
         if len(singles) == len(entries):
             return
+        left_out = self._preempted_ids | self._running.resting.keys()
         for request_id, request in requests.items():
-            if entries[request_id] is None and self.budget > 0 and request_id not in self._preempted_ids:
+            if entries[request_id] is None and self.budget > 0 and request_id not in left_out:
                 self.take(request, request.num_computed_tokens)
 
     def _singles(
@@ -127,6 +128,7 @@ class RankDraft:
         num_tokens = request.compute_target - start
         if num_tokens > self.budget:
             num_tokens = self.budget
+        # Rows under way lie before `start`: that they are not counted yet makes no difference.
         first_wanted = request.num_prompt_tokens + request.num_output_tokens - 1
         num_rows = start + num_tokens - (start if start > first_wanted else first_wanted)
         if num_rows < 0:

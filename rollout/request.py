@@ -132,6 +132,8 @@ class Request(ResultColumns):
         self.max_num_tokens = len(tokens) + (sampling_params.max_tokens if kind == "generate" else 0)
         """Prompt and output tokens at its longest."""
         self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
+        """Tokens to compute: those known, for a score request without the last one. While a step is under way that
+        draws the next token, that one too."""
         if kind == "generate":
             capacity = min(sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
             self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])

@@ -32,6 +32,8 @@ class Residents:
         self.kv_caches = tuple(kv_caches)
         self.left: set[str] = set()
         """Ids of those that have stopped since the latest step was planned: its results are not for them."""
+        self.left_before: set[str] = set()
+        """Ids of those that had stopped by then since the step before it was planned."""
         self.running = tuple(RunningSet(kv_cache.block_size) for kv_cache in kv_caches)
         self._moving: dict[str, _Moving] = {}
         self._num_admissions = 0
@@ -76,6 +78,10 @@ class Residents:
         request.status = RequestStatus.RUNNING
         request.num_matched_tokens = request.num_computed_tokens
         self._settle_on(request, join.rank)
+
+    def note_planned(self) -> None:
+        """A step has been planned, with all who have not stopped before."""
+        self.left_before, self.left = self.left, set()
 
     def stop(self, request: Request) -> None:
         """Take a running request's blocks, on both ranks if it is on its way."""

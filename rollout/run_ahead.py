@@ -1,124 +1,125 @@
-"""The step after one whose results are not there yet, where it follows from what is known: each request that samples
-gets one more token, which its device has already.
+"""What a rank is told of a step whose tokens are partly those that the step before draws: only the device has them yet.
 
     step k      launched ----------- results -> requests
     step k + 1         planned here, launched ----------- results
 
 A request that turns out to have ended with step k has a row in step k + 1 all the same; its result is dropped, and
-what the row wrote lies behind all that the request has published. Everything else waits for the results: requests that
-come, chunks, penalties and minimum lengths (their rows depend on the tokens themselves), and a pool that runs dry.
+what the row wrote lies behind all that the request has published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SamplingBatch, StepInputs
 from zerokl.rollout.request import Request
+from zerokl.rollout.step_inputs import is_under_way, joined, rank_inputs
 from zerokl.rollout.step_order import StepOrder
-from zerokl.rollout.step_plan import PlanEntry, StepPlan
+from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
 
 
-class Following(NamedTuple):
-    """What follows a step on its one rank."""
-
-    entries: tuple[PlanEntry, ...]
-    grown: list[Request]
-    """Each needs one more block."""
-
-
-def follow(
-    plan: StepPlan,
-    requests: Mapping[str, Request],
-    left: Collection[str],
-    num_running: int,
-    num_free_blocks: int,
-    block_size: int,
-) -> Following | None:
-    """The entries after those of `plan`, of one rank, for the requests that it moves forward: not those in `left`.
-
-    None where the results are needed first, where others than these run, or nobody goes on.
-    """
-    entries: list[PlanEntry] = []
-    num_moved = 0
-    grown: list[Request] = []
-    for entry in plan.ranks[0].entries:
-        if entry.request_id in left:
-            continue  # its result will be dropped
-        request = requests[entry.request_id]
-        num_moved += 1
-        if not entry.num_rows or not _draws_freely(request):
-            return None
-        start = entry.start + entry.num_tokens
-        if start + 1 >= request.max_num_tokens:
-            continue  # the token under way is its last
-        entries.append(PlanEntry(entry.request_id, start, 1, 1))
-        if start + 1 > request.num_blocks * block_size:
-            grown.append(request)
-    if not entries or num_moved < num_running or len(grown) > num_free_blocks:
-        return None
-    return Following(tuple(entries), grown)
+def carried_first(entries: list[PlanEntry], requests: Mapping[str, Request]) -> None:
+    """Put first the entries that `order_ahead` takes from the order before."""
+    is_carried = [_is_carried(entry, requests[entry.request_id]) for entry in entries]
+    if not all(is_carried):
+        others = [entry for entry, carried in zip(entries, is_carried, strict=True) if not carried]
+        entries[:] = [entry for entry, carried in zip(entries, is_carried, strict=True) if carried] + others
 
 
-def _draws_freely(request: Request) -> bool:
-    """Whether the next row needs no more of the tokens before it than their keys and values."""
-    return request.kind == "generate" and request.sampling.history is None and not request.sampling.uses_bias
+def _is_carried(entry: PlanEntry, request: Request) -> bool:
+    """Whether all that the rank is told of the entry follows from what it was told of the row before."""
+    return is_under_way(entry, request) and request.sampling.history is None and not request.sampling.uses_bias
 
 
 def order_ahead(
     before: StepOrder, before_plan: StepPlan, plan: StepPlan, requests: Mapping[str, Request], block_size: int
 ) -> StepOrder:
-    """What the rank is told of `plan`, which follows `before_plan`; `before` is what it was told of that.
+    """What the one rank is told of `plan`, which follows `before_plan`; `before` is what it was told of that.
 
-    Each token is that of a row of the step before (`StepInputs.token_rows`).
+    Tokens under way are those of rows of the step before (`StepInputs.token_rows`). A step decodes a thousand sequences
+    that were in the one before: their arrays are made of its arrays.
     """
-    old = before.inputs
-    sources = {entry.request_id: index for index, entry in enumerate(before_plan.ranks[0].entries)}
+    old_entries = before_plan.ranks[0].entries
+    num_rows = np.array([entry.num_rows for entry in old_entries], np.int32)
+    rows = (np.cumsum(num_rows, dtype=np.int32) - num_rows).tolist()
+    index_of = {entry.request_id: index for index, entry in enumerate(old_entries)}
     entries = plan.ranks[0].entries
-    index = np.array([sources[entry.request_id] for entry in entries], np.int32)
-    num_rows = np.array([entry.num_rows for entry in before_plan.ranks[0].entries], np.int32)
-    rows = (np.cumsum(num_rows, dtype=np.int32) - num_rows)[index]
+    members = [requests[entry.request_id] for entry in entries]
+    pairs = zip(entries, members, strict=True)
+    count = next((n for n, (entry, request) in enumerate(pairs) if not _is_carried(entry, request)), len(entries))
+    parts: list[StepInputs] = []
+    if count:
+        index = [index_of[entry.request_id] for entry in entries[:count]]
+        source_rows = np.array([rows[i] for i in index], np.int32)
+        carried = _carried(before.inputs, np.array(index), source_rows, entries[:count], members[:count], block_size)
+        parts.append(replace(carried, step=plan.step, policy=plan.policy))
+    if count < len(entries):
+        others = entries[count:]
+        sources = [
+            rows[index_of[entry.request_id]] if is_under_way(entry, request) else -1
+            for entry, request in zip(others, members[count:], strict=True)
+        ]
+        part = RankPlan(0, others, plan.num_tokens - count, plan.num_rows - count)
+        parts.append(_with_sources(rank_inputs(plan, part, requests, block_size), others, sources))
+    return StepOrder(inputs=parts[0] if len(parts) == 1 else joined(*parts))
+
+
+def _with_sources(inputs: StepInputs, entries: Sequence[PlanEntry], sources: Sequence[int]) -> StepInputs:
+    """`inputs` of entries, of which each draws its input in row `sources[i]` of the step before; -1: it is known."""
+    token_rows = np.full(len(inputs.token_ids), -1, np.int32)
+    batch, row = inputs.sampling, 0
+    for entry, token, source in zip(entries, inputs.seq_starts.tolist(), sources, strict=False):
+        if source >= 0:
+            token_rows[token] = source
+            if batch.history_start[row + 1] > batch.history_start[row]:
+                batch.history_count[batch.history_start[row + 1] - 1] = -1 - source
+        row += entry.num_rows
+    return replace(inputs, token_rows=token_rows)
+
+
+def _carried(
+    old: StepInputs,
+    index: NDArray[np.intp],
+    rows: Ints,
+    entries: Sequence[PlanEntry],
+    members: Sequence[Request],
+    block_size: int,
+) -> StepInputs:
+    """Arrays for one more token of sequences of the step before: its sequences `index`, its rows `rows`."""
     positions = np.array([entry.start for entry in entries], np.int32)
-    tables = _grown_tables(old, index, entries, requests)
+    tables = _grown_tables(old.block_tables[index], members)
     count = np.arange(len(entries), dtype=np.int32)
-    return StepOrder(
-        inputs=StepInputs(
-            token_ids=np.zeros(len(entries), np.int32),
-            positions=positions,
-            slot_mapping=tables[count, positions // block_size] * block_size + positions % block_size,
-            seq_starts=np.arange(len(entries) + 1, dtype=np.int32),
-            context_lens=positions + 1,
-            block_tables=tables,
-            logit_rows=count,
-            sampling=_sampling(old.sampling, rows, positions),
-            step=plan.step,
-            policy=plan.policy,
-            token_rows=rows,
-        )
+    want_raw = old.sampling.want_raw and any(request.sampling.want_raw for request in members)
+    return StepInputs(
+        token_ids=np.zeros(len(entries), np.int32),
+        positions=positions,
+        slot_mapping=tables[count, positions // block_size] * block_size + positions % block_size,
+        seq_starts=np.arange(len(entries) + 1, dtype=np.int32),
+        context_lens=positions + 1,
+        block_tables=tables,
+        logit_rows=count,
+        sampling=replace(_sampling(old.sampling, rows, positions), want_raw=want_raw),
+        token_rows=rows,
     )
 
 
-def _grown_tables(
-    old: StepInputs, index: Ints, entries: tuple[PlanEntry, ...], requests: Mapping[str, Request]
-) -> Ints:
-    """The block tables of the step before, with the blocks that were added since."""
-    tables: Ints = old.block_tables[index]
+def _grown_tables(tables: Ints, members: Sequence[Request]) -> Ints:
+    """Block tables of the step before, with the blocks that were added since, as wide as the longest one."""
     known = (tables >= 0).sum(axis=1)
-    sizes = np.array([requests[entry.request_id].num_blocks for entry in entries])
+    sizes = np.array([request.num_blocks for request in members])
     widest = int(sizes.max())
     if widest > tables.shape[1]:
         tables = np.pad(tables, ((0, 0), (0, widest - tables.shape[1])), constant_values=-1)
     for row in np.flatnonzero(sizes > known).tolist():
-        request = requests[entries[row].request_id]
+        request = members[row]
         tables[row, : request.num_blocks] = request.block_table[: request.num_blocks]
-    return tables
+    return np.ascontiguousarray(tables[:, :widest])
 
 
 def _sampling(batch: SamplingBatch, rows: Ints, positions: Ints) -> SamplingBatch:

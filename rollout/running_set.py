@@ -20,10 +20,10 @@ class RunningSet:
     """Adding and removing are O(1).
 
     A step plans a thousand decoding requests, whose fields lie far apart in memory. So what the next step does with
-    each is noted when its last result comes (`advance`), while they are at hand, and planning reads one table.
+    each is noted when it is moved forward (`advance`), while they are at hand, and planning reads one table.
     """
 
-    __slots__ = ("_block_size", "_by_policy", "_short", "expected_tokens", "size")
+    __slots__ = ("_block_size", "_by_policy", "_resting", "_short", "expected_tokens", "size")
 
     def __init__(self, block_size: int) -> None:
         self.size = 0
@@ -32,6 +32,7 @@ class RunningSet:
         self._block_size = block_size
         self._by_policy: dict[str, _Members] = {}
         self._short: dict[str, Request] = {}
+        self._resting: dict[str, Request] = {}
 
     def add(self, request: Request, admission: int) -> None:
         """Append as the most recently admitted; `admission` counts admissions over all ranks."""
@@ -42,7 +43,10 @@ class RunningSet:
         self.advance(request)
 
     def advance(self, request: Request) -> None:
-        """Note how far a member is, after its tokens or the computed ones of them have become more."""
+        """Note how far a member is, after its tokens or the computed ones of them have become more.
+
+        A token under way, which only the device has, counts: `compute_target` says so.
+        """
         start, request_id = request.num_computed_tokens, request.request_id
         entry = None
         if start + 1 == request.compute_target:
@@ -51,6 +55,12 @@ class RunningSet:
             if start == request.num_blocks * self._block_size:
                 self._short[request_id] = request
         self._by_policy[request.policy].next_entries[request_id] = entry
+
+    def rest(self, request: Request) -> None:
+        """A member has nothing more to compute: it ends with the results that are under way."""
+        self._short.pop(request.request_id, None)
+        self._by_policy[request.policy].next_entries[request.request_id] = None
+        self._resting[request.request_id] = request
 
     def note_grown(self, request: Request) -> None:
         """A member has got a block for its next token, perhaps before the result came that shows the need of it."""
@@ -61,6 +71,7 @@ class RunningSet:
         members = self._by_policy[request.policy]
         del members.requests[request.request_id], members.next_entries[request.request_id]
         self._short.pop(request.request_id, None)
+        self._resting.pop(request.request_id, None)
         if not members.requests:
             del self._by_policy[request.policy]
         self.size -= 1
@@ -73,7 +84,9 @@ class RunningSet:
         return members.requests if members else {}
 
     def next_entries(self, policy: str) -> Mapping[str, PlanEntry | None]:
-        """By id in the same order what the next step computes of a request; None where it lacks several tokens."""
+        """By id in the same order what the next step computes of a request; None where it lacks several tokens, or
+        rests.
+        """
         members = self._by_policy.get(policy)
         return members.next_entries if members else {}
 
@@ -81,6 +94,11 @@ class RunningSet:
     def short(self) -> Mapping[str, Request]:
         """Those of all weight sets that lack a block for their next token."""
         return self._short
+
+    @property
+    def resting(self) -> Mapping[str, Request]:
+        """Those of all weight sets that have nothing more to compute."""
+        return self._resting
 
     def in_order(self) -> list[Request]:
         """All members, oldest admission first."""
@@ -96,7 +114,8 @@ class RunningSet:
         return list(self._by_policy)
 
     def check_integrity(self) -> None:
-        """Assert that what is noted here is what the requests say."""
+        """Assert that what is noted here is what the requests say, between two steps."""
+        assert not self._resting, f"{list(self._resting)} rest"
         for members in self._by_policy.values():
             assert list(members.requests) == list(members.next_entries), "the tables differ in order"
             for request_id, request in members.requests.items():

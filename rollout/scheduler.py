@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
 from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.planning import plan as plan_step
+from zerokl.rollout.progress import Progress
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin
-from zerokl.rollout.run_ahead import follow
+from zerokl.rollout.run_ahead import carried_first
 from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
@@ -55,6 +55,7 @@ class Scheduler:
         self._stop_checker = stop_checker
         self._queue = WaitingQueue(config.max_overtakes)
         self._residents = Residents(kv_caches)
+        self._progress = Progress(self._residents, self._queue)
         self._weights = WeightTurns()
         self._step = 0
         self._awaited_step = 0
@@ -182,33 +183,38 @@ class Scheduler:
         """
         if not self.requests:
             return None
-        snapshot = Snapshot(
+        decision = plan_step(self._snapshot(), self._config, now)
+        if decision.policy is None:
+            assert decision.hold_until is not None, "unfinished requests, but none can run"
+            self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step + 1)
+            return Hold(decision.hold_until)
+        plan = self._commit(decision, decision.policy)
+        self._awaited_step = plan.step
+        return plan
+
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after the latest one, of one rank, before its results are in: as if all its requests went on but
+        those that end by length. Nobody is preempted for it.
+
+        None where the results are needed first. Whoever calls it gives `update` the results of `plan` next, and the
+        plan returned as `ahead`, and changes nothing else before.
+        """
+        if len(plan.ranks) > 1:
+            return None
+        self._progress.foresee(plan, self.requests)
+        decision = plan_step(self._snapshot(), self._config, 0.0)
+        if decision.policy is None or decision.ranks[0].preempted:
+            return None
+        carried_first(decision.ranks[0].entries, self.requests)
+        return self._commit(decision, decision.policy)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
             running=self._residents.running,
             kv_caches=self._residents.kv_caches,
             queue=self._queue,
             weights=self._weights.sets,
             turns=self._weights.in_turn([*self._residents.policies(), *self._queue.policies()]),
-        )
-        return self._commit(plan_step(snapshot, self._config, now))
-
-    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The step after the latest one, before its results are in; see `run_ahead`. None where they are needed first.
-
-        Whoever calls it gives `update` the plan as `ahead`, and changes nothing else in between.
-        """
-        if len(plan.ranks) > 1 or (self._residents.size < self._config.max_num_seqs and len(self._queue)):
-            return None
-        kv_cache = self._residents.kv_caches[0]
-        num_running, num_free = self._residents.size, kv_cache.num_free_blocks
-        following = follow(plan, self.requests, self._residents.left, num_running, num_free, kv_cache.block_size)
-        if following is None:
-            return None
-        self._step += 1
-        self._weights.take(plan.policy, self._step)
-        self._residents.grow(0, following.grown)
-        count = len(following.entries)
-        return replace(
-            plan, step=self._step, ranks=(RankPlan(0, following.entries, count, count),), handovers=(), preempted=()
         )
 
     def update(self, plan: StepPlan, results: Sequence[StepResult], ahead: StepPlan | None = None) -> list[Request]:
@@ -220,8 +226,9 @@ class Scheduler:
         if plan.step != self._awaited_step:
             return []
         self._residents.release_copied(plan.step)
+        is_foreseen = plan.step == self._progress.foreseen_step
+        left = self._residents.left if ahead is None else self._residents.left | self._residents.left_before
         finished: list[Request] = []
-        leaders: list[Request] = []
         for rank_plan, result in zip(plan.ranks, results, strict=True):
             sampled = result.sampled
             num_rows = len(sampled.tokens)
@@ -232,22 +239,19 @@ class Scheduler:
             end_row = num_generated = 0
             for entry in rank_plan.entries:
                 first_row, end_row = end_row, end_row + entry.num_rows
-                if entry.request_id in self._residents.left:
+                if entry.request_id in left:
                     continue
                 request = self.requests[entry.request_id]
-                request.num_computed_tokens = entry.start + entry.num_tokens
-                kv_cache.publish(request)
-                if request.group_id is not None and self._has_computed_shared(request):
-                    leaders.append(request)
+                if not is_foreseen:
+                    self._progress.move(request, entry, kv_cache)
                 num_generated += entry.num_rows > 0 and request.kind == "generate"
                 if entry.num_rows and self._record(request, plan, entry, sampled, first_row, tokens[first_row]):
                     finished.append(request)
-                else:
+                elif not is_foreseen:
                     running.advance(request)
             self.meter.count_results(plan, rank_plan, num_generated)
         self._awaited_step = 0 if ahead is None else ahead.step
-        for leader in reversed(leaders):  # each enters at the front: the last one first keeps the order of prompts
-            self._queue.release_group(leader)
+        self._progress.release_groups()
         return finished
 
     def _record(
@@ -285,22 +289,18 @@ class Scheduler:
         self._residents.check_integrity()
 
     # -- carrying out a decision -------------------------------------------------------------------
-    def _commit(self, decision: Decision) -> StepPlan | Hold:
-        if decision.policy is None:
-            assert decision.hold_until is not None, "unfinished requests, but none can run"
-            self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step + 1)
-            return Hold(decision.hold_until)
+    def _commit(self, decision: Decision, policy: str) -> StepPlan:
+        """`policy`: the decision's."""
         self._step += 1
         self._change_residents(decision)
         self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step)
         for policy in decision.left:
             self._queue.note_tried(policy)
-        self._awaited_step = self._step
-        self._residents.left.clear()
-        weights = self._weights.take(decision.policy, self._step)
+        self._residents.note_planned()
+        weights = self._weights.take(policy, self._step)
         return StepPlan(
             step=self._step,
-            policy=decision.policy,
+            policy=policy,
             policy_version=weights.version,
             weight_epoch=weights.epoch,
             ranks=tuple(
@@ -344,9 +344,6 @@ class Scheduler:
 
     def _shareable_tokens(self, request: Request) -> int:
         return self._residents.kv_caches[0].shareable_tokens(request)
-
-    def _has_computed_shared(self, request: Request) -> bool:
-        return self._queue.leads(request) and request.num_computed_tokens >= self._shareable_tokens(request)
 
     def _finish(self, request: Request, end: End) -> None:
         request.finish(end.finish_reason, end.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from zerokl.rollout.step_order import BlockMove, StepOrder
 from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 
 Ints = NDArray[np.int32]
+_PLACE = np.int32(-1)
 _Rows = tuple[int, PlanEntry, Request]
 """An entry that gives rows, after the first one's number in its rank's result."""
 
@@ -28,7 +30,7 @@ def build_step_orders(plan: StepPlan, requests: Mapping[str, Request], block_siz
     receives = [(move.target, move.source, move.target_blocks) for move in plan.handovers]
     return [
         StepOrder(
-            inputs=_step_inputs(plan, rank_plan, requests, block_size),
+            inputs=rank_inputs(plan, rank_plan, requests, block_size),
             sends=_moves(sends, rank_plan.rank),
             receives=_moves(receives, rank_plan.rank),
             has_moves=any(move.source_blocks for move in plan.handovers),
@@ -46,8 +48,12 @@ def _moves(ends: Sequence[tuple[int, int, tuple[int, ...]]], rank: int) -> tuple
     return tuple(BlockMove(peer=peer, blocks=np.array(blocks[peer], np.int32)) for peer in sorted(blocks))
 
 
-def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
-    """A rank's arrays for its T tokens, S sequences (one per entry, in order) and R rows; all empty for a dummy."""
+def rank_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Request], block_size: int) -> StepInputs:
+    """A rank's arrays for its T tokens, S sequences (one per entry, in order) and R rows; all empty for a dummy.
+
+    A token that only the device has yet stands as 0. A history that lacks it ends with a place for it, whose count is
+    to say which row draws it (`SamplingBatch.history_token`).
+    """
     entries = rank_plan.entries
     members = [requests[entry.request_id] for entry in entries]
     columns = np.array([entry[1:] for entry in entries], np.int32).reshape(-1, 3)
@@ -61,10 +67,7 @@ def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Req
     # The rows of an entry are its last ones: count up to the end of its tokens.
     row_starts = _offsets(row_counts)
     logit_rows = np.repeat(seq_starts[1:] - row_starts[1:], row_counts) + np.arange(rank_plan.num_rows, dtype=np.int32)
-    spans = [
-        request.token_ids[entry.start : entry.start + entry.num_tokens]
-        for entry, request in zip(entries, members, strict=True)
-    ]
+    spans = [_tokens(entry, request) for entry, request in zip(entries, members, strict=True)]
     return StepInputs(
         token_ids=_joined(spans, np.int32),
         positions=positions,
@@ -77,6 +80,22 @@ def _step_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Req
         step=plan.step,
         policy=plan.policy,
     )
+
+
+def is_under_way(entry: PlanEntry, request: Request) -> bool:
+    """Whether the entry's token is drawn by the step before, whose results are not in."""
+    return entry.start == request.num_tokens
+
+
+def _tokens(entry: PlanEntry, request: Request) -> Ints:
+    if is_under_way(entry, request):
+        return np.zeros(1, np.int32)
+    return request.token_ids[entry.start : entry.start + entry.num_tokens]
+
+
+def _first_output(entry: PlanEntry, request: Request) -> int:
+    """Number of the output token, from 0, that the entry's first row gives."""
+    return entry.start + entry.num_tokens - entry.num_rows + 1 - request.num_prompt_tokens
 
 
 def _block_tables(members: Sequence[Request]) -> Ints:
@@ -148,13 +167,19 @@ def _histories(wanted: Sequence[_Rows], num_rows: int) -> tuple[Ints, Ints, Ints
 
 
 def _row_histories(entry: PlanEntry, request: Request, history: TokenHistory) -> list[tuple[Ints, Ints]]:
-    rows = [history.arrays()]
-    if entry.num_rows > 1:  # scoring: each row has seen one forced token more than the row before
-        ahead = history.copy()
-        begin = request.next_row + 1
-        for token in request.token_ids[begin : begin + entry.num_rows - 1].tolist():
-            ahead.append(token)
+    if is_under_way(entry, request):
+        tokens, counts = history.arrays()
+        return [(np.append(tokens, _PLACE), np.append(counts, _PLACE))]
+    first = request.num_prompt_tokens + _first_output(entry, request)
+    begin = request.num_prompt_tokens + request.num_output_tokens
+    if first == begin and entry.num_rows == 1:
+        return [history.arrays()]
+    # Scoring: each row has seen one forced token more than the row before; results of earlier ones may not be in.
+    ahead, rows = history.copy(), []
+    for position in range(begin, first + entry.num_rows):
+        if position >= first:
             rows.append(ahead.arrays())
+        ahead.append(int(request.token_ids[position]))
     return rows
 
 
@@ -165,12 +190,51 @@ def _biases(wanted: Sequence[_Rows], num_rows: int) -> tuple[Ints, Ints, NDArray
     for first_row, entry, request in wanted:
         if not request.sampling.uses_bias:
             continue
+        first_output = _first_output(entry, request)
         for offset in range(entry.num_rows):
-            row_tokens, row_values = request.sampling.bias(request.num_output_tokens + offset)
+            row_tokens, row_values = request.sampling.bias(first_output + offset)
             sizes[first_row + offset] = len(row_tokens)
             tokens.append(row_tokens)
             values.append(row_values)
     return _offsets(sizes), _joined(tokens, np.int32), _joined(values, np.float32)
+
+
+def joined(first: StepInputs, second: StepInputs) -> StepInputs:
+    """The sequences of two parts of a step in one; both say of each token whether it is under way (`token_rows`)."""
+    assert first.token_rows is not None and second.token_rows is not None
+    width = max(first.block_tables.shape[1], second.block_tables.shape[1])
+    tables = [
+        np.pad(part.block_tables, ((0, 0), (0, width - part.block_tables.shape[1])), constant_values=-1)
+        for part in (first, second)
+    ]
+    return replace(
+        first,
+        token_ids=np.concatenate([first.token_ids, second.token_ids]),
+        positions=np.concatenate([first.positions, second.positions]),
+        slot_mapping=np.concatenate([first.slot_mapping, second.slot_mapping]),
+        seq_starts=_joined_offsets(first.seq_starts, second.seq_starts),
+        context_lens=np.concatenate([first.context_lens, second.context_lens]),
+        block_tables=np.concatenate(tables),
+        logit_rows=np.concatenate([first.logit_rows, second.logit_rows + first.seq_starts[-1]]),
+        sampling=_joined_sampling(first.sampling, second.sampling),
+        token_rows=np.concatenate([first.token_rows, second.token_rows]),
+    )
+
+
+def _joined_sampling(first: SamplingBatch, second: SamplingBatch) -> SamplingBatch:
+    """All arrays one after the other, offsets counted on."""
+    arrays: dict[str, Any] = {}
+    for field in fields(SamplingBatch):
+        parts = getattr(first, field.name), getattr(second, field.name)
+        if field.name.endswith("_start"):
+            arrays[field.name] = _joined_offsets(*parts)
+        elif field.name != "want_raw":
+            arrays[field.name] = np.concatenate(parts)
+    return SamplingBatch(**arrays, want_raw=first.want_raw or second.want_raw)
+
+
+def _joined_offsets(first: Ints, second: Ints) -> Ints:
+    return np.concatenate([first, second[1:] + first[-1]])
 
 
 def _offsets(sizes: Ints) -> Ints:

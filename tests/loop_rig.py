@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from late_device import LateDevice
 from scheduling_rig import MASK, FakeModel, draw, figure, mix
 
 from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
@@ -73,7 +74,8 @@ class HandRanks:
 
 
 class LoopRig:
-    def __init__(self, num_ranks: int = 2) -> None:
+    def __init__(self, num_ranks: int = 2, overlaps: bool = False) -> None:
+        """`overlaps`: steps of the one rank are launched before the results of the last one, and run when asked for."""
         self.now = 0.0
         self.ranks = HandRanks(num_ranks)
         ranks: Any = self.ranks
@@ -85,8 +87,16 @@ class LoopRig:
         self.sleeping = Sleep(ranks, self.weights, self.scheduler, NO_ROUTING)
         self.weights.load_first(TensorWeights(tensors={}))
         stop = StopStrings(None)
+        self.device = LateDevice(lambda order: self.ranks.execute([order])[0], late=True) if overlaps else None
         self.loop = EngineLoop(
-            self.scheduler, ranks, self.weights, stop, BLOCK, self.sleeping.check_awake, clock=lambda: self.now
+            self.scheduler,
+            ranks,
+            self.weights,
+            stop,
+            BLOCK,
+            self.sleeping.check_awake,
+            clock=lambda: self.now,
+            begin_step=None if self.device is None else self.device.begin,
         )
         self.in_flight = InFlightRequests(
             self.scheduler, kv_caches, stop, deliver=self.loop.deliver, refuse=self.loop.refuse

@@ -356,6 +356,8 @@ class GpuOps:
         assert self._inputs is not None and batch is self._inputs.sampling
         needs = None if heads.serves(batch) else general_sampling.needs_of(batch)
         rows, options = hidden.shape[0], int(sampling.NUM_OPTIONS)
+        if needs is not None and needs.processed:
+            sampling.count_drawn(self._sections, self._results)  # before these results take the place of the last ones
         for first in range(0, rows, _ROWS_PER_PASS):
             last = min(first + _ROWS_PER_PASS, rows)
             whole = last - first == rows

@@ -64,8 +64,33 @@ def bias_kernel(logits_ptr, start_ptr, token_ptr, value_ptr, V, BLOCK: tl.conste
 
 
 @triton.jit
+def drawn_kernel(start_ptr, token_ptr, count_ptr, results_ptr, BLOCK: tl.constexpr):
+    """Count the token that a row of the last results has drawn, where the row's history ends with a place for it.
+
+    Such an entry has token -1 and count -1 - r. It becomes the token's own unless the history has one: then that one
+    counts it, and the token stays -1. Counts below 0 mean 1.
+    """
+    row = tl.program_id(0)
+    first = tl.load(start_ptr + row)
+    last = tl.load(start_ptr + row + 1) - 1
+    count = tl.load(count_ptr + last, mask=last >= first, other=0)
+    if count < 0:
+        drawn = tl.load(results_ptr + (-1 - count) * NUM_RESULTS + TOKEN)
+        num_known = tl.zeros((), tl.int32)
+        for begin in range(first, last, BLOCK):
+            j = begin + tl.arange(0, BLOCK)
+            known = (tl.load(token_ptr + j, mask=j < last, other=-1) == drawn) & (j < last)
+            tl.store(count_ptr + j, tl.load(count_ptr + j, mask=known, other=0) + 1, mask=known)
+            num_known += tl.sum(known.to(tl.int32), axis=0)
+        tl.store(token_ptr + last, tl.where(num_known > 0, -1, drawn))
+
+
+@triton.jit
 def penalty_kernel(logits_ptr, options_ptr, start_ptr, token_ptr, count_ptr, V, BLOCK: tl.constexpr):
-    """Repetition, presence and frequency penalties on the tokens of the row's history, in place."""
+    """Repetition, presence and frequency penalties on the tokens of the row's history, in place.
+
+    Entries whose token is -1 are none; a count below 0 is 1 (`drawn_kernel`).
+    """
     row = tl.program_id(0)
     repetition = option_of(options_ptr, row, REPETITION)
     presence = option_of(options_ptr, row, PRESENCE)
@@ -73,12 +98,15 @@ def penalty_kernel(logits_ptr, options_ptr, start_ptr, token_ptr, count_ptr, V, 
     end = tl.load(start_ptr + row + 1)
     for first in range(tl.load(start_ptr + row), end, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        at = logits_ptr + row.to(tl.int64) * V + tl.load(token_ptr + j, mask=j < end, other=0)
-        count = tl.load(count_ptr + j, mask=j < end, other=0)
-        x = tl.load(at, mask=j < end, other=0.0)
+        token = tl.load(token_ptr + j, mask=j < end, other=-1)
+        some = token >= 0
+        at = logits_ptr + row.to(tl.int64) * V + token
+        count = tl.load(count_ptr + j, mask=some, other=0)
+        count = tl.where(count < 0, 1, count)
+        x = tl.load(at, mask=some, other=0.0)
         x = tl.where(x > 0.0, tl.div_rn(x, tl.broadcast_to(repetition, x.shape)), x * repetition)
         x = tl.where(count > 0, (x - presence) - frequency * count.to(tl.float32), x)
-        tl.store(at, x, mask=j < end)
+        tl.store(at, x, mask=some)
 
 
 @triton.jit
@@ -194,6 +222,14 @@ def drawn_bits(options_ptr, row):
 def copy(x: Tensor, out: Tensor, count: int) -> None:
     """The first `count` entries of x to out, of one type."""
     copy_kernel[(triton.cdiv(count, VOCAB_BLOCK),)](x, out, count, BLOCK=VOCAB_BLOCK)
+
+
+def count_drawn(sections: Mapping[str, Tensor], results: Tensor) -> None:
+    """Complete the histories of a step by what the step before has drawn: `results` [R, NUM_RESULTS] int32 are its."""
+    rows = sections["history_start"].shape[0] - 1
+    drawn_kernel[(rows,)](
+        sections["history_start"], sections["history_token"], sections["history_count"], results, BLOCK=_ENTRY_BLOCK
+    )
 
 
 def process(processed: Tensor, sections: Mapping[str, Tensor]) -> None:

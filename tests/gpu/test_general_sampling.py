@@ -91,6 +91,46 @@ def test_has_the_bits_of_the_definition(penalties: bool, spread: float) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+def penalised(last_token: str) -> NDArray[Any]:
+    """Random logits under penalties. The last token of a history, drawn by the row so far from the end, is "known" to
+    the host, on the "device" alone, or "missing".
+    """
+    rng, sources = np.random.default_rng(5), np.arange(ROWS)[::-1]
+    tokens = (sources * 37 % VOCAB).astype(np.int32)
+    histories = []
+    for row in range(ROWS):
+        known = [int(tokens[row])] if row % 3 == 0 else []  # seen before by every third row
+        known += [other for other in rng.permutation(VOCAB)[: 70 * (row % 2)].tolist() if other != tokens[row]]
+        history = dict.fromkeys(known, row % 2)
+        if last_token == "known":
+            history[int(tokens[row])] = history.get(int(tokens[row]), 0) + 1
+        else:
+            history[-1] = -1 - int(sources[row])
+        histories.append(history)
+    batch = replace(
+        neutral_sampling(ROWS),
+        repetition_penalty=np.full(ROWS, 1.1, np.float32),
+        presence_penalty=np.full(ROWS, 0.2, np.float32),
+        frequency_penalty=np.full(ROWS, 0.3, np.float32),
+        history_start=np.cumsum([0, *map(len, histories)], dtype=np.int32),
+        history_token=np.array([token for history in histories for token in history], np.int32),
+        history_count=np.array([count for history in histories for count in history.values()], np.int32),
+    )
+    sections = {name: rig.put(values) for name, values in sampling_sections(batch, ROWS + 2).items()}
+    logits = rig.put(np.random.default_rng(6).normal(size=(ROWS + 2, VOCAB)).astype(np.float32), "float32")
+    if last_token == "device":
+        results = np.zeros((ROWS, int(sampling.NUM_RESULTS)), np.int32)
+        results[sources, int(sampling.TOKEN)] = tokens
+        sampling.count_drawn(sections, rig.put(results))
+    sampling.process(logits, sections)
+    return rig.get(logits)
+
+
+def test_tokens_that_only_the_device_has_count_in_histories() -> None:
+    np.testing.assert_array_equal(penalised("device"), penalised("known"))
+    assert (penalised("missing") != penalised("known")).any(), "the control"
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_few_rows_have_the_bits_of_many(rows: int) -> None:
     """The number of programs that share a row follows the number of rows."""

@@ -59,9 +59,9 @@ PICKS = st.integers(0, 1000)
 class ControlPlane(RuleBasedStateMachine):
     """Callers come in any order; the loop turns in between, or does not."""
 
-    @initialize(num_ranks=st.integers(1, 2))
-    def start(self, num_ranks: int) -> None:
-        self.rig = LoopRig(num_ranks)
+    @initialize(num_ranks=st.integers(1, 2), overlaps=st.booleans())
+    def start(self, num_ranks: int, overlaps: bool) -> None:
+        self.rig = LoopRig(num_ranks, overlaps=overlaps and num_ranks == 1)
         self.calls: list[Call] = []
         self.ended: list[Request] = []
         self.change: Exclusive | None = None
@@ -330,23 +330,24 @@ SCRIPTS: dict[Callable[[pytest.MonkeyPatch], None], list[Step]] = {
 }
 
 
-def play(script: list[Step]) -> None:
+def play(script: list[Step], overlaps: bool) -> None:
     machine = ControlPlane()
-    machine.start(num_ranks=1)
+    machine.start(num_ranks=1, overlaps=overlaps)
     for step in script:
         step(machine)
         machine.what_is_resolved_has_ended()
     machine.teardown()
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("plant", SCRIPTS)
 def test_negative_control_a_planted_fault_is_caught(
-    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[pytest.MonkeyPatch], None], overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(SCRIPTS[plant])
+    play(SCRIPTS[plant], overlaps)
     plant(monkeypatch)
     with pytest.raises(Exception):  # noqa: B017 - whatever the machine trips over first
-        play(SCRIPTS[plant])
+        play(SCRIPTS[plant], overlaps)
 
 
 @pytest.mark.slow

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from late_device import LateDevice
 from scheduling_rig import VOCAB, Rig, assert_as_expected, generate
 from scheduling_workloads import DISTURBANCES, EXAMPLES, RIGS, disturb, workloads
 
+from zerokl.rollout import run_ahead, step_inputs
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.request import Request
+from zerokl.rollout.residents import Residents
 from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.sampling_params import SamplingParams
-from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.step_pipeline import DoneStep, StepPipeline
 from zerokl.rollout.step_plan import StepPlan
-
-
-class Device:
-    """The fake model as a device that runs behind its host: a step is run when it is begun, or as late as can be."""
-
-    def __init__(self, rig: Rig, late: bool, takes_drawn_tokens: bool = True) -> None:
-        self.rig = rig
-        self.late = late
-        self.takes_drawn_tokens = takes_drawn_tokens
-        self.waiting: deque[tuple[StepOrder, Pending]] = deque()
-        self.drawn = np.zeros(0, np.int32)
-        self.num_ahead = 0
-        self.most_waiting = 0
-
-    def begin(self, order: StepOrder) -> Pending:
-        pending = Pending(self)
-        self.waiting.append((order, pending))
-        self.most_waiting = max(self.most_waiting, len(self.waiting))
-        if not self.late:
-            self.run()
-        return pending
-
-    def run(self) -> None:
-        order, pending = self.waiting.popleft()
-        inputs = order.inputs
-        if inputs.token_rows is not None:
-            self.num_ahead += 1
-            if self.takes_drawn_tokens:
-                inputs = replace(inputs, token_ids=self.drawn[inputs.token_rows])
-        (pending.value,) = self.rig.execute([StepOrder(inputs=inputs)])
-        self.drawn = pending.value.sampled.tokens
-
-
-class Pending:
-    value: StepResult | None = None
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-    def result(self) -> StepResult:
-        while self.value is None:
-            self.device.run()
-        return self.value
 
 
 class OverlappedRig:
@@ -69,15 +28,30 @@ class OverlappedRig:
 
     def __init__(self, rig: Rig, **options: bool) -> None:
         self.rig = rig
-        self.device = Device(rig, **options)
+        self.device = LateDevice(lambda order: rig.execute([order])[0], **options)
         self.steps = StepPipeline(rig.scheduler, None, rig.block_size, NO_ROUTING, self.take, self.device.begin)
         self.done: list[int] = []
 
     def take(self, step: DoneStep, ahead: StepPlan | None) -> None:
         self.done.append(step.plan.step)
+        if ahead is not None:
+            self.check_ahead(ahead)
         for request in self.rig.scheduler.update(step.plan, step.results, ahead):
             self.rig.keep(request)
         self.rig.scheduler.check_integrity()
+
+    def check_ahead(self, plan: StepPlan) -> None:
+        """The budgets hold as if all requests went on."""
+        (part,) = plan.ranks
+        requests = self.rig.scheduler.requests
+        assert len({entry.request_id for entry in part.entries}) == len(part.entries) > 0 == len(plan.preempted)
+        assert sum(entry.num_tokens for entry in part.entries) == part.num_tokens <= self.rig.max_num_batched_tokens
+        assert sum(entry.num_rows for entry in part.entries) == part.num_rows
+        assert self.rig.scheduler.num_running <= self.rig.max_num_seqs
+        for entry in part.entries:
+            request = requests[entry.request_id]
+            assert request.policy == plan.policy and entry.start == request.num_computed_tokens
+            assert entry.start + entry.num_tokens <= request.num_blocks * self.rig.block_size
 
     def step(self) -> bool:
         if not self.steps.is_empty:
@@ -96,16 +70,25 @@ class OverlappedRig:
         while self.step():
             pass
 
+    def check_done(self, requests: list[Request]) -> None:
+        """Each has its own output, and nothing is held any more."""
+        assert sorted(self.done) == self.done
+        assert self.rig.finished.keys() >= {request.request_id for request in requests}
+        assert_as_expected(requests, self.rig.weights)
+        self.rig.scheduler.check_integrity()
+        assert all(not request.num_blocks for request in requests)
+        assert self.rig.kv_cache.num_free_blocks == self.rig.num_blocks
+
 
 @EXAMPLES
 @given(RIGS, workloads(), DISTURBANCES, st.booleans())
 def test_overlapped_steps_give_every_request_its_own_output(rig, workload, disturbances, late):
+    """Requests arrive at any step; aborts and preemptions come between steps, when none is under way."""
     limits = AdmissionLimits(max_model_len=1000, num_blocks=rig.num_blocks, block_size=rig.block_size, vocab_size=VOCAB)
     overlapped, added, events = OverlappedRig(rig, late=late), [], sorted(disturbances)
     for wait, requests in workload:
         for request in requests:
             limits.check(request)
-        overlapped.steps.finish()
         rig.add(*requests)
         added += requests
         for _ in range(wait):
@@ -114,11 +97,7 @@ def test_overlapped_steps_give_every_request_its_own_output(rig, workload, distu
                 disturb(rig, *events.pop(0)[1:])
             overlapped.step()
     overlapped.run()
-    assert sorted(overlapped.done) == overlapped.done
-    assert rig.finished.keys() == {request.request_id for request in added}
-    assert_as_expected(added, rig.weights)
-    rig.scheduler.check_integrity()
-    assert all(not request.num_blocks for request in added)
+    overlapped.check_done(added)
 
 
 def plain(number: int, size: int, **params: object) -> list[Request]:
@@ -131,9 +110,44 @@ def test_decoding_runs_a_step_ahead_all_the_way(late):
     overlapped = OverlappedRig(Rig(num_blocks=128, max_num_seqs=8), late=late)
     requests = plain(1, 6)
     overlapped.run(*requests)
-    assert_as_expected(requests, {"policy": 1})
-    assert overlapped.device.num_ahead >= 39
-    assert overlapped.device.most_waiting == (2 if late else 1)
+    overlapped.check_done(requests)
+    assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
+
+
+def test_arrivals_chunks_and_full_slots_never_make_a_step_wait():
+    """A request arrives at every second step; prompts take several steps; two of three wait for a slot."""
+    overlapped = OverlappedRig(Rig(num_blocks=256, max_num_seqs=6, max_num_batched_tokens=16), late=True)
+    requests = [generate(f"a{i}", 20 + 7 * (i % 5), 8 + i % 9, group_id=None) for i in range(40)]
+    for request in requests:
+        overlapped.rig.add(request)
+        overlapped.step()
+        overlapped.step()
+    overlapped.run()
+    overlapped.check_done(requests)
+    assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
+
+
+def test_samples_share_a_prompt_whose_last_chunk_is_under_way():
+    overlapped = OverlappedRig(Rig(num_blocks=128, max_num_batched_tokens=32), late=True)
+    group = [generate(f"g.{i}", 41, 12, group_id="g", sample_index=i) for i in range(5)]
+    overlapped.run(*group)
+    overlapped.check_done(group)
+    assert [request.num_cached_tokens for request in group] == [0] + [40] * 4
+    assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
+
+
+def test_scores_and_two_weight_sets_run_ahead():
+    rig = Rig(num_blocks=128, max_num_batched_tokens=16, weights={"policy": 1, "reference": 2})
+    overlapped = OverlappedRig(rig, late=True)
+    params = SamplingParams(frequency_penalty=0.5, logit_bias={7: -np.inf}, min_tokens=3, max_tokens=9)
+    requests = [
+        Request.score(f"s{i}", np.arange(50) % VOCAB, score_start=3, sampling_params=params, policy=policy)
+        for i, policy in enumerate(["policy", "reference"])
+    ]
+    requests += [generate(f"g{i}", 30, 20, group_id=None, policy=policy) for i, policy in enumerate(rig.weights)]
+    overlapped.run(*requests)
+    overlapped.check_done(requests)
+    assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
 
 
 def test_a_request_that_stops_is_computed_once_more_and_leaves_no_trace():
@@ -154,38 +168,104 @@ def test_a_request_that_stops_is_computed_once_more_and_leaves_no_trace():
     assert any(request.num_cached_tokens for request in again)
 
 
-@pytest.mark.parametrize(
-    "params", [{"frequency_penalty": 0.5}, {"min_tokens": 5, "stop_token_ids": (3,)}, {"logit_bias": {7: -1.0}}]
-)
-def test_rows_that_depend_on_the_tokens_wait_for_them(params):
+OPTIONS = [
+    {"min_tokens": 5, "stop_token_ids": (3,)},
+    {"logit_bias": {7: -np.inf}},
+    {"frequency_penalty": 0.5},
+    {"repetition_penalty": 1.1, "logit_bias": {7: -np.inf}},
+]
+
+
+@pytest.mark.parametrize("params", OPTIONS)
+def test_bias_and_penalties_run_ahead(params):
     overlapped = OverlappedRig(Rig(num_blocks=128), late=True)
-    requests = plain(3, 3, **params)
+    requests = plain(3, 3, **params) + plain(4, 3, max_tokens=21)
     overlapped.run(*requests)
-    assert_as_expected(requests, {"policy": 1})
-    assert overlapped.device.num_ahead == 0
-
-
-def test_those_that_wait_for_room_join_before_another_step_runs_ahead():
-    overlapped = OverlappedRig(Rig(num_blocks=128, max_num_seqs=2), late=True)
-    requests = plain(4, 5, max_tokens=10)
-    overlapped.run(*requests)
-    assert_as_expected(requests, {"policy": 1})
-    assert 0 < overlapped.device.num_ahead <= 9 * 3
+    overlapped.check_done(requests)
+    assert overlapped.device.num_ahead == overlapped.device.num_steps - 1
 
 
 def test_a_pool_without_room_for_the_next_step_waits_for_the_results():
     rig = Rig(num_blocks=9, block_size=8, max_num_seqs=4)
     overlapped = OverlappedRig(rig, late=True)
-    requests = plain(5, 3, max_tokens=30)
+    requests = plain(7, 3, max_tokens=30)
     overlapped.run(*requests)
     assert_as_expected(requests, {"policy": 1})
     assert sum(request.num_preemptions for request in requests) > 0 < overlapped.device.num_ahead
 
 
+# -- planted faults ---------------------------------------------------------------------------------------------------
+Patch = pytest.MonkeyPatch
+
+
+def who_left_is_forgotten_by_the_next_plan(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Residents, "note_planned", lambda self: setattr(self, "left", set()))
+
+
+def tokens_are_taken_from_other_rows(monkeypatch: Patch) -> None:
+    def order_ahead(*args: Any) -> Any:
+        order = _ORDER_AHEAD(*args)
+        rows = order.inputs.token_rows
+        rows[rows > 0] -= 1
+        return order
+
+    monkeypatch.setattr("zerokl.rollout.step_pipeline.order_ahead", order_ahead)
+
+
+def histories_lack_the_token_under_way(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(LateDevice, "_with_histories", lambda self, batch: batch)
+
+
+def the_bias_is_that_of_the_row_before(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(step_inputs, "_first_output", lambda entry, request: request.num_output_tokens)
+
+
+def those_that_end_by_length_go_on(monkeypatch: Patch) -> None:
+    def goes_on(request: Request, entry: Any) -> bool:
+        request.compute_target = request.num_computed_tokens + (entry.num_rows > 0)
+        return True
+
+    monkeypatch.setattr("zerokl.rollout.progress._goes_on", goes_on)
+
+
+_ORDER_AHEAD = run_ahead.order_ahead
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        who_left_is_forgotten_by_the_next_plan,
+        tokens_are_taken_from_other_rows,
+        histories_lack_the_token_under_way,
+        the_bias_is_that_of_the_row_before,
+        those_that_end_by_length_go_on,
+    ],
+)
+def test_negative_control_a_planted_fault_is_found_out(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    def play() -> None:
+        overlapped = OverlappedRig(Rig(num_blocks=128, max_num_batched_tokens=48, max_num_seqs=6), late=True)
+        stops = tuple(range(12))
+        params = [
+            SamplingParams(max_tokens=30, min_tokens=9, stop_token_ids=stops, presence_penalty=0.5 * (i % 2))
+            for i in range(12)
+        ]
+        requests = [generate(f"c{i}", 24 + i, params=params[i], group_id=None) for i in range(12)]
+        for request in requests:
+            overlapped.rig.add(request)
+            overlapped.step()
+        overlapped.run()
+        overlapped.check_done(requests)
+
+    play()
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, KeyError)):
+        play()
+
+
 def test_a_device_that_does_not_take_the_drawn_tokens_is_found_out():
-    """The control."""
+    """The control of the device."""
     overlapped = OverlappedRig(Rig(num_blocks=128), late=True, takes_drawn_tokens=False)
-    requests = plain(6, 3)
+    requests = plain(8, 3)
     overlapped.run(*requests)
     with pytest.raises(AssertionError):
         assert_as_expected(requests, {"policy": 1})

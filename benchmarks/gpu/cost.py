@@ -18,11 +18,12 @@ from typing import Any
 import paddle
 from choices import Choices, Measured
 from gemm_times import measure, wide_entries
+from load_shape import PROMPT, SAMPLES
 from measures import relative_cost
 from row_table import table
 from step_times import TimedWorker
 from variants import FastestProducts, TokensOnly, engines_use
-from workload import PROMPT, SAMPLES, load, make_engine, prompts
+from workload import load, make_engine, prompts
 
 from models import model_folder
 from zerokl.kernels.gpu.ops import Dtype, GpuOps

@@ -84,4 +84,4 @@ def _first_rows(bench: Bench, tensor: Any) -> NDArray[np.float32]:
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
     assert np.isfinite(values).all()
-    return values.copy()
+    return np.array(values, np.float32)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workload import SAMPLES
+from load_shape import SAMPLES
 
 Row = dict[str, Any]
 

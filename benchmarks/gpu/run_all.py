@@ -39,7 +39,7 @@ SIZES = {"speed_a": (8, 256, 512), "speed_b": (256, 512), "c": (128,), "cost": (
 # Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
 
 
-def exact(args: argparse.Namespace, folder: Path) -> list[Row]:
+def exact(_args: argparse.Namespace, folder: Path) -> list[Row]:
     from exact import exact_rows
     from workload import make_engine
 
@@ -76,7 +76,7 @@ def reference(args: argparse.Namespace, folder: Path) -> list[Row]:
     return reference_rows(args.models or ("smollm2", "A, 4 layers"), folder, args.gguf)
 
 
-def sanitize(args: argparse.Namespace, folder: Path) -> list[Row]:
+def sanitize(_args: argparse.Namespace, _folder: Path) -> list[Row]:
     from sanitize import sanitize_rows
 
     return sanitize_rows()
@@ -117,12 +117,18 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = arguments()
+def log_to_stdout() -> None:
+    """Have the engine's log lines among the output."""
     log = logging.getLogger("zerokl")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False  # Paddle prints what reaches the root
+
+
+def main(given: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 something has not passed, 2 the part was refused."""
+    args = arguments(given)
+    log_to_stdout()
     begun = time.perf_counter()
     result: Row = {"part": args.part, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:

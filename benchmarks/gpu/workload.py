@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from load_shape import OUTPUT, PROMPT, SAMPLES
 from numpy.typing import NDArray
 from step_times import TimedWorker
 
@@ -16,7 +17,6 @@ from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.sampling_params import SamplingParams
 
-PROMPT, OUTPUT, SAMPLES = 256, 256, 8
 Row = dict[str, Any]
 
 

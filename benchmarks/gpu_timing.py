@@ -41,8 +41,9 @@ class Bench:
 
     def __init__(self) -> None:
         driver.activate()
-        self._stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-        triton.runtime.driver.active.get_current_stream = lambda _: int(self._stream)
+        self.stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+        """On which all launches go."""
+        driver.use_stream(int(self.stream))
         self._events = [check(runtime.cudaEventCreate()) for _ in range(2)]
         self.name = paddle.device.cuda.get_device_name()
         self.bandwidth = next(rate for kind, rate in BANDWIDTH.items() if kind in self.name)
@@ -76,19 +77,19 @@ class Bench:
         rounds = -(-least // len(launches))
         for launch in launches:
             launch()
-        check(runtime.cudaStreamSynchronize(self._stream))
+        check(runtime.cudaStreamSynchronize(self.stream))
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(runtime.cudaStreamBeginCapture(self._stream, mode))
+        check(runtime.cudaStreamBeginCapture(self.stream, mode))
         for _ in range(rounds):
             for launch in launches:
                 launch()
-        graph = check(runtime.cudaStreamEndCapture(self._stream))
+        graph = check(runtime.cudaStreamEndCapture(self.stream))
         program = check(runtime.cudaGraphInstantiate(graph, 0))
         times = []
         for _ in range(repeats + 1):
-            check(runtime.cudaEventRecord(self._events[0], self._stream))
-            check(runtime.cudaGraphLaunch(program, self._stream))
-            check(runtime.cudaEventRecord(self._events[1], self._stream))
+            check(runtime.cudaEventRecord(self._events[0], self.stream))
+            check(runtime.cudaGraphLaunch(program, self.stream))
+            check(runtime.cudaEventRecord(self._events[1], self.stream))
             check(runtime.cudaEventSynchronize(self._events[1]))
             times.append(check(runtime.cudaEventElapsedTime(*self._events)) / 1e3)
         check(runtime.cudaGraphExecDestroy(program))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -55,7 +55,7 @@ class RandomWeights(LocalWorker):
     """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        def packer(ops: GpuOps, tensors: Mapping[str, Any], _: Callable[[], bool]) -> tuple[Any, Any]:
+        def packer(ops: GpuOps, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
             return _RandomPacker(ops, version), tensors
 
         with mock.patch.object(model_runner, "weight_packer", packer):

@@ -1,13 +1,16 @@
-"""The engine on one GPU: exactness and speed, in parts of a few minutes.
+"""The engine on one GPU: exactness, speed, what exactness costs, errors and memory checks, in parts of a few minutes.
 
-    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c|arrivals [--json] [--sizes N ...]
-        [--peer vllm_bench.py --peer-site FOLDER]
+    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c|arrivals|cost|reference|sanitize [--json] [--sizes N ...]
+        [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--gguf smollm2.gguf]
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
 temperature 1, logprobs on, random weights whose logits have a real spread. tok/s counts new tokens over the wall time
 of `generate`, prefill included, after a warm-up with other prompts. The GPU span of a step is the time between events
 before its first copy and after its last; its period is the time between the starts of two steps on the host. With
 `--peer` a script that measures vLLM in the same way runs before, in a process of its own.
+
+Each part ends with a short table; with `--json` the last line is one JSON object. A part that cannot be run on the
+machine says what is missing and exits with status 2. `benchmarks` and `benchmarks/gpu` must be on the path.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,106 +26,131 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from arrivals import arrival_rows
-from exact import exact_rows
-from numpy.typing import NDArray
-from step_times import TimedWorker
+from refusal import PartRefusedError
+from row_table import table
 
-from models import model_folder
-from zerokl.rollout.config import EngineConfig
-from zerokl.rollout.engine import RolloutEngine
-from zerokl.rollout.sampling_params import SamplingParams
-
-PROMPT, OUTPUT, SAMPLES = 256, 256, 8
 Row = dict[str, Any]
+Part = Callable[[argparse.Namespace, Path], list[Row]]
+
+PEERS = {"speed_a": "A", "speed_b": "B", "c": "C"}
+SIZES = {"speed_a": (8, 256, 512), "speed_b": (256, 512), "c": (128,), "arrivals": (64, 256, 512), "cost": (256,)}
+"""Numbers of sequences by part, where none are given."""
+
+# Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
 
 
-def prompts(count: int, vocab: int, seed: int) -> list[NDArray[np.int32]]:
-    return list(np.random.default_rng(seed).integers(10, vocab, (count, PROMPT)).astype(np.int32))
+def exact(_args: argparse.Namespace, folder: Path) -> list[Row]:
+    from exact import exact_rows
+    from workload import make_engine
+
+    return exact_rows(folder, make_engine)
 
 
-def make_engine(folder: Path, **options: Any) -> RolloutEngine:
-    defaults: Row = {"device": "gpu", "max_model_len": 2048, "max_num_seqs": 512, "max_num_batched_tokens": 8192}
-    return RolloutEngine(EngineConfig(model=str(folder), **(defaults | options)), make_worker=TimedWorker)
+def speed_a(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from workload import speed
+
+    return speed("A", args.sizes, folder, args.repeats)
 
 
-def load(engine: RolloutEngine, sequences: int, tokens: int, seed: int, **params: Any) -> float:
-    """Wall seconds of one call."""
-    asked = prompts(sequences // SAMPLES, engine.model_config.vocab_size, seed)
-    options = SamplingParams(n=SAMPLES, max_tokens=tokens, ignore_eos=True, seed=seed, **params)
-    start = time.perf_counter()
-    rollouts = engine.generate(asked, options)
-    seconds = time.perf_counter() - start
-    assert all(len(rollout.token_ids) == tokens for rollout in rollouts)
-    return seconds
+def speed_b(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from workload import speed
+
+    return speed("B", args.sizes, folder, args.repeats)
 
 
-def speed(model: str, sizes: tuple[int, ...], folder: Path, repeats: int, **options: Any) -> list[Row]:
-    begun = time.perf_counter()
-    rows: list[Row] = []
-    with make_engine(model_folder(model, folder / model), **options) as engine:
-        load(engine, SAMPLES, 1, 0)
-        print(f"{model}: first token after {time.perf_counter() - begun:.1f} s", flush=True)
-        for sequences in sizes:
-            load(engine, sequences, 32, 1000 + sequences)
-            for repeat in range(repeats):
-                TimedWorker.latest.take(sequences)
-                seconds = load(engine, sequences, OUTPUT, 2000 + sequences + repeat)
-                row = {"model": model, "sequences": sequences, "tok_s": round(sequences * OUTPUT / seconds)}
-                rows.append(row | TimedWorker.latest.take(sequences))
-                print(json.dumps(rows[-1]), flush=True)
-    return rows
+def c(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from workload import speed
+
+    return speed("C", args.sizes, folder, 1, weight_slots=1, max_num_seqs=256)
 
 
-def peer(script: Path, site: Path, model: str, groups: list[int]) -> list[Row]:
-    """What `script` says of vLLM, found in `site`, on the same load."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("LD_LIBRARY_PATH", "PYTHONSAFEPATH")}
-    command = [sys.executable, str(script), "--model", model, "--groups", ",".join(map(str, groups)), "--reps", "2"]
-    done = subprocess.run(
-        command, env=kept | {"PYTHONPATH": str(site)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    rows = [json.loads(line[len("RESULT ") :]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode:
-        print(done.stdout[-2000:], flush=True)
-    for row in rows:
-        print("peer", json.dumps(row), flush=True)
-    return [{"peer": True, **row} for row in rows]
+def arrivals(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from arrivals import arrival_rows
+    from workload import make_engine
+
+    return arrival_rows("A", args.sizes, folder, make_engine, args.repeats)
 
 
-def run(part: str, args: argparse.Namespace, folder: Path) -> list[Row]:
-    parts: dict[str, Callable[[], list[Row]]] = {
-        "exact": lambda: exact_rows(folder, make_engine),
-        "speed_a": lambda: speed("A", tuple(args.sizes or (8, 256, 512)), folder, args.repeats),
-        "speed_b": lambda: speed("B", tuple(args.sizes or (256, 512)), folder, args.repeats),
-        "c": lambda: speed("C", tuple(args.sizes or (128,)), folder, 1, weight_slots=1, max_num_seqs=256),
-        "arrivals": lambda: arrival_rows("A", tuple(args.sizes or (64, 256, 512)), folder, make_engine, args.repeats),
-    }
+def cost(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from cost import cost_rows
+
+    return cost_rows(args.models or ("A", "B"), args.sizes, folder, args.pairs)
+
+
+def reference(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from reference import reference_rows
+
+    return reference_rows(args.models or ("smollm2", "A, 4 layers"), folder, args.gguf)
+
+
+def sanitize(_args: argparse.Namespace, _folder: Path) -> list[Row]:
+    from sanitize import sanitize_rows
+
+    return sanitize_rows()
+
+
+PARTS: dict[str, Part] = {
+    part.__name__: part for part in (exact, speed_a, speed_b, c, arrivals, cost, reference, sanitize)
+}  # fmt: skip
+
+
+def run(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """The rows of a part, those of the peer first."""
     rows: list[Row] = []
     if args.peer is not None:
-        model = {"speed_a": "A", "speed_b": "B", "c": "C"}[part]
-        rows += peer(args.peer, args.peer_site, model, [size // SAMPLES for size in args.sizes or (8, 256, 512)])
-    return rows + parts[part]()
+        from peer import peer_rows
+
+        rows += peer_rows(args.peer, args.peer_site, PEERS[args.part], args.sizes)
+    return rows + PARTS[args.part](args, folder)
 
 
-def main() -> None:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked and completed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("exact", "speed_a", "speed_b", "c", "arrivals"))
+    parser.add_argument("--part", required=True, choices=PARTS)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--sizes", type=int, nargs="*", help="sequences at a time")
+    parser.add_argument("--sizes", type=int, nargs="+", help="sequences at a time")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--peer-site", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--models", nargs="+", help="of parts cost and reference")
+    parser.add_argument("--pairs", type=int, default=21, help="interleaved pairs of part cost")
+    kit = Path(os.environ.get("KIT", "/opt/kit"))
+    parser.add_argument("--gguf", type=Path, default=kit / "smollm2.gguf", help="real weights of part reference")
+    args = parser.parse_args(given)
+    args.sizes = tuple(args.sizes or SIZES.get(args.part, ()))
+    if args.peer is not None and (args.part not in PEERS or args.peer_site is None):
+        parser.error(f"--peer needs --peer-site and a part of {', '.join(PEERS)}")
+    return args
+
+
+def log_to_stdout() -> None:
+    """Have the engine's log lines among the output."""
     log = logging.getLogger("zerokl")
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False  # Paddle prints what reaches the root
+
+
+def main(given: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 something has not passed, 2 the part was refused."""
+    args = arguments(given)
+    log_to_stdout()
+    begun = time.perf_counter()
+    result: Row = {"part": args.part, "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
-        rows = run(args.part, args, Path(scratch))
+        try:
+            result["rows"] = run(args, Path(scratch))
+        except PartRefusedError as refusal:
+            result["refused"] = str(refusal)
+    result["seconds"] = round(time.perf_counter() - begun)
+    print(table(result["rows"]))
+    if "refused" in result:
+        print(f"part {args.part} was not run: {result['refused']}")
     if args.json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps(result))
+    return 2 if "refused" in result else int(any(row.get("passed") is False for row in result["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

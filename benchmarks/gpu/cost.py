@@ -1,0 +1,134 @@
+"""Part `cost` of run_all.py: what exactness costs, and what log-probabilities cost, in the same engine.
+
+Each is a pair of engines in one process that take turns with the same prompts, the first one changing from pair to
+pair: ours against ours with the fastest way to compute each product (`choices`), and against ours that returns tokens
+alone (`tokens_only`). A cost is the ratio of what the two took in a pair, less 1: the median over pairs, with an
+interval from order statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+from choices import Choices, Measured
+from gemm_times import measure, wide_entries
+from load_shape import PROMPT, SAMPLES
+from measures import relative_cost
+from row_table import table
+from step_times import TimedWorker
+from variants import FastestProducts, TokensOnly, engines_use
+from workload import load, make_engine, prompts
+
+from models import model_folder
+from zerokl.kernels.gpu.ops import Dtype, GpuOps
+from zerokl.kernels.gpu.step_arrays import bucket
+from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.models.config import ModelConfig
+from zerokl.rollout.sampling_params import SamplingParams
+
+Row = dict[str, Any]
+MakeOps = Callable[[Dtype], GpuOps]
+
+PAIR_TOKENS = 64
+NUM_BLOCKS = 4096
+"""Of each engine: 512 sequences with shared prompts need 3,072."""
+MOST_PREFILL = 8192
+BOUNDS = {"exactness": 0.03, "logprobs": 0.02}
+_FIGURES = ("gpu_span_ms", "period_ms", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two engines."""
+
+    engine: RolloutEngine
+    worker: TimedWorker
+
+    def take_turn(self, sequences: int, seed: int) -> dict[str, float]:
+        """Figures of one call."""
+        self.worker.take(sequences)
+        seconds = load(self.engine, sequences, PAIR_TOKENS, seed)
+        return self.worker.take(sequences) | {"seconds": seconds}
+
+
+def cost_rows(models: Sequence[str], sizes: Sequence[int], folder: Path, pairs: int) -> list[Row]:
+    """A row for each product, then one for each cost and figure. Raises PartRefusedError without cuBLASLt."""
+    return [row for name in models for row in _of_model(name, sizes, folder, pairs)]
+
+
+def _of_model(name: str, sizes: Sequence[int], folder: Path, pairs: int) -> Iterator[Row]:
+    path = model_folder(name, folder / name)
+    config = ModelConfig.from_json(str(path))
+    row_counts = sorted({bucket(size) for size in sizes} | {_prefill_rows(size) for size in sizes})
+    measured = measure(config, row_counts)
+    paddle.device.cuda.empty_cache()
+    products = [{"model": name, **one.row()} for one in measured]
+    print(table(products), flush=True)
+    yield from products
+    with _side(path, max(sizes)) as plain:
+        for what, make_ops in _variants(config, measured, row_counts).items():
+            with _side(path, max(sizes), make_ops) as other:
+                differing = tokens_that_differ(plain.engine, other.engine)
+                for sequences in sizes:
+                    for row in costs(what, take_turns(plain, other, sequences, pairs)):
+                        made = {"model": name, "sequences": sequences, **row, "tokens_differ": differing}
+                        print(json.dumps(made), flush=True)
+                        yield made
+
+
+def _prefill_rows(sequences: int) -> int:
+    return bucket(min(MOST_PREFILL, sequences // SAMPLES * PROMPT))
+
+
+def _variants(config: ModelConfig, measured: Sequence[Measured], row_counts: Sequence[int]) -> dict[str, MakeOps]:
+    choices, wide = Choices(measured), wide_entries(config, row_counts)
+    return {
+        "exactness": lambda dtype: FastestProducts(choices, wide, dtype),
+        "logprobs": lambda dtype: TokensOnly(dtype=dtype),
+    }
+
+
+@contextlib.contextmanager
+def _side(path: Path, sequences: int, make_ops: MakeOps | None = None) -> Iterator[Side]:
+    options: Row = {"num_blocks": NUM_BLOCKS, "weight_slots": 1, "max_num_seqs": sequences}
+    with contextlib.nullcontext() if make_ops is None else engines_use(make_ops):
+        engine = make_engine(path, **options)
+    with engine:
+        yield Side(engine, TimedWorker.latest)
+
+
+def tokens_that_differ(one: RolloutEngine, other: RolloutEngine) -> int:
+    """Of 8 samples of 32 tokens."""
+    asked = prompts(1, one.model_config.vocab_size, 3)
+    params = SamplingParams(n=SAMPLES, max_tokens=32, ignore_eos=True, seed=3)
+    pairs = zip(one.generate(asked, params), other.generate(asked, params), strict=True)
+    return sum(int((a.token_ids != b.token_ids).sum()) for a, b in pairs)
+
+
+def take_turns(plain: Side, other: Side, sequences: int, pairs: int) -> list[tuple[Row, Row]]:
+    """Figures of both sides, pair by pair, after a turn of each that does not count."""
+    taken = []
+    for number in range(pairs + 1):
+        sides = (plain, other) if number % 2 else (other, plain)
+        figures = {id(side): side.take_turn(sequences, 4000 + number) for side in sides}
+        taken.append((figures[id(plain)], figures[id(other)]))
+    return taken[1:]
+
+
+def costs(what: str, pairs: Sequence[tuple[Row, Row]]) -> Iterator[Row]:
+    """One row for each figure: medians of both sides, and the cost with its interval, in percent."""
+    for figure in _FIGURES:
+        ours, others = ([side[figure] for side in sides] for sides in zip(*pairs, strict=True))
+        cost = relative_cost(ours, others)
+        yield {
+            "cost_of": what, "figure": figure, "pairs": len(pairs), "ours": round(sorted(ours)[len(ours) // 2], 4),
+            "variant": round(sorted(others)[len(others) // 2], 4), "cost_pct": round(100 * cost.median, 2),
+            "low_pct": round(100 * cost.low, 2), "high_pct": round(100 * cost.high, 2),
+            "coverage": round(cost.coverage, 3), "within_bound": cost.median <= BOUNDS[what],
+        }  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from ranks_engine import PROMPTS
 from tiny_engine import in_thread, wait_until
 
 from zerokl.rollout.engine import RolloutEngine
@@ -16,7 +17,6 @@ from zerokl.rollout.models.synthetic import random_tensors
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
 
-PROMPTS = [list(range(1 + index, 4 + index + 9 * (index % 4))) for index in range(9)]
 SPREAD: dict[str, dict[str, Any]] = {
     "1": {"worker": "process"},
     "D2": {"data_parallel_size": 2},

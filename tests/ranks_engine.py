@@ -18,10 +18,20 @@ from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_moe_config
+from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.ranks import Ranks
+from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
 
 SMALL: dict[str, Any] = {"block_size": 8, "num_blocks": 128, "num_threads": 1, "batched_token_timeout": 0.005}
+
+
+PROMPTS = [list(range(1 + index, 4 + index + 9 * (index % 4))) for index in range(9)]
+SPREAD: dict[str, dict[str, Any]] = {
+    "D2": {"data_parallel_size": 2},
+    "E2": {"expert_parallel_size": 2},
+    "E2 x D2": {"expert_parallel_size": 2, "data_parallel_size": 2, "num_redundant_experts": 2},
+}
 
 
 def write_moe_model(folder: Path) -> Path:
@@ -34,6 +44,14 @@ def write_moe_model(folder: Path) -> Path:
 def on_ranks(folder: Path, **options: Any) -> RolloutEngine:
     """A small engine."""
     return RolloutEngine(EngineConfig(model=str(folder), **(SMALL | options)))
+
+
+def sampled(engine: RolloutEngine, order: list[int] | None = None) -> list[Rollout]:
+    """Two samples of each prompt, each with its own seed; in the order of PROMPTS whatever that of arrival."""
+    order = list(range(len(PROMPTS))) if order is None else order
+    params = [SamplingParams(n=2, max_tokens=11, seed=100 + index, ignore_eos=True) for index in order]
+    rollouts = engine.generate([PROMPTS[index] for index in order], params)
+    return [rollouts[2 * order.index(index) + sample] for index in range(len(PROMPTS)) for sample in range(2)]
 
 
 def kill_rank(engine: RolloutEngine, rank: int) -> list[int]:

@@ -1,49 +1,23 @@
 // Register blocks of attention: small matrix products whose sums run in sequence, one fused step at a time from 0.
 //
-// They work in registers of the machine's own width (64-byte vectors live in memory where registers are shorter); lanes
-// never interact, so that width does not show in the results.
+// Lanes never interact, so the width of the registers does not show in the results.
 #pragma once
 
 #include "attention.h"
-#include "simd.h"
+#include "native.h"
 
 namespace {
 
 #if defined(ZK_ISA_avx512)
-constexpr int NATIVE = 16, BLOCK_GROUPS = 4;  // 6 rows x 4 groups of 16 lanes: 24 of 32 registers
+constexpr int BLOCK_GROUPS = 4;  // 6 rows x 4 groups of 16 lanes: 24 of 32 registers
 #elif defined(ZK_ISA_avx2)
-constexpr int NATIVE = 8, BLOCK_GROUPS = 1;  // 6 rows x 1 group: 12 of 16 registers
+constexpr int BLOCK_GROUPS = 1;  // 6 rows x 1 group: 12 of 16 registers
 #else
-constexpr int NATIVE = 4, BLOCK_GROUPS = 1;
+constexpr int BLOCK_GROUPS = 1;
 #endif
 constexpr int BLOCK_ROWS = 6;
 constexpr int PARTS = LANES / NATIVE;  // registers of a group
 constexpr int SPLIT_GROUPS = zk::KV_SPLIT / LANES;
-
-typedef float vn __attribute__((vector_size(NATIVE * 4)));
-typedef float vnu __attribute__((vector_size(NATIVE * 4), aligned(4)));
-
-inline vn nload(const float* p) { return *reinterpret_cast<const vnu*>(p); }
-inline void nstore(float* p, vn v) { *reinterpret_cast<vnu*>(p) = v; }
-inline vn nset(float x) {
-#if defined(ZK_ISA_avx512)
-  return (vn)_mm512_set1_ps(x);
-#elif defined(ZK_ISA_avx2)
-  return (vn)_mm256_set1_ps(x);
-#else
-  return vn{x, x, x, x};
-#endif
-}
-inline vn nfma(vn a, vn b, vn c) {
-#if defined(ZK_ISA_avx512)
-  return (vn)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(ZK_ISA_avx2)
-  return (vn)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int i = 0; i < NATIVE; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
-}
 
 constexpr int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 

@@ -210,32 +210,32 @@ void multiply_groups(const Product* products, int64_t count) {
   delete[] plans;
 }
 
-inline nv load_weights(const float* p) { return nload(p); }
-inline nv load_weights(const uint16_t* p) {
-  nv values;
-  widen_bits(p, WIDTH, reinterpret_cast<float*>(&values));
+inline vn load_weights(const float* p) { return nload(p); }
+inline vn load_weights(const uint16_t* p) {
+  vn values;
+  widen_bits(p, NATIVE, reinterpret_cast<float*>(&values));
   return values;
 }
 
-// LANES rows x WIDTH inner indices of weights, turned, to WIDTH half lines of a panel; joins their finite_overflow.
+// LANES rows x NATIVE inner indices of weights, turned, to NATIVE half lines of a panel; joins their finite_overflow.
 template <class Source>
 inline void pack_square(const Source* weights, int64_t k, float* half, bool streams, nu& joined) {
-  constexpr int PARTS = LANES / WIDTH;
-  nv rows[PARTS][WIDTH];
+  constexpr int PARTS = LANES / NATIVE;
+  vn rows[PARTS][NATIVE];
 #pragma GCC unroll 4
   for (int part = 0; part < PARTS; ++part) {
 #pragma GCC unroll 16
-    for (int r = 0; r < WIDTH; ++r) {
-      rows[part][r] = load_weights(weights + (part * WIDTH + r) * k);
+    for (int r = 0; r < NATIVE; ++r) {
+      rows[part][r] = load_weights(weights + (part * NATIVE + r) * k);
       joined |= ((nu)rows[part][r] & 0x7F800000u) + 0x00800000u;
     }
     turn_square(rows[part]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < WIDTH; ++i)
+  for (int i = 0; i < NATIVE; ++i)
 #pragma GCC unroll 4
     for (int part = 0; part < PARTS; ++part) {
-      float* to = half + i * PANEL + part * WIDTH;
+      float* to = half + i * PANEL + part * NATIVE;
       streams ? nstream(to, rows[part][i]) : nstore(to, rows[part][i]);
     }
 }
@@ -248,14 +248,14 @@ uint32_t pack_half(const Source* weights, int64_t columns, int64_t k, float* hal
   const bool streams = may_stream(half);
   nu joined = {};
   int64_t first = 0;
-  for (; columns == LANES && first + WIDTH <= k; first += WIDTH) {
+  for (; columns == LANES && first + NATIVE <= k; first += NATIVE) {
     const int64_t next = first + AHEAD;
     const Source* ahead = next < k ? weights + next : weights + LANES * k + (next - k);  // the next 16 rows
     for (int64_t r = 0; r < LANES; ++r) __builtin_prefetch(ahead + r * k, 0, 3);
     pack_square(weights + first, k, half + first * PANEL, streams, joined);
   }
   uint32_t all = 0;
-  for (int lane = 0; lane < WIDTH; ++lane) all |= joined[lane];
+  for (int lane = 0; lane < NATIVE; ++lane) all |= joined[lane];
   for (; first < k; ++first) {
     float line[LANES] = {};
     for (int64_t r = 0; r < columns; ++r) widen_weight(weights[r * k + first], line + r);
@@ -301,18 +301,18 @@ bool pack_gate_up(const Source* gate, const Source* up, int64_t f, int64_t k, fl
 }
 
 float fma_burst(int64_t rounds) {
-  constexpr int CHAINS = static_cast<int>(zk::FMA_PER_ROUND) / WIDTH;
+  constexpr int CHAINS = static_cast<int>(zk::FMA_PER_ROUND) / NATIVE;
   constexpr int LIVE = CHAINS < 12 ? CHAINS : 12;
-  nv acc[LIVE];
-  const nv a = nsplat(0.999999f), b = nsplat(1e-6f);
-  for (int i = 0; i < LIVE; ++i) acc[i] = nsplat(static_cast<float>(i));
+  vn acc[LIVE];
+  const vn a = nset(0.999999f), b = nset(1e-6f);
+  for (int i = 0; i < LIVE; ++i) acc[i] = nset(static_cast<float>(i));
   for (int64_t round = 0; round < rounds; ++round)
 #pragma GCC unroll 8
     for (int repeat = 0; repeat < CHAINS / LIVE; ++repeat)
 #pragma GCC unroll 16
       for (int i = 0; i < LIVE; ++i) acc[i] = nfma(acc[i], a, b);
   float total = 0.0f;
-  for (int i = 0; i < LIVE; ++i) total += acc[i][0] + acc[i][WIDTH - 1];
+  for (int i = 0; i < LIVE; ++i) total += acc[i][0] + acc[i][NATIVE - 1];
   return total;
 }
 

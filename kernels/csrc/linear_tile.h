@@ -3,62 +3,34 @@
 #pragma once
 
 #include "linear.h"
-#include "simd.h"
+#include "native.h"
 
 namespace {
 
 using zk::LINEAR_K_SEGMENT;
 using zk::PANEL;
 
-// The machine's own vectors, for code that must live in registers. MAX_TILE_ROWS x GROUP accumulators, GROUP weights
-// and one broadcast input fill the register file.
+// MAX_TILE_ROWS x GROUP accumulators, GROUP weights and one broadcast input fill the register file.
 #if defined(ZK_ISA_avx512)
 #define MAX_TILE_ROWS 14
-constexpr int WIDTH = 16, GROUP = 2;
+constexpr int GROUP = 2;
 #elif defined(ZK_ISA_avx2)
 #define MAX_TILE_ROWS 6
-constexpr int WIDTH = 8, GROUP = 2;
+constexpr int GROUP = 2;
 #else
 #define MAX_TILE_ROWS 4
-constexpr int WIDTH = 4, GROUP = 4;
+constexpr int GROUP = 4;
 #endif
-typedef float nv __attribute__((vector_size(4 * WIDTH), aligned(4 * WIDTH)));
-typedef float nvu __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef uint32_t nu __attribute__((vector_size(4 * WIDTH)));
-
-inline nv nload(const float* p) { return *reinterpret_cast<const nvu*>(p); }
-inline void nstore(float* p, nv v) { *reinterpret_cast<nvu*>(p) = v; }
+typedef uint32_t nu __attribute__((vector_size(4 * NATIVE)));
 
 // To memory that is not read soon, at a multiple of its size; see vstream.
-inline void nstream(float* p, nv v) {
+inline void nstream(float* p, vn v) {
 #if defined(ZK_ISA_avx512)
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(ZK_ISA_avx2)
   _mm256_stream_ps(p, (__m256)v);
 #else
   nstore(p, v);
-#endif
-}
-
-inline nv nsplat(float x) {
-#if defined(ZK_ISA_avx512)
-  return (nv)_mm512_set1_ps(x);
-#elif defined(ZK_ISA_avx2)
-  return (nv)_mm256_set1_ps(x);
-#else
-  return nv{x, x, x, x};
-#endif
-}
-
-inline nv nfma(nv a, nv b, nv c) {
-#if defined(ZK_ISA_avx512)
-  return (nv)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(ZK_ISA_avx2)
-  return (nv)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  nv sum;
-  for (int i = 0; i < WIDTH; ++i) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return sum;
 #endif
 }
 
@@ -84,14 +56,14 @@ inline void fetch(const Ahead& ahead, int k) {
 // sums[R, PANEL] = or += x[R, length] w[length, PANEL]: the partial sums of one segment, each from 0 and in order.
 template <int R>
 void tile(const float* x, const float* w, int length, float* sums, bool first_segment, Ahead ahead) {
-  for (int column = 0; column < PANEL; column += GROUP * WIDTH) {
-    nv acc[R][GROUP] = {};
+  for (int column = 0; column < PANEL; column += GROUP * NATIVE) {
+    vn acc[R][GROUP] = {};
     auto step = [&](int k) __attribute__((always_inline)) {
-      nv weights[GROUP];
-      for (int g = 0; g < GROUP; ++g) weights[g] = nload(w + k * PANEL + column + g * WIDTH);
+      vn weights[GROUP];
+      for (int g = 0; g < GROUP; ++g) weights[g] = nload(w + k * PANEL + column + g * NATIVE);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const nv input = nsplat(x[r * ROW_STRIDE + k]);
+        const vn input = nset(x[r * ROW_STRIDE + k]);
 #pragma GCC unroll 4
         for (int g = 0; g < GROUP; ++g) acc[r][g] = nfma(input, weights[g], acc[r][g]);
       }
@@ -107,7 +79,7 @@ void tile(const float* x, const float* w, int length, float* sums, bool first_se
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int g = 0; g < GROUP; ++g) {
-        float* sum = sums + r * PANEL + column + g * WIDTH;
+        float* sum = sums + r * PANEL + column + g * NATIVE;
         nstore(sum, first_segment ? acc[r][g] : nload(sum) + acc[r][g]);
       }
     ahead.from = nullptr;  // all is fetched in the first columns' turn
@@ -125,38 +97,38 @@ constexpr TileFunction TILES[] = {
 #endif
 };
 
-// to[c * to_stride + r] = from[r * from_stride + c] for a block of WIDTH x WIDTH, in registers: in round H, neighbours
+// to[c * to_stride + r] = from[r * from_stride + c] for a block of NATIVE x NATIVE, in registers: in round H, neighbours
 // H rows apart swap their off-diagonal squares of H x H.
 #if defined(ZK_ISA_avx512) || defined(ZK_ISA_avx2)
-typedef int32_t ni __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ni __attribute__((vector_size(4 * NATIVE)));
 
 template <int H>
-inline void swap_squares(nv (&rows)[WIDTH]) {
-  ni upper, lower;  // element numbers in the pair (a, b): b's start at WIDTH
-  for (int i = 0; i < WIDTH; ++i) {
+inline void swap_squares(vn (&rows)[NATIVE]) {
+  ni upper, lower;  // element numbers in the pair (a, b): b's start at NATIVE
+  for (int i = 0; i < NATIVE; ++i) {
     const bool second = (i & H) != 0;
-    upper[i] = second ? WIDTH + i - H : i;
-    lower[i] = second ? WIDTH + i : i + H;
+    upper[i] = second ? NATIVE + i - H : i;
+    lower[i] = second ? NATIVE + i : i + H;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < WIDTH; ++r) {
+  for (int r = 0; r < NATIVE; ++r) {
     if (r & H) continue;
-    const nv a = rows[r], b = rows[r + H];
+    const vn a = rows[r], b = rows[r + H];
     rows[r] = __builtin_shuffle(a, b, upper);
     rows[r + H] = __builtin_shuffle(a, b, lower);
   }
 }
 
 // rows[r][c] = rows[c][r]
-inline void turn_square(nv (&rows)[WIDTH]) {
-  if constexpr (WIDTH == 16) swap_squares<8>(rows);
+inline void turn_square(vn (&rows)[NATIVE]) {
+  if constexpr (NATIVE == 16) swap_squares<8>(rows);
   swap_squares<4>(rows);
   swap_squares<2>(rows);
   swap_squares<1>(rows);
 }
 #else
-inline void turn_square(nv (&rows)[WIDTH]) {
-  for (int r = 0; r < WIDTH; ++r)
+inline void turn_square(vn (&rows)[NATIVE]) {
+  for (int r = 0; r < NATIVE; ++r)
     for (int c = 0; c < r; ++c) {
       const float low = rows[r][c];
       rows[r][c] = rows[c][r];
@@ -166,19 +138,19 @@ inline void turn_square(nv (&rows)[WIDTH]) {
 #endif
 
 inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  nv rows[WIDTH];
+  vn rows[NATIVE];
 #pragma GCC unroll 16
-  for (int r = 0; r < WIDTH; ++r) rows[r] = nload(from + r * from_stride);
+  for (int r = 0; r < NATIVE; ++r) rows[r] = nload(from + r * from_stride);
   turn_square(rows);
 #pragma GCC unroll 16
-  for (int r = 0; r < WIDTH; ++r) nstore(to + r * to_stride, rows[r]);
+  for (int r = 0; r < NATIVE; ++r) nstore(to + r * to_stride, rows[r]);
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c] for any rows x columns.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  const int64_t whole_rows = rows / WIDTH * WIDTH, whole_columns = columns / WIDTH * WIDTH;
-  for (int64_t r = 0; r < whole_rows; r += WIDTH)
-    for (int64_t c = 0; c < whole_columns; c += WIDTH)
+  const int64_t whole_rows = rows / NATIVE * NATIVE, whole_columns = columns / NATIVE * NATIVE;
+  for (int64_t r = 0; r < whole_rows; r += NATIVE)
+    for (int64_t c = 0; c < whole_columns; c += NATIVE)
       transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
   for (int64_t c = 0; c < columns; ++c)
     for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)

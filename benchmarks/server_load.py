@@ -8,9 +8,10 @@ cpu_us_per_token       50 clients (in processes of their own, whose time does no
                        flight stream all tokens. CPU time of engine and server, less that of the same requests to an
                        engine in the process, over tokens.
 added_p99_ms           requests at 200 a second, for a few seconds each way: p99 of the latency over a socket, less p99
-                       in the process. Steps take 2 ms, as with a small model. `late_p99_ms` (over a socket, and in the
-                       process) is the load generator's own share, and not in the latency: how long after its time a
-                       request was made.
+                       in the process. Steps take 2 ms, as with a small model. Both processes have the settings of
+                       `prefer_latency`: what waits for the interpreter waits less. `late_p99_ms` (over a socket, and
+                       in the process) is the load generator's own share, and not in the latency: how long after its
+                       time a request was made.
 max_queued_bytes       10,000 requests at once, while no step runs: the most that the server promised, and held.
 logprobs_cost_fraction interleaved pairs of packing and reading a stream's messages with and without the columns of
                        logprobs, over the stub engine's time for a token. The engine computes logprobs in any case:
@@ -176,6 +177,7 @@ def measure_latency(folder: str, args: argparse.Namespace) -> dict[str, float]:
 def latency_main(endpoint: str, rate: float, seconds: float) -> None:
     """Entry of a process with one client: prints its latencies."""
     with RolloutClient(endpoint) as client:
+        prefer_latency()  # as the process with the engine, whose own latencies are taken off
         print(json.dumps(latencies(client, rate, seconds)))
 
 

@@ -42,7 +42,7 @@ class PendingCall:
         """Take new tokens; those of a call without a stream are passed over."""
 
     def result(self, message: Message) -> Any:
-        """What the call gives, from its `result` message. Raises ValueError where something is missing."""
+        """What the call gives, from its last message. Raises ValueError where something is missing."""
         return message.body["value"]
 
     def succeed(self, message: Message) -> None:
@@ -85,8 +85,13 @@ class ListCall(PendingCall, ABC):
 
     def result(self, message: Message) -> list[Any]:
         """See PendingCall."""
-        if message.body["value"] != len(self._items):
-            raise ProtocolError(f"{len(self._items)} results came, {message.body['value']!r:.40} were announced")
+        if message.kind == "result":  # nothing was asked for
+            total = message.body["value"]
+        else:
+            self.take(message)
+            total = message.body["total"]
+        if total != len(self._items):
+            raise ProtocolError(f"{len(self._items)} results came, {total!r:.40} were announced")
         return self._items
 
 

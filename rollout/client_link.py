@@ -180,7 +180,7 @@ class ClientLink:
             self._answer(self._in_flight[message.call], message)
 
     def _answer(self, call: PendingCall, message: Message) -> None:
-        if message.kind not in ("result", "error"):
+        if not message.ends_call:
             call.take(message)
             return
         del self._in_flight[call.number]

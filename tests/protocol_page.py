@@ -102,8 +102,8 @@ def examples() -> dict[str, Message]:
         "pause_generation": {"mode": "keep"},
         "welcome": welcome,
         "refused": {"code": "hello_first", "text": "ping before hello"},
-        "rollouts": {"first": 0, **body},
-        "scores": {"first": 0},
+        "rollouts": {"first": 0, "total": 1, **body},
+        "scores": {"first": 0, "total": 1},
         "result": {"value": 1},
         "error": {"error": "ValueError", "text": "max_tokens must be >= 1"},
     }

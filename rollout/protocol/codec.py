@@ -38,6 +38,11 @@ class Message:
     body: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
+    @property
+    def ends_call(self) -> bool:
+        """Whether a server says no more about the call after it."""
+        return self.kind in ("result", "error") or "total" in self.body
+
 
 def encode(message: Message) -> list[Frame]:
     """The message's frames; those of large arrays share their memory."""

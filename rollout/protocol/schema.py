@@ -87,6 +87,7 @@ _DEADLINE = {"deadline": Optional(Number(MAX_SECONDS))}
 _CALL = _DEADLINE | {"request_ids": Optional(_TEXTS), "stream": Optional(Integer(1, 2**20))}
 _PARAMS = {"sampling_params": Optional(ListOf(Map()))}
 _PARAMS_INDEX = {"params_index": ArrayKind("int32", optional=True)}
+_PIECE = {"first": Integer(), "total": Optional(Integer(1))}
 _TAGS = {"tags": Optional(ListOf(OneOf(("weights", "kv_cache"))))}
 
 ROLLOUT_ARRAYS: Mapping[str, ArrayKind] = {
@@ -269,15 +270,16 @@ SERVER_MESSAGES: Schema = {
         },
     ),
     "rollouts": MessageKind(
-        "Finished rollouts of a call, from number `first` on; its `result` comes last.",
+        "Finished rollouts of a call, from number `first` on; the message with `total`, their number, ends the call.",
         "yes",
-        {"first": Integer(), "rollouts": ListOf(Map()), "sampling_params": ListOf(Map())},
+        _PIECE | {"rollouts": ListOf(Map()), "sampling_params": ListOf(Map())},
         ROLLOUT_ARRAYS,
     ),
     "scores": MessageKind(
-        "Logprobs of a score call's sequences, from number `first` on; its `result` comes last.",
+        "Logprobs of a score call's sequences, from number `first` on; the message with `total`, their number, ends "
+        "the call.",
         "yes",
-        {"first": Integer()},
+        _PIECE,
         {"lens": _I32, "logprobs": _F32},
     ),
     "result": MessageKind(

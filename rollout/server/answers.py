@@ -37,25 +37,31 @@ def result_cost(
 
 
 def rollout_messages(call: int, rollouts: Sequence[Rollout]) -> Iterator[Message]:
-    """`rollouts` messages, then the `result`, whose value is their number."""
+    """`rollouts` messages, the last one with their number; a `result` where there are none."""
     sizes = [
         _ROW_BYTES + 4 * len(rollout.prompt_token_ids) + _TOKEN_BYTES * len(rollout.token_ids) for rollout in rollouts
     ]
     for start, end in cut(sizes):
         body, arrays = rollouts_to_wire(rollouts[start:end])
-        yield Message(kind="rollouts", call=call, body={"first": start, **body}, arrays=arrays)
-    yield Message(kind="result", call=call, body={"value": len(rollouts)})
+        yield Message(kind="rollouts", call=call, body={**_piece(start, end, len(rollouts)), **body}, arrays=arrays)
+    if not rollouts:
+        yield Message(kind="result", call=call, body={"value": 0})
 
 
 def score_messages(call: int, scores: Sequence[NDArray[np.float32]]) -> Iterator[Message]:
-    """`scores` messages, then the `result`, whose value is the number of sequences."""
+    """`scores` messages, the last one with the number of sequences; a `result` where there are none."""
     for start, end in cut([4 * len(score) + 4 for score in scores]):
         arrays = {
             "lens": np.array([len(score) for score in scores[start:end]], np.int32),
             "logprobs": np.concatenate(scores[start:end]),
         }
-        yield Message(kind="scores", call=call, body={"first": start}, arrays=arrays)
-    yield Message(kind="result", call=call, body={"value": len(scores)})
+        yield Message(kind="scores", call=call, body=_piece(start, end, len(scores)), arrays=arrays)
+    if not scores:
+        yield Message(kind="result", call=call, body={"value": 0})
+
+
+def _piece(start: int, end: int, total: int) -> dict[str, int]:
+    return {"first": start, "total": total} if end == total else {"first": start}
 
 
 def cut(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

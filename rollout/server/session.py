@@ -79,6 +79,6 @@ class Session:
         message = next(messages, None)
         if message is not None:
             self.outbox.add(message)
-        if message is None or message.kind in ("result", "error"):
+        if message is None or message.ends_call:
             self._answers.popleft()
             finish(call)

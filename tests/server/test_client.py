@@ -15,10 +15,13 @@ from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until
 
 from zerokl.rollout.calls import CallMaker
 from zerokl.rollout.client import RolloutClient
+from zerokl.rollout.client_calls import ScoreCall
 from zerokl.rollout.control import Call
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import AbortedError, EngineAsleepError, PauseLiftedError
 from zerokl.rollout.outputs import Rollout
+from zerokl.rollout.protocol.codec import Message
+from zerokl.rollout.protocol.fields import ProtocolError
 from zerokl.rollout.request import Request
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.served_call import ServedCall
@@ -244,6 +247,17 @@ def test_calls_leave_nothing_to_the_garbage_collector(client: RolloutClient) -> 
         wait_until(lambda: num_alive() == before)
     finally:
         gc.enable()
+
+
+def test_pieces_that_are_not_what_was_announced_are_refused() -> None:
+    arrays = {"lens": np.array([1], np.int32), "logprobs": np.zeros(1, np.float32)}
+    call = ScoreCall("score", {})
+    call.take(Message(kind="scores", call=1, body={"first": 0}, arrays=arrays))
+    for body in ({"first": 1, "total": 3}, {"first": 0, "total": 2}):
+        with pytest.raises(ProtocolError, match=r"2 results came, 3 were announced|from 0 on, expected 2"):
+            call.succeed(Message(kind="scores", call=1, body=body, arrays=arrays))
+    assert not call.future.done()
+    assert len(ScoreCall("score", {}).result(Message(kind="scores", body={"first": 0, "total": 1}, arrays=arrays))) == 1
 
 
 def test_a_pause_that_is_lifted_raises(gated: Any) -> None:

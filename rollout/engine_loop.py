@@ -198,7 +198,7 @@ class EngineLoop:
             self._steps.finish()  # what others want is done between steps
             self._inbox.run_urgent()
             self._take_inbox()
-        elif self._is_open:
+        elif self._is_open:  # what is under way is none of the business of those who come
             while (call := self._inbox.take_call()) is not None:
                 self._calls.add(call)
         if self._scheduler.num_unfinished and not self._pause.is_frozen:

@@ -294,8 +294,8 @@ class Scheduler:
         self._step += 1
         self._change_residents(decision)
         self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step)
-        for policy in decision.left:
-            self._queue.note_tried(policy)
+        for tried in decision.left:
+            self._queue.note_tried(tried)
         self._residents.note_planned()
         weights = self._weights.take(policy, self._step)
         return StepPlan(

@@ -81,9 +81,9 @@ class OverlappedRig:
 
 
 @EXAMPLES
-@given(RIGS, workloads(), DISTURBANCES, st.booleans())
-def test_overlapped_steps_give_every_request_its_own_output(rig, workload, disturbances, late):
-    """Requests arrive at any step; aborts and preemptions come between steps, when none is under way."""
+@given(RIGS, workloads(), DISTURBANCES, st.booleans(), st.booleans())
+def test_overlapped_steps_give_every_request_its_own_output(rig, workload, disturbances, late, drains):
+    """Requests arrive at any step, so do aborts and preemptions; with `drains` these find no step under way."""
     limits = AdmissionLimits(max_model_len=1000, num_blocks=rig.num_blocks, block_size=rig.block_size, vocab_size=VOCAB)
     overlapped, added, events = OverlappedRig(rig, late=late), [], sorted(disturbances)
     for wait, requests in workload:
@@ -93,7 +93,8 @@ def test_overlapped_steps_give_every_request_its_own_output(rig, workload, distu
         added += requests
         for _ in range(wait):
             while events and events[0][0] <= len(overlapped.done):
-                overlapped.steps.finish()
+                if drains:
+                    overlapped.steps.finish()
                 disturb(rig, *events.pop(0)[1:])
             overlapped.step()
     overlapped.run()

@@ -111,10 +111,9 @@ def test_parts_have_their_sizes_and_the_peer_its_parts(capsys: pytest.CaptureFix
     assert run_all.arguments(["--part", "c"]).sizes == (128,)
     assert run_all.arguments(["--part", "speed_b", "--sizes", "64"]).sizes == (64,)
     assert run_all.arguments(["--part", "cost", "--models", "B"]).models == ("B",)
-    wrong = (["--part", "nothing"], ["--part", "cost", "--peer", "x", "--peer-site", "y"], ["--part", "c", "--models", "A"])
-    for given in wrong:
+    for wrong in ("--part nothing", "--part cost --peer x --peer-site y", "--part c --models A"):
         with pytest.raises(SystemExit):
-            run_all.arguments(given)
+            run_all.arguments(wrong.split())
     error = capsys.readouterr().err
     assert "--peer needs" in error and "--models of part c must be among" in error
 

@@ -19,7 +19,7 @@ import paddle
 from choices import Choices, Measured
 from gemm_times import measure, wide_entries
 from load_shape import PROMPT, SAMPLES
-from measures import relative_cost
+from pairs import costs, take_turns
 from row_table import table
 from step_times import TimedWorker
 from variants import FastestProducts, TokensOnly, engines_use
@@ -39,8 +39,6 @@ PAIR_TOKENS = 64
 NUM_BLOCKS = 4096
 """Of each engine: 512 sequences with shared prompts need 3,072."""
 MOST_PREFILL = 8192
-BOUNDS = {"exactness": 0.03, "logprobs": 0.02}
-_FIGURES = ("gpu_span_ms", "period_ms", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,8 @@ class Side:
     engine: RolloutEngine
     worker: TimedWorker
 
-    def take_turn(self, sequences: int, seed: int) -> dict[str, float]:
-        """Figures of one call."""
+    def take_turn(self, sequences: int, seed: int) -> Row:
+        """See `pairs.Side`."""
         self.worker.take(sequences)
         seconds = load(self.engine, sequences, PAIR_TOKENS, seed)
         return self.worker.take(sequences) | {"seconds": seconds}
@@ -74,10 +72,10 @@ def _of_model(name: str, sizes: Sequence[int], folder: Path, pairs: int) -> Iter
     with _side(path, max(sizes)) as plain:
         for what, make_ops in _variants(config, measured, row_counts).items():
             with _side(path, max(sizes), make_ops) as other:
-                differing = tokens_that_differ(plain.engine, other.engine)
+                differing = values_that_differ(plain.engine, other.engine)
                 for sequences in sizes:
                     for row in costs(what, take_turns(plain, other, sequences, pairs)):
-                        made = {"model": name, "sequences": sequences, **row, "tokens_differ": differing}
+                        made = {"model": name, "sequences": sequences, **row, **differing}
                         print(json.dumps(made), flush=True)
                         yield made
 
@@ -103,32 +101,12 @@ def _side(path: Path, sequences: int, make_ops: MakeOps | None = None) -> Iterat
         yield Side(engine, TimedWorker.latest)
 
 
-def tokens_that_differ(one: RolloutEngine, other: RolloutEngine) -> int:
-    """Of 8 samples of 32 tokens."""
+def values_that_differ(one: RolloutEngine, other: RolloutEngine) -> Row:
+    """Tokens and log-probabilities, of 8 samples of 32 tokens: what shows that the two compute alike, or do not."""
     asked = prompts(1, one.model_config.vocab_size, 3)
     params = SamplingParams(n=SAMPLES, max_tokens=32, ignore_eos=True, seed=3)
-    pairs = zip(one.generate(asked, params), other.generate(asked, params), strict=True)
-    return sum(int((a.token_ids != b.token_ids).sum()) for a, b in pairs)
-
-
-def take_turns(plain: Side, other: Side, sequences: int, pairs: int) -> list[tuple[Row, Row]]:
-    """Figures of both sides, pair by pair, after a turn of each that does not count."""
-    taken = []
-    for number in range(pairs + 1):
-        sides = (plain, other) if number % 2 else (other, plain)
-        figures = {id(side): side.take_turn(sequences, 4000 + number) for side in sides}
-        taken.append((figures[id(plain)], figures[id(other)]))
-    return taken[1:]
-
-
-def costs(what: str, pairs: Sequence[tuple[Row, Row]]) -> Iterator[Row]:
-    """One row for each figure: medians of both sides, and the cost with its interval, in percent."""
-    for figure in _FIGURES:
-        ours, others = ([side[figure] for side in sides] for sides in zip(*pairs, strict=True))
-        cost = relative_cost(ours, others)
-        yield {
-            "cost_of": what, "figure": figure, "pairs": len(pairs), "ours": round(sorted(ours)[len(ours) // 2], 4),
-            "variant": round(sorted(others)[len(others) // 2], 4), "cost_pct": round(100 * cost.median, 2),
-            "low_pct": round(100 * cost.low, 2), "high_pct": round(100 * cost.high, 2),
-            "coverage": round(cost.coverage, 3), "within_bound": cost.median <= BOUNDS[what],
-        }  # fmt: skip
+    pairs = list(zip(one.generate(asked, params), other.generate(asked, params), strict=True))
+    return {
+        "tokens_differ": sum(int((a.token_ids != b.token_ids).sum()) for a, b in pairs),
+        "logprobs_differ": sum(int((a.logprobs != b.logprobs).sum()) for a, b in pairs),
+    }

@@ -35,6 +35,8 @@ Part = Callable[[argparse.Namespace, Path], list[Row]]
 PEERS = {"speed_a": "A", "speed_b": "B", "c": "C"}
 SIZES = {"speed_a": (8, 256, 512), "speed_b": (256, 512), "c": (128,), "arrivals": (64, 256, 512), "cost": (256,)}
 """Numbers of sequences by part, where none are given."""
+MODELS = {"cost": ("A", "B"), "reference": ("smollm2", "A, 4 layers")}
+"""Models of parts that let one choose."""
 
 # Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
 
@@ -74,13 +76,13 @@ def arrivals(args: argparse.Namespace, folder: Path) -> list[Row]:
 def cost(args: argparse.Namespace, folder: Path) -> list[Row]:
     from cost import cost_rows
 
-    return cost_rows(args.models or ("A", "B"), args.sizes, folder, args.pairs)
+    return cost_rows(args.models, args.sizes, folder, args.pairs)
 
 
 def reference(args: argparse.Namespace, folder: Path) -> list[Row]:
     from reference import reference_rows
 
-    return reference_rows(args.models or ("smollm2", "A, 4 layers"), folder, args.gguf)
+    return reference_rows(args.models, folder, args.gguf)
 
 
 def sanitize(_args: argparse.Namespace, _folder: Path) -> list[Row]:
@@ -119,6 +121,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, default=kit / "smollm2.gguf", help="real weights of part reference")
     args = parser.parse_args(given)
     args.sizes = tuple(args.sizes or SIZES.get(args.part, ()))
+    known = MODELS.get(args.part, ())
+    args.models = tuple(args.models or known)
+    if not set(args.models) <= set(known):
+        parser.error(f"--models of part {args.part} must be among {list(known)}, got {list(args.models)}")
     if args.peer is not None and (args.part not in PEERS or args.peer_site is None):
         parser.error(f"--peer needs --peer-site and a part of {', '.join(PEERS)}")
     return args

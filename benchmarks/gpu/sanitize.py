@@ -24,13 +24,15 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_S = 500.0
 """For all runs; a part has 9 minutes."""
-SELECTIONS: tuple[tuple[str, str], ...] = (
-    ("test_bfloat16_kernels.py", "cache_write or without_a_distribution or against_the_definition or against_float64"),
-    ("test_shared_prefix.py", "empty_tiles"),
-    ("test_general_sampling.py", "equal_logits or without_a_distribution"),
-    ("test_two_layer_model.py", "agrees and llama and bfloat16"),
+_KERNELS = "cache_write or without_a_distribution or against_the_definition or against_float64"
+SELECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("test_bfloat16_kernels.py", _KERNELS, TOOLS),
+    ("test_shared_prefix.py", "empty_tiles", TOOLS),
+    ("test_general_sampling.py", "equal_logits or without_a_distribution", TOOLS),
+    # For the copies of rows, which share no memory between threads.
+    ("test_two_layer_model.py", "agrees and llama and bfloat16", ("memcheck",)),
 )
-"""File of tests/gpu and what of it; the first ones matter most."""
+"""File of tests/gpu, what of it, and under which tools."""
 
 
 def sanitize_rows() -> list[Row]:
@@ -38,14 +40,14 @@ def sanitize_rows() -> list[Row]:
     program = find_program()
     deadline = time.monotonic() + BUDGET_S
     rows = []
-    for file, chosen in SELECTIONS:
+    for file, chosen, _ in SELECTIONS:
         # Kernels are compiled before, without a tool in the way.
         _run(_pytest(file, chosen), deadline)
     for tool in TOOLS:
         rows.append(_control(program, tool, deadline))
         print(json.dumps(rows[-1]), flush=True)
-    for file, chosen in SELECTIONS:
-        for tool in TOOLS:
+    for file, chosen, tools in SELECTIONS:
+        for tool in tools:
             rows.append(_checked(program, tool, file, chosen, deadline))
             print(json.dumps(rows[-1]), flush=True)
     return rows

@@ -110,10 +110,12 @@ def test_the_peer_gives_what_it_can(tmp_path: Path, lasts: int, status: int, end
 def test_parts_have_their_sizes_and_the_peer_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_all.arguments(["--part", "c"]).sizes == (128,)
     assert run_all.arguments(["--part", "speed_b", "--sizes", "64"]).sizes == (64,)
-    for given in (["--part", "nothing"], ["--part", "cost", "--peer", "x", "--peer-site", "y"]):
+    assert run_all.arguments(["--part", "cost", "--models", "B"]).models == ("B",)
+    for wrong in ("--part nothing", "--part cost --peer x --peer-site y", "--part c --models A"):
         with pytest.raises(SystemExit):
-            run_all.arguments(given)
-    assert "--peer needs" in capsys.readouterr().err
+            run_all.arguments(wrong.split())
+    error = capsys.readouterr().err
+    assert "--peer needs" in error and "--models of part c must be among" in error
 
 
 def test_a_refused_part_says_so_and_fails(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measures import Errors, median_interval, relative_cost
+from pairs import FIGURES, costs, take_turns
 from row_table import table
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
@@ -55,6 +56,29 @@ def test_costs_come_from_pairs() -> None:
     assert cost.low <= 0.02 <= cost.high and cost.high - cost.low < 0.005
     with pytest.raises(ValueError, match=r"shorter|longer"):
         relative_cost([1.0] * 15, [1.0] * 14)
+
+
+class Timed:
+    """A side whose calls take `factor` of what the machine's drift makes of a second; `log` is of all sides."""
+
+    def __init__(self, name: str, factor: float, log: list[tuple[str, int]]) -> None:
+        self._name, self._factor, self._log = name, factor, log
+
+    def take_turn(self, sequences: int, seed: int) -> dict[str, float]:
+        self._log.append((self._name, seed))
+        return dict.fromkeys(FIGURES, self._factor * (1.0 + 0.03 * len(self._log)))
+
+
+def test_sides_take_turns_with_the_same_prompts() -> None:
+    log: list[tuple[str, int]] = []
+    pairs = take_turns(Timed("ours", 1.05, log), Timed("variant", 1.0, log), 256, 16)
+    assert len(pairs) == 16 and len(log) == 34
+    assert [{name for name, _ in log[at : at + 2]} for at in range(0, 34, 2)] == [{"ours", "variant"}] * 17
+    assert all(log[at][1] == log[at + 1][1] for at in range(0, 34, 2)) and len({seed for _, seed in log}) == 17
+    assert [log[at][0] for at in (0, 2, 4)] == ["variant", "ours", "variant"]
+    for row in costs("exactness", pairs):
+        assert row["low_pct"] < 5.0 < row["high_pct"] and row["cost_pct"] == pytest.approx(5.0, abs=1.0)
+        assert row["pairs"] == 16 and not row["within_bound"]
 
 
 def test_errors_and_their_ratios() -> None:

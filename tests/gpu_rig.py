@@ -92,6 +92,8 @@ class HostDevice:
 
     def wait(self, event: None) -> None: ...
 
+    def await_owner(self) -> None: ...
+
     def record(self, launches: Callable[[], None]) -> HostGraph:
         self.num_recorded += 1
         return HostGraph(launches)

@@ -63,6 +63,10 @@ class Device(Protocol):
         """What `launches` launches as a graph, which is not run now; it keeps the tensors' addresses, not them."""
         ...
 
+    def await_owner(self) -> None:
+        """Wait for what others than the op table, such as a trainer, have given the device to do so far."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all that was launched."""
         ...

@@ -69,7 +69,7 @@ def test_a_kind_is_recorded_when_it_comes_again(ops: FakeOps) -> None:
     steps = steps_over(ops)
     seen = []
     for _ in range(4):
-        assert steps.begin(1, PARAMS, step(3), None) == 3  # type: ignore[arg-type, comparison-overlap]
+        assert steps.begin(1, PARAMS, step(3), None) == (3, None)  # type: ignore[arg-type]
         seen.append(dict(ops.done))
     assert seen[0] == {"drawn": 1}
     assert seen[1] == {"drawn": 1, "recorded": 1, "graph": 1}
@@ -126,7 +126,7 @@ def test_memory_is_shared_out_between_weights_steps_and_keys() -> None:
 
 
 def test_what_a_gpu_cannot_is_refused() -> None:
-    for options in ({"worker": "process"}, {"return_routing": "all"}, {"data_parallel_size": 2}):
+    for options in ({"worker": "process"}, {"data_parallel_size": 2}):
         with pytest.raises(ValueError, match="gpu"):
             EngineConfig(model="folder", device="gpu", **options)  # type: ignore[arg-type]
     for fraction in (0.0, 1.1):

@@ -86,7 +86,7 @@ class HostDevice:
         tensor.values.reshape(-1)[: len(values)] = values
 
     def download(self, tensor: HostArray, values: NDArray[np.int32]) -> None:
-        values[:] = tensor.values.reshape(-1)[: len(values)]
+        values[:] = tensor.values.reshape(-1).view(np.int32)[: len(values)]
 
     def mark(self) -> None: ...
 

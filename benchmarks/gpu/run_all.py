@@ -1,6 +1,6 @@
 """The engine on one GPU: exactness and speed, in parts of a few minutes.
 
-    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c [--json] [--sizes N ...]
+    python benchmarks/gpu/run_all.py --part exact|policy|speed_a|speed_b|c [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER]
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exact import exact_rows
+from exact import exact_rows, policy_exact_rows
 from numpy.typing import NDArray
 from step_times import TimedWorker
 
@@ -93,6 +93,7 @@ def peer(script: Path, site: Path, model: str, groups: list[int]) -> list[Row]:
 def run(part: str, args: argparse.Namespace, folder: Path) -> list[Row]:
     parts: dict[str, Callable[[], list[Row]]] = {
         "exact": lambda: exact_rows(folder, make_engine),
+        "policy": lambda: policy_exact_rows(folder, make_engine),
         "speed_a": lambda: speed("A", tuple(args.sizes or (8, 256, 512)), folder, args.repeats),
         "speed_b": lambda: speed("B", tuple(args.sizes or (256, 512)), folder, args.repeats),
         "c": lambda: speed("C", tuple(args.sizes or (128,)), folder, 1, weight_slots=1, max_num_seqs=256),
@@ -106,7 +107,7 @@ def run(part: str, args: argparse.Namespace, folder: Path) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("exact", "speed_a", "speed_b", "c"))
+    parser.add_argument("--part", required=True, choices=("exact", "policy", "speed_a", "speed_b", "c"))
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="*", help="sequences at a time")

@@ -48,7 +48,7 @@ class Device(Protocol):
         ...
 
     def download(self, tensor: Tensor, values: NDArray[np.int32]) -> None:
-        """Copy the first entries of a tensor to pinned memory, in the order of launches."""
+        """Copy the first 4-byte entries of a tensor to pinned memory, by their bits, in the order of launches."""
         ...
 
     def mark(self) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import paddle
 from numpy.typing import NDArray
 
 from zerokl.kernels.ops import DecoderParams, StepInputs
@@ -22,6 +23,12 @@ class NoGpuBackwardError(RuntimeError):
             "gradients are asked for on a GPU, where PolicyModel has no backward (Paddle 2.6.2, the newest on PyPI for "
             "GPUs, cannot run one on Hopper): call it under paddle.no_grad(), or make it with device='cpu' to train"
         )
+
+
+def refuse_gradients(tensors: Iterable[Tensor]) -> None:
+    """Raise NoGpuBackwardError where a result of these tensors would be differentiated."""
+    if paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors):
+        raise NoGpuBackwardError
 
 
 class PolicyForward(Protocol):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import paddle
 from numpy.typing import NDArray
 
-from zerokl.integrations.policy_forward import NoGpuBackwardError, WeightDtype
+from zerokl.integrations.policy_forward import WeightDtype, refuse_gradients
 from zerokl.kernels.gpu.device_packing import DevicePacker
 from zerokl.kernels.gpu.ops import Dtype
 from zerokl.kernels.gpu.packed_ops import DEFAULT_CHUNK_ROWS, PackedGpuOps
@@ -90,9 +90,3 @@ class _MemoryOf(paddle.nn.initializer.Initializer):  # type: ignore[misc]  # Pad
 
     def forward(self, var: Tensor, block: Any = None) -> None:
         var.get_tensor()._share_data_with(self._tensor.get_tensor())
-
-
-def refuse_gradients(tensors: Iterable[Tensor]) -> None:
-    """Raise NoGpuBackwardError where a result of these tensors would be differentiated."""
-    if paddle.is_grad_enabled() and not all(tensor.stop_gradient for tensor in tensors):
-        raise NoGpuBackwardError

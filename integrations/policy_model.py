@@ -24,7 +24,6 @@ from zerokl.integrations.policy_batch import (
     default_rows,
 )
 from zerokl.integrations.policy_files import config_content, initial_tensors
-from zerokl.integrations.policy_forward import PolicyForward, WeightDtype
 from zerokl.kernels.dispatch import resolve_dtype
 from zerokl.kernels.ops import DecoderParams
 from zerokl.kernels.packed_step import packed_step
@@ -36,6 +35,8 @@ from zerokl.rollout.models.saver import save_pretrained
 check_installation()  # before anything imports Paddle, whose own error would be less helpful
 
 import paddle  # noqa: E402
+
+from zerokl.integrations.policy_forward import PolicyForward, WeightDtype  # noqa: E402
 
 Tensor = Any  # paddle.Tensor
 DEVICES = ("cpu", "gpu")

@@ -29,14 +29,17 @@ from zerokl.rollout.routing_capture import RoutingCapture  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-VOCAB = 70 if rig.INTERPRETED else 1100  # there two chunks of the partition of a row of logits
+VOCAB = 40 if rig.INTERPRETED else 1100  # there two chunks of the partition of a row of logits
+SIZES: dict[str, Any] = {"vocab_size": VOCAB}
+if rig.INTERPRETED:  # a millisecond for each program
+    SIZES |= {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 MODELS = {
-    "llama": tiny_config("LlamaForCausalLM", vocab_size=VOCAB),
-    "qwen2": tiny_config("Qwen2ForCausalLM", vocab_size=VOCAB, tie_word_embeddings=True),
-    "qwen3": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, head_dim=24, num_key_value_heads=1),
-    "ernie": tiny_config("Ernie4_5ForCausalLM", vocab_size=VOCAB, head_dim=20, intermediate_size=72),
-    "qwen3_moe": tiny_moe_config(vocab_size=VOCAB),
-    "ernie_moe": tiny_moe_config("Ernie4_5_MoeForCausalLM", vocab_size=VOCAB),
+    "llama": tiny_config("LlamaForCausalLM", **SIZES),
+    "qwen2": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True, **SIZES),
+    "qwen3": tiny_config("Qwen3ForCausalLM", **(SIZES | {"head_dim": 24, "num_key_value_heads": 1})),
+    "ernie": tiny_config("Ernie4_5ForCausalLM", head_dim=20, intermediate_size=72, **SIZES),
+    "qwen3_moe": tiny_moe_config(**SIZES),
+    "ernie_moe": tiny_moe_config("Ernie4_5_MoeForCausalLM", **SIZES),
 }
 DTYPES = ("float32",) if rig.INTERPRETED else ("float32", "bfloat16")
 LENGTHS = (66, 1, 4)

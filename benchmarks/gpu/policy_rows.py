@@ -34,7 +34,7 @@ Counts = tuple[int, int]
 MakeEngine = Callable[..., RolloutEngine]
 MakePolicy = Callable[[], PolicyModel]
 
-TOKENS = 64
+PROMPT, TOKENS = 256, 64
 BATCHES = (1, 8, 256, 512)
 GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 SEQUENCES_AT_ONCE = {"A": 256, "B": 64, "M": 256, "SmolLM2": 256}
@@ -80,7 +80,7 @@ def _random_policy(config: ModelConfig) -> PolicyModel:
 
 def _decode(engine: RolloutEngine) -> dict[int, list[Rollout]]:
     """Rollouts by the number that was decoded at once."""
-    prompts = np.random.default_rng(20).integers(10, engine.model_config.vocab_size, (64, 256)).astype(np.int32)
+    prompts = np.random.default_rng(20).integers(10, engine.model_config.vocab_size, (64, PROMPT)).astype(np.int32)
     decoded = {}
     for batch in BATCHES:
         samples = min(8, batch)
@@ -97,11 +97,12 @@ def _rows(model: str, decoded: dict[int, list[Rollout]], make: MakePolicy, note:
 
     for batch, rollouts in decoded.items():
         yield row(f"PolicyModel, decoded {batch} at once", _compare(policy, rollouts, at_once))
-    few = decoded[256][:8]
+    many = decoded[BATCHES[-2]]
+    few = many[:8]
     yield row("PolicyModel, 1 sequence at a time", _compare(policy, few, 1))
     if few[0].routing is not None:
-        yield row("routing of PolicyModel", _compare_routing(policy, decoded[256]))
-        yield row("PolicyModel, routing replayed", _compare(policy, decoded[256], at_once, replays=True))
+        yield row("routing of PolicyModel", _compare_routing(policy, many))
+        yield row("PolicyModel, routing replayed", _compare(policy, many, at_once, replays=True))
     with _other_splits():
         yield row("control: PolicyModel in splits of 32 keys, must differ", _compare(policy, few, 8))
     _nudge(policy)

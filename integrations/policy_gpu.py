@@ -24,7 +24,7 @@ Tensor = Any  # paddle.Tensor
 class GpuForward:
     """Implements `PolicyForward`. Parameters are float32 tensors on the GPU; each forward packs their present values.
 
-    Between calls it keeps no memory but the parameters and tables of a few MB. It launches on the stream of all op
+    Between calls it keeps no memory but the parameters and the table of angles. It launches on the stream of all op
     tables of the process on that GPU: not while an engine of the process runs steps there.
     """
 
@@ -41,8 +41,8 @@ class GpuForward:
     def parameter(self, layer: Any, values: Any) -> Tensor:
         """See `PolicyForward.parameter`. An array is copied; a tensor on the GPU becomes the parameter's memory."""
         tensor = values if isinstance(values, paddle.Tensor) else self._device.put(np.asarray(values, np.float32))
-        if not tensor.place.is_gpu_place() or not tensor.is_contiguous():
-            raise ValueError(f"tensors must be contiguous and on the GPU, got one on {tensor.place}")
+        if tensor.dtype != paddle.float32 or not tensor.place.is_gpu_place() or not tensor.is_contiguous():
+            raise ValueError(f"tensors must be contiguous float32 on the GPU, got {tensor.dtype} on {tensor.place}")
         return layer.create_parameter(list(tensor.shape), dtype="float32", default_initializer=_MemoryOf(tensor))
 
     def array(self, parameter: Tensor) -> NDArray[np.float32]:

@@ -147,7 +147,8 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         routing: ArrayLike | None = None,
         routing_weights: ArrayLike | None = None,
     ) -> Tensor:
-        """Final-normed hidden states [R, E] of the tokens at indices `rows` [R] (default: all T), differentiable.
+        """Final-normed hidden states [R, E], in `dtype`, of the tokens at indices `rows` [R] (default: all T),
+        differentiable.
 
         `routing` [mixtures, T, experts per token] are expert ids in slot order to use in place of the routers' choice
         (routing replay, arXiv:2510.11370); where a row is -1 the router chooses. The experts' weights still come from

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,14 +39,16 @@ def exact_rows(folder: Path, make_engine: MakeEngine) -> list[Row]:
     return [
         *_rows_of("A", 32, folder, make_engine),
         *_rows_of("B", 8, folder, make_engine, variants=()),
-        *policy_exact_rows(folder, make_engine),
+        *policy_exact_rows(folder, make_engine, ("A",)),
     ]
 
 
-def policy_exact_rows(folder: Path, make_engine: MakeEngine) -> list[Row]:
+def policy_exact_rows(
+    folder: Path, make_engine: MakeEngine, models: Sequence[str] = ("A", "M", "SmolLM2", "B")
+) -> list[Row]:
     """The rows of the trainer's forward alone."""
     rows = []
-    for row in policy_rows(folder, make_engine, ("A", "M", "SmolLM2", "B")):
+    for row in policy_rows(folder, make_engine, models):
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows

@@ -90,7 +90,7 @@ class GpuOps:
         self._pool: KVPool[Tensor] | None = None
         self._results = self.device.empty([_MAX_ROWS, int(sampling.NUM_RESULTS)], "int32")
         """Of the last step that drew; the tokens of the next one may be taken from here."""
-        self._record: RoutingRecord | None = None
+        self._routing_record: RoutingRecord | None = None
 
     # -- placement -----------------------------------------------------------------------------------------------------
     def tensor(self, values: NDArray[Any]) -> Tensor:
@@ -119,8 +119,8 @@ class GpuOps:
         self.device.synchronize()
         self._inputs = self._layout = self._pool = self._flat = None
         self._sections = {}
-        if self._record is not None:
-            self._record.forget()
+        if self._routing_record is not None:
+            self._routing_record.forget()
         self._arrays.clear()
         self._scratch.clear()
         self.device.release_unused()
@@ -183,8 +183,8 @@ class GpuOps:
     def _restart(self) -> None:
         assert self._layout is not None
         self._scratch.begin((self._layout.num_tokens, self._layout.num_rows))
-        if self._record is not None:
-            self._record.begin(self._layout.num_tokens, self._take)
+        if self._routing_record is not None:
+            self._routing_record.begin(self._layout.num_tokens, self._take)
 
     def step_kind(self) -> tuple[Any, ...] | None:
         """Equal for steps that launch the same kernels at the same addresses with equal parameters and pool.
@@ -317,10 +317,10 @@ class GpuOps:
         assert self._inputs is not None, "route before begin_step"
         logits = self._product(x, params.router, "float32")
         shape = (x.shape[0], spec.top_k)
-        if self._record is None:
+        if self._routing_record is None:
             ids, weights = self._take(*shape, dtype="int32"), self._take(*shape, dtype="float32")
         else:
-            ids, weights = self._record.of(spec.index)
+            ids, weights = self._routing_record.of(spec.index)
         size = shape[0] * shape[1]
         given = {
             name: self._sections[section][spec.index * size : (spec.index + 1) * size]
@@ -332,12 +332,12 @@ class GpuOps:
 
     def record_routing(self, num_mixtures: int, top_k: int) -> None:
         """Keep what the routers choose until `fetch_routing`, from the next step on."""
-        self._record = RoutingRecord(num_mixtures, top_k)
+        self._routing_record = RoutingRecord(num_mixtures, top_k)
 
     def fetch_routing(self) -> FetchedRouting:
         """Begin to copy what the routers of the step that was launched last choose to the host."""
-        assert self._record is not None and self._inputs is not None, "nothing has been recorded"
-        return self._record.fetch(self._downloads, len(self._inputs.token_ids))
+        assert self._routing_record is not None and self._inputs is not None, "nothing has been recorded"
+        return self._routing_record.fetch(self._downloads, len(self._inputs.token_ids))
 
     def moe(self, x: Tensor, routing: Routing[Tensor], experts: PackedExperts, shared: Tensor | None) -> Tensor:
         """See `Ops.moe`."""

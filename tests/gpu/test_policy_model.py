@@ -155,8 +155,9 @@ def test_weights_that_change_are_seen_by_both_sides(folders: dict[str, Path], dt
     policy = policy_on(folders["dense"], dtype)
     with engine_on(folders["dense"], dtype=dtype) as engine, WeightPublisher() as publisher:
         for version in (1, 2):
-            for parameter, values in zip(policy.parameters(), tensors_of("dense", 1 + version).values(), strict=True):
-                parameter.set_value(values)
+            newer = tensors_of("dense", 1 + version)
+            for name, parameter in policy.named_tensors().items():
+                parameter.set_value(newer[name])
             rollouts = sampled(engine, PLAIN)
             assert differing(policy, rollouts) > 0
             engine.update_weights(publisher.publish(policy.named_arrays(), version))

@@ -22,7 +22,9 @@ ALLOWED = re.compile(
     r"paddle\.(empty|to_tensor|set_device|CUDAPlace|device\.is_compiled_with_cuda|device\.cuda\.(current_stream"
     r"|device_count|empty_cache|get_device_capability))$"
 )
-ALLOWED_IN_TRAINER = re.compile(r"paddle\.(Tensor|get_device|is_grad_enabled|nn\.(Layer|initializer\.Initializer))$")
+ALLOWED_IN_TRAINER = re.compile(
+    r"paddle\.(Tensor|float32|get_device|is_grad_enabled|nn\.(Layer|initializer\.Initializer))$"
+)
 
 
 def computations(source: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 _EXPORTS = {
     "GRPOConfig": "grpo_trainer",
     "GRPOTrainer": "grpo_trainer",
+    "NoGpuBackwardError": "policy_forward",
     "PPOConfig": "ppo_trainer",
     "PPOTrainer": "ppo_trainer",
     "PackedBatch": "batch",

@@ -1,14 +1,15 @@
 """`PolicyModel`: the trainer's policy, a `paddle.nn.Layer` whose forward gives the engine's bits.
 
-It runs `zerokl.rollout.models.decoder.forward`, the engine's own program, over the differentiable ops of
-`zerokl.kernels.autograd`. Its parameters bear the names of the Hugging Face checkpoint.
+It runs `zerokl.rollout.models.decoder.forward`, the engine's own program: on the CPU over the differentiable ops of
+`zerokl.kernels.autograd`, on a GPU over the engine's, without gradients. Its parameters bear the names of the Hugging
+Face checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,36 +24,34 @@ from zerokl.integrations.policy_batch import (
     default_rows,
 )
 from zerokl.integrations.policy_files import config_content, initial_tensors
+from zerokl.kernels.dispatch import resolve_dtype
+from zerokl.kernels.ops import DecoderParams
+from zerokl.kernels.packed_step import packed_step
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, forward
-from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.layout import CORRECTION, expected_tensors
 from zerokl.rollout.models.loader import check_tensors, open_tensors
-from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.models.saver import save_pretrained
 
 check_installation()  # before anything imports Paddle, whose own error would be less helpful
 
 import paddle  # noqa: E402
 
-from zerokl.kernels.autograd.arrays import array_of  # noqa: E402
-from zerokl.kernels.autograd.lm_head import DEFAULT_CHUNK_ROWS  # noqa: E402
-from zerokl.kernels.autograd.ops import AutogradOps  # noqa: E402
-from zerokl.kernels.autograd.packed_step import packed_step, scratch_pool  # noqa: E402
-from zerokl.kernels.autograd.rounding import round_to_bfloat16  # noqa: E402
-from zerokl.kernels.ops import DecoderParams  # noqa: E402
+from zerokl.integrations.policy_forward import PolicyForward, WeightDtype  # noqa: E402
 
 Tensor = Any  # paddle.Tensor
-WeightDtype = Literal["float32", "bfloat16"]
+DEVICES = ("cpu", "gpu")
 
 
 class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no complete stubs
-    """A trainable decoder on the CPU, float32, over packed batches of variable-length sequences.
+    """A decoder with float32 parameters over packed batches of variable-length sequences; trainable on the CPU.
 
     A batch is `token_ids` [T] and `cu_seqlens` [S + 1]: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s + 1], and
     what is computed for it does not depend on the others. Parameters are called as in the Hugging Face checkpoint
     (`named_parameters`, `state_dict`); tied embeddings are one parameter. In a mixture of experts, gradients reach the
     router through the weights of the chosen experts; the correction of its choice is a parameter without a gradient.
+
+    On a GPU it gives the bits of an engine there with the same `dtype`. It has no backward there: where gradients are
+    asked for, outside `paddle.no_grad()`, NoGpuBackwardError is raised. What it says of gradients holds on the CPU.
     """
 
     def __init__(
@@ -61,43 +60,65 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         tensors: Mapping[str, NDArray[np.float32]] | None = None,
         *,
         seed: int = 0,
-        chunk_rows: int = DEFAULT_CHUNK_ROWS,
+        chunk_rows: int | None = None,
         weight_dtype: WeightDtype = "float32",
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         """`tensors` (Hugging Face names, copied) or, without them, random weights that `seed` alone decides.
 
-        `chunk_rows`: rows of logits that exist at a time in `logprobs`. With `weight_dtype="bfloat16"` the parameters
-        stay float32, and each forward runs on the bfloat16 values nearest to them (ties to even), as an engine does
-        that got them by `WeightPublisher.publish(..., dtype="bfloat16", inexact=False)` (many times faster where the
-        publisher was made with `fill=zerokl.kernels.dispatch.fill_weights`); gradients reach the parameters as they
-        are at the rounded values. Raises ValueError for another one, and naming missing, extra or
-        misshapen tensors.
+        `device`: "cpu" or "gpu" (GPU 0), where the parameters are and forwards run. None: where `tensors` are, if they
+        are Paddle's, else Paddle's current device. Float32 tensors on a GPU are not copied: the parameters share their
+        memory. `dtype`: type of matrices and activations, as `EngineConfig.dtype`. None: "float32" on the CPU,
+        "bfloat16" on a GPU.
+
+        `chunk_rows`: rows of logits that exist at a time in `logprobs`; None: 64 on the CPU, 512 on a GPU.
+
+        With `weight_dtype="bfloat16"` the parameters stay float32, and each forward runs on the bfloat16 values nearest
+        to them (ties to even), as an engine does that got them by `WeightPublisher.publish(..., dtype="bfloat16",
+        inexact=False)` (many times faster where the publisher was made with
+        `fill=zerokl.kernels.dispatch.fill_weights`); gradients reach the parameters as they are at the rounded values.
+
+        Raises ValueError for a device or type that there is not, and naming missing, extra or misshapen tensors,
+        RuntimeError where no GPU can be used.
         """
         super().__init__()
-        if chunk_rows < 1:
+        if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
         if weight_dtype not in get_args(WeightDtype):
             raise ValueError(f"weight_dtype must be one of {get_args(WeightDtype)}, got {weight_dtype!r}")
-        self.weight_dtype = weight_dtype
-        self.config = config
-        self.chunk_rows = chunk_rows
         if tensors is None:
             tensors = initial_tensors(config, seed)
+        self.device = _device_of(device, tensors)
+        self.dtype = resolve_dtype(self.device, dtype)
+        self.weight_dtype = weight_dtype
+        self.config = config
         check_tensors(tensors, config)
+        self._forward = _make_forward(self.device, config, weight_dtype, chunk_rows, self.dtype)
         for name in expected_tensors(config):
             self._adopt(name, tensors[name])
-        self._ops = AutogradOps()
-        self._spec = DecoderSpec.from_config(config)
-        self._rope = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
-        self._params = self._build(lambda parameter: parameter)
+        self._forward.bind(self.named_tensors())
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, chunk_rows: int = DEFAULT_CHUNK_ROWS, weight_dtype: WeightDtype = "float32"
+        cls,
+        folder: str | Path,
+        *,
+        chunk_rows: int | None = None,
+        weight_dtype: WeightDtype = "float32",
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> PolicyModel:
         """Load a Hugging Face folder (config.json, safetensors), strictly; ValueError names what is wrong with it."""
         config = ModelConfig.from_json(folder)
-        return cls(config, open_tensors(folder, config), chunk_rows=chunk_rows, weight_dtype=weight_dtype)
+        return cls(
+            config,
+            open_tensors(folder, config),
+            chunk_rows=chunk_rows,
+            weight_dtype=weight_dtype,
+            device=device,
+            dtype=dtype,
+        )
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors (float32), as `from_pretrained` and the engine read them."""
@@ -108,12 +129,12 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         return dict(self.named_parameters())
 
     def named_arrays(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """(name, read-only array) of each parameter, aliasing its memory: what a weight publisher copies from.
+        """(name, read-only array) of each parameter: what a weight publisher copies from.
 
-        The arrays show later optimizer steps too.
+        On the CPU they alias the parameters' memory and show later optimizer steps too; from a GPU they are copies.
         """
         for name, parameter in self.named_parameters():
-            array = array_of(parameter)
+            array = self._forward.array(parameter)
             array.flags.writeable = False
             yield name, array
 
@@ -126,7 +147,8 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         routing: ArrayLike | None = None,
         routing_weights: ArrayLike | None = None,
     ) -> Tensor:
-        """Final-normed hidden states [R, E] of the tokens at indices `rows` [R] (default: all T), differentiable.
+        """Final-normed hidden states [R, E], in `dtype`, of the tokens at indices `rows` [R] (default: all T),
+        differentiable.
 
         `routing` [mixtures, T, experts per token] are expert ids in slot order to use in place of the routers' choice
         (routing replay, arXiv:2510.11370); where a row is -1 the router chooses. The experts' weights still come from
@@ -137,7 +159,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = np.arange(len(ids), dtype=np.int32) if rows is None else checked_rows(rows, len(ids))
-        return self._hidden(self._current(), ids, starts, wanted, routing, routing_weights)
+        return self._hidden(self._forward.params(), ids, starts, wanted, routing, routing_weights)
 
     forward = hidden_states
 
@@ -161,22 +183,14 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         """
         ids, starts = checked_batch(token_ids, cu_seqlens, self.config)
         wanted = default_rows(starts) if rows is None else checked_rows(rows, len(ids), starts)
-        params = self._current()
+        params = self._forward.params()
         hidden = self._hidden(params, ids, starts, wanted, routing, routing_weights)
-        return self._ops.logprobs(hidden, params.lm_head, ids[wanted + 1], temperature, self.chunk_rows)
+        return self._forward.logprobs(hidden, params, ids[wanted + 1], temperature)
 
     def head_logprobs(self, hidden: Tensor, targets: ArrayLike, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The LM head on `hidden_states` [R, E]: logprobs [R] of `targets` [R] and entropies [R], differentiable."""
         ids = checked_targets(targets, hidden.shape[0], self.config.vocab_size)
-        return self._ops.logprobs(hidden, self._current().lm_head, ids, temperature, self.chunk_rows)
-
-    def _build(self, form: Callable[[Tensor], Tensor]) -> DecoderParams[Tensor]:
-        operands = {name: form(parameter) for name, parameter in self.named_parameters()}
-        return build_params(self._ops, self.config, operands, self._rope)
-
-    def _current(self) -> DecoderParams[Tensor]:
-        """What a forward runs on now."""
-        return self._params if self.weight_dtype == "float32" else self._build(round_to_bfloat16)
+        return self._forward.logprobs(hidden, self._forward.params(), ids, temperature)
 
     def _hidden(
         self,
@@ -189,10 +203,9 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
     ) -> Tensor:
         experts = None if routing is None else checked_routing(routing, len(ids), self.config)
         weights = None if routing_weights is None else checked_routing_weights(routing_weights, experts)
-        step = packed_step(ids, starts, rows, experts, weights)
-        return forward(self._ops, params, self._spec, step, scratch_pool(step, self._spec.attention))
+        return self._forward.hidden(params, packed_step(ids, starts, rows, experts, weights))
 
-    def _adopt(self, name: str, values: NDArray[Any]) -> Tensor:
+    def _adopt(self, name: str, values: Any) -> None:
         """Make a parameter and register it in a tree of plain layers, so that Paddle's name for it is `name`."""
         *path, leaf = name.split(".")
         layer = self
@@ -200,10 +213,31 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
             if part not in layer._sub_layers:
                 layer.add_sublayer(part, paddle.nn.Layer())
             layer = layer._sub_layers[part]
-        parameter = layer.create_parameter(
-            list(values.shape), dtype="float32", default_initializer=paddle.nn.initializer.Constant(0.0)
-        )
-        np.copyto(array_of(parameter), values)
+        parameter = self._forward.parameter(layer, values)
         parameter.stop_gradient = name.endswith(CORRECTION)
         layer.add_parameter(leaf, parameter)
-        return parameter
+
+
+def _device_of(device: str | None, tensors: Mapping[str, Any]) -> str:
+    """The device that is asked for, or where a new model's parameters are otherwise."""
+    if device is not None:
+        if device not in DEVICES:
+            raise ValueError(f"device must be one of {DEVICES} or None, got {device!r}")
+        return device
+    first = next(iter(tensors.values()), None) if isinstance(tensors, dict) else None
+    if isinstance(first, paddle.Tensor):
+        return "gpu" if first.place.is_gpu_place() else "cpu"
+    return "gpu" if paddle.get_device().startswith("gpu") else "cpu"
+
+
+def _make_forward(
+    device: str, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: str
+) -> PolicyForward:
+    """Imported when asked for: the CPU's needs the C++ extension, the GPU's Triton."""
+    if device == "gpu":
+        from zerokl.integrations.policy_gpu import GpuForward
+
+        return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype))
+    from zerokl.integrations.policy_cpu import CpuForward
+
+    return CpuForward(config, weight_dtype, chunk_rows)

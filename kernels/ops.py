@@ -277,6 +277,12 @@ class Ops(Protocol[Array]):
         ...
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for one that no log-probabilities are defined at: it must be finite and above 0."""
+    if not (np.isfinite(temperature) and temperature > 0.0):
+        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+
+
 def neutral_sampling(rows: int, forced: NDArray[np.int32] | None = None, temperature: float = 1.0) -> SamplingBatch:
     """A SamplingBatch of `rows` rows with every option off; used for scoring and tests."""
     off = np.zeros(rows + 1, np.int32)

@@ -148,9 +148,8 @@ class EngineConfig:
         )
         self._set("gpu_memory_fraction", fraction)
         if self.device == "gpu":
-            for name, only in (("worker", "inprocess"), ("return_routing", "none")):
-                if getattr(self, name) not in (None, only):
-                    raise ValueError(f"{name} must be {only!r} on device 'gpu', got {getattr(self, name)!r}")
+            if self.worker not in (None, "inprocess"):
+                raise ValueError(f"worker must be 'inprocess' on device 'gpu', got {self.worker!r}")
             if self.num_ranks > 1:
                 raise ValueError(f"device 'gpu' runs on one rank, got {self.num_ranks}")
 

@@ -34,6 +34,8 @@ def step_bytes(model: ModelConfig, dtype: str, config: EngineConfig) -> int:
         moe = model.moe
         inner = moe.intermediate_size * moe.top_k + (moe.shared_intermediate_size or 0)
         per_token += 4 * moe.num_experts + size * inner + 4 * moe.top_k * (model.hidden_size + 8)
+        if config.return_routing != "none":
+            per_token += 8 * moe.top_k * len(moe.layers)
     logits = 2 * 4 * model.vocab_size * min(ROWS_OF_LOGITS, max(tokens, 16))
     length = config.max_model_len or model.max_position_embeddings
     split_states = 4 * 32 * heads * -(-length // 64) * (model.head_dim + 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,23 +21,43 @@ from zerokl.rollout.models.decoder import DecoderSpec, forward_begun
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.ops import FetchedSample, GpuOps
+    from zerokl.kernels.gpu.routing_record import FetchedRouting
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.models.moe_config import MoeConfig
 
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
 
+class FetchedStep(NamedTuple):
+    """Results of a step on their way to the host."""
+
+    sample: FetchedSample | None
+    """None for a step without rows."""
+    routing: FetchedRouting | None
+    """None where none is returned."""
+
+
 class GpuSteps:
     """Runs steps over a `GpuOps`. One thread calls."""
 
     def __init__(
-        self, ops: GpuOps, spec: DecoderSpec, *, records: bool, max_num_seqs: int, max_num_tokens: int, max_blocks: int
+        self,
+        ops: GpuOps,
+        spec: DecoderSpec,
+        *,
+        records: bool,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        max_blocks: int,
+        returns_routing: bool = False,
     ) -> None:
         """`records`: whether to make graphs. The rest says which steps can come: sequences and tokens of a step at
-        most, and blocks of a sequence.
+        most, and blocks of a sequence. With `returns_routing` the ops record it (`GpuOps.record_routing`).
         """
         self._ops = ops
+        self._returns_routing = returns_routing
         self._spec = spec
         self._records = records
         self._max_num_seqs = max_num_seqs
@@ -58,14 +78,15 @@ class GpuSteps:
         """Recorded steps that are kept."""
         return sum(len(graphs) for graphs in self._graphs.values())
 
-    def begin(
-        self, epoch: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]
-    ) -> FetchedSample | None:
-        """Launch a step with the weights of an epoch; its rows on their way to the host, None if it has none."""
+    def begin(self, epoch: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]) -> FetchedStep:
+        """Launch a step with the weights of an epoch; what it gives is on its way to the host."""
         self._ops.begin_step(inputs, pool)
         self._launch(epoch, params)
         rows = len(inputs.logit_rows)
-        return self._ops.fetch(rows, want_raw=inputs.sampling.want_raw) if rows else None
+        return FetchedStep(
+            sample=self._ops.fetch(rows, want_raw=inputs.sampling.want_raw) if rows else None,
+            routing=self._ops.fetch_routing() if self._returns_routing else None,
+        )
 
     def keep(self, epochs: Collection[int]) -> None:
         """Forget the graphs of weights of other epochs, which are gone."""
@@ -151,11 +172,17 @@ def _step_of_nothing(lengths: NDArray[np.int32], width: int) -> StepInputs:
     )
 
 
-def make_gpu_steps(config: EngineConfig, ops: Any, spec: DecoderSpec) -> GpuSteps | None:
-    """The steps of `config`, which must be resolved, over its device's ops; None where that is no GPU."""
+def make_gpu_steps(config: EngineConfig, ops: Any, spec: DecoderSpec, moe: MoeConfig | None) -> GpuSteps | None:
+    """The steps of `config`, which must be resolved, over its device's ops; None where that is no GPU.
+
+    `moe`: the mixtures of its model.
+    """
     if config.device != "gpu":
         return None
     assert config.max_model_len is not None, "an unresolved EngineConfig"
+    if config.return_routing != "none":
+        assert moe is not None, "an unresolved EngineConfig"
+        ops.record_routing(len(moe.layers), moe.top_k)
     return GpuSteps(
         ops,
         spec,
@@ -163,4 +190,5 @@ def make_gpu_steps(config: EngineConfig, ops: Any, spec: DecoderSpec) -> GpuStep
         max_num_seqs=config.max_num_seqs,
         max_num_tokens=config.max_num_batched_tokens,
         max_blocks=-(-config.max_model_len // config.block_size),
+        returns_routing=config.return_routing != "none",
     )

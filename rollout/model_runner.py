@@ -29,15 +29,16 @@ from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
-from zerokl.rollout.gpu_steps import make_gpu_steps
+from zerokl.rollout.gpu_steps import FetchedStep, make_gpu_steps
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, forward
 from zerokl.rollout.models.decoder_params import Previous, build_params, held_tensors
 from zerokl.rollout.models.loader import check_tensors
+from zerokl.rollout.models.moe_config import MoeConfig
 from zerokl.rollout.models.rope import rope_table
-from zerokl.rollout.routing_capture import RoutingCapture
+from zerokl.rollout.routing_capture import RoutingCapture, count_experts
 from zerokl.rollout.spill import HostedSets, SpilledSets
-from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.step_order import RoutedTokens, StepOrder, StepResult
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class ModelRunner:
         self._placement = self._place.initial_placement(model_config)
         self._ops = get_ops(config.device, num_threads, config.dtype)
         self._place.prepare(self._ops)
-        self._gpu_steps = make_gpu_steps(config, self._ops, self._spec)
+        self._gpu_steps = make_gpu_steps(config, self._ops, self._spec, model_config.moe)
         self._return_routing = config.return_routing != "none"
         moe = model_config.moe if self._gpu_steps is None else None
         self._capture = None if moe is None else RoutingCapture(self._ops, moe)
@@ -160,7 +161,7 @@ class ModelRunner:
         assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
         weights, pool = self._operands(order.inputs)
         fetched = self._gpu_steps.begin(weights.epoch, weights.params, order.inputs, pool)
-        return _PendingGpuStep(fetched, order.inputs)
+        return _PendingGpuStep(fetched, order.inputs, self._config.moe)
 
     def _operands(self, inputs: StepInputs) -> tuple[WeightSet, KVPool[Any]]:
         weights = self._sets.get(inputs.policy)
@@ -337,16 +338,24 @@ class ModelRunner:
 
 
 class _PendingGpuStep:
-    """A step under way on a GPU; `fetched` is None where it gives no rows."""
+    """A step under way on a GPU."""
 
-    def __init__(self, fetched: Any, inputs: StepInputs) -> None:
-        self._fetched, self._inputs = fetched, inputs
+    def __init__(self, fetched: FetchedStep, inputs: StepInputs, moe: MoeConfig | None) -> None:
+        self._fetched, self._inputs, self._moe = fetched, inputs, moe
 
     def result(self) -> StepResult:
         """See PendingStep."""
-        if self._fetched is None:
-            return StepResult(sampled=_no_rows(self._inputs.sampling.want_raw))
-        return StepResult(sampled=_checked(self._fetched.result(), self._inputs))
+        sample, routing = self._fetched
+        sampled = None if sample is None else sample.result()
+        ids, weights = (None, None) if routing is None else routing.result()
+        sampled = _no_rows(self._inputs.sampling.want_raw) if sampled is None else _checked(sampled, self._inputs)
+        if ids is None or weights is None or self._moe is None:
+            return StepResult(sampled=sampled)
+        return StepResult(
+            sampled=sampled,
+            expert_tokens=count_experts(ids, self._moe.num_experts),
+            routed=RoutedTokens(experts=ids, weights=weights),
+        )
 
 
 def _checked(result: SampleResult, inputs: StepInputs) -> SampleResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -18,8 +19,10 @@ Array = TypeVar("Array")
 class RoutingCapture(Generic[Array]):
     """Runs as `ops` does, with a copy of each layer's routing: `recording_ops` for a forward, then `take`."""
 
-    def __init__(self, ops: Ops[Array], moe: MoeConfig) -> None:
+    def __init__(self, ops: Ops[Array], moe: MoeConfig, to_host: Callable[[Any], NDArray[Any]] = np.asarray) -> None:
+        """`to_host` copies ids and weights [T, k] from the device, which may have padded T."""
         self._ops = ops
+        self._to_host = to_host
         self._moe = moe
         self._experts = np.zeros((0, 0, 0), np.int32)
         self._weights = np.zeros((0, 0, 0), np.float32)
@@ -41,8 +44,9 @@ class RoutingCapture(Generic[Array]):
     def route(self, x: Array, params: MoeParams[Array], spec: RouterSpec) -> Routing[Array]:
         """See `Ops.route`."""
         routing = self._ops.route(x, params, spec)
-        self._experts[spec.index] = routing.experts
-        self._weights[spec.index] = np.asarray(routing.weights)
+        num_tokens = self._experts.shape[1]
+        self._experts[spec.index] = self._to_host(routing.experts)[:num_tokens]
+        self._weights[spec.index] = self._to_host(routing.weights)[:num_tokens]
         return routing
 
     def take(self) -> RoutedTokens:
@@ -50,6 +54,11 @@ class RoutingCapture(Generic[Array]):
         return RoutedTokens(experts=self._experts, weights=self._weights)
 
     def expert_tokens(self) -> NDArray[np.int32]:
-        """[M, X]: how often the tokens of the last step chose each expert."""
-        counts = [np.bincount(ids.reshape(-1), minlength=self._moe.num_experts) for ids in self._experts]
-        return np.array(counts, np.int32).reshape(len(counts), self._moe.num_experts)
+        """`count_experts` of the last step."""
+        return count_experts(self._experts, self._moe.num_experts)
+
+
+def count_experts(ids: NDArray[np.int32], num_experts: int) -> NDArray[np.int32]:
+    """[M, X]: how often each expert was chosen, of ids [M, T, k]."""
+    counts = [np.bincount(some.reshape(-1), minlength=num_experts) for some in ids]
+    return np.array(counts, np.int32).reshape(len(counts), num_experts)

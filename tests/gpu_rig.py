@@ -86,11 +86,13 @@ class HostDevice:
         tensor.values.reshape(-1)[: len(values)] = values
 
     def download(self, tensor: HostArray, values: NDArray[np.int32]) -> None:
-        values[:] = tensor.values.reshape(-1)[: len(values)]
+        values[:] = tensor.values.reshape(-1).view(np.int32)[: len(values)]
 
     def mark(self) -> None: ...
 
     def wait(self, event: None) -> None: ...
+
+    def await_owner(self) -> None: ...
 
     def record(self, launches: Callable[[], None]) -> HostGraph:
         self.num_recorded += 1

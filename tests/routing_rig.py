@@ -18,12 +18,13 @@ from zerokl.rollout.step_order import RoutedTokens
 @contextmanager
 def captured(model: Any) -> Iterator[RoutingCapture[Any]]:
     """Inside, `take` of what is given holds the routing of the PolicyModel's last forward."""
-    plain = model._ops
-    model._ops = RoutingCapture(plain, model.config.moe)
+    plain = model._forward.ops
+    to_host = plain.device.get if model.device == "gpu" else np.asarray
+    model._forward.ops = RoutingCapture(plain, model.config.moe, to_host)
     try:
-        yield model._ops
+        yield model._forward.ops
     finally:
-        model._ops = plain
+        model._forward.ops = plain
 
 
 def trainer_routing(model: Any, rollouts: Sequence[Rollout], **replay: Any) -> RoutedTokens:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
+from policy_rows import policy_rows
 
 from models import model_folder
 from zerokl.kernels.gpu import paged_attention
@@ -35,7 +36,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def exact_rows(folder: Path, make_engine: MakeEngine) -> list[Row]:
     """Values compared and values that differ, per model and comparison."""
-    return [*_rows_of("A", 32, folder, make_engine), *_rows_of("B", 8, folder, make_engine, variants=())]
+    return [
+        *_rows_of("A", 32, folder, make_engine),
+        *_rows_of("B", 8, folder, make_engine, variants=()),
+        *policy_exact_rows(folder, make_engine, ("A",)),
+    ]
+
+
+def policy_exact_rows(
+    folder: Path, make_engine: MakeEngine, models: Sequence[str] = ("A", "M", "SmolLM2", "B")
+) -> list[Row]:
+    """The rows of the trainer's forward alone."""
+    rows = []
+    for row in policy_rows(folder, make_engine, models):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 def _rows_of(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import triton
 import triton.language as tl
 
+from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
-from zerokl.kernels.gpu.ops import GpuOps, PackedExperts, PackedGateUp, PackedLinear
+from zerokl.kernels.gpu.ops import GpuOps
+from zerokl.kernels.gpu.tensor_packing import TensorPacker
 from zerokl.rollout import model_runner
+from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import expected_tensors
 from zerokl.rollout.weight_source import WeightSource
 from zerokl.rollout.worker import LocalWorker
@@ -40,8 +42,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
         "tie_word_embeddings": False, "max_position_embeddings": 40960, "rope_theta": 1e6,
     },
+    "M": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 6,
+        "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+        "intermediate_size": 2048, "vocab_size": 32000, "num_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "tie_word_embeddings": False, "max_position_embeddings": 4096, "rope_theta": 1e6,
+    },
 }  # fmt: skip
-"""A: Qwen3-0.6B, B: Llama-3.1-8B, C: Qwen3-30B-A3B."""
+"""A: Qwen3-0.6B, B: Llama-3.1-8B, C: Qwen3-30B-A3B, M: a small mixture."""
 
 
 def model_folder(name: str, folder: Path, **changes: Any) -> Path:
@@ -55,26 +64,27 @@ class RandomWeights(LocalWorker):
     """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        def packer(ops: GpuOps, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
-            return _RandomPacker(ops, version), tensors
+        def packer(ops: GpuOps, tensors: RandomTensors) -> tuple[TensorPacker, RandomTensors]:
+            return TensorPacker(ops.device, ops.dtype), tensors
 
+        runner = self._live_runner()
+        tensors = RandomTensors(runner._ops.device, self._model_config, version)  # type: ignore[attr-defined]
         with mock.patch.object(model_runner, "weight_packer", packer):
-            self._live_runner().stage(_Named(expected_tensors(self._model_config)), version)
+            runner.stage(tensors, version)
 
 
-class _Name(NamedTuple):
-    """Stands for a tensor."""
+class RandomTensors(Mapping[str, Tensor]):
+    """A model's tensors, float32 on a GPU, each made when it is asked for: the same values for each version."""
 
-    name: str
-    shape: tuple[int, ...]
+    def __init__(self, device: Device, config: ModelConfig, version: int) -> None:
+        self._device = device
+        self._version = version
+        self._shapes = expected_tensors(config)
 
-
-class _Named(Mapping[str, _Name]):
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-
-    def __getitem__(self, name: str) -> _Name:
-        return _Name(name, self._shapes[name])
+    def __getitem__(self, name: str) -> Tensor:
+        out = self._device.empty(self._shapes[name], "float32")
+        fill(out, name, self._version)
+        return out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -86,45 +96,15 @@ class _Named(Mapping[str, _Name]):
         return dict(self._shapes)
 
 
-class _RandomPacker:
-    """Packs as `GpuOps` does, from names."""
-
-    def __init__(self, ops: GpuOps, version: int) -> None:
-        self._ops = ops
-        self._version = version
-
-    def tensor(self, named: _Name) -> Tensor:
-        if len(named.shape) == 1:
-            return self._ops.tensor(np.ones(named.shape, np.float32))
-        return self._matrix(named.name, *named.shape)
-
-    def pack_linear(self, weights: Sequence[Any], biases: Sequence[Any]) -> PackedLinear:
-        assert all(bias is None for bias in biases)
-        if not isinstance(weights[0], _Name):
-            return PackedLinear(weights[0], None)
-        rows = sum(weight.shape[0] for weight in weights)
-        return PackedLinear(self._matrix(weights[0].name, rows, weights[0].shape[1]), None)
-
-    def pack_gate_up(self, gate: _Name, up: _Name) -> PackedGateUp:
-        return PackedGateUp(self._matrix(gate.name, 2 * gate.shape[0], gate.shape[1]))
-
-    def pack_experts(self, count: int, experts: Iterable[tuple[_Name, _Name, _Name]]) -> PackedExperts:
-        gate, _, down = next(iter(experts))
-        return PackedExperts(
-            self._matrix(gate.name, count, 2 * gate.shape[0], gate.shape[1]),
-            self._matrix(down.name, count, *down.shape),
-        )
-
-    def _matrix(self, name: str, *shape: int) -> Tensor:
-        out = self._ops.device.empty(shape, self._ops.dtype)
-        scale = 0.05 if "embed" in name or "lm_head" in name else 0.02
-        seed = zlib.crc32(f"{name} {self._version}".encode()) >> 1
-        size = math.prod(shape)
-        _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, BLOCK=1024)
-        return out
+def fill(out: Tensor, name: str, version: int) -> None:
+    """Values for a model's tensor `name`: ones for a vector, else random ones, others for each version."""
+    scale, mean = (0.0, 1.0) if len(out.shape) == 1 else (0.05 if "embed" in name or "lm_head" in name else 0.02, 0.0)
+    seed = zlib.crc32(f"{name} {version}".encode()) >> 1
+    size = math.prod(out.shape)
+    _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, mean, BLOCK=1024)
 
 
 @triton.jit
-def _fill_kernel(ptr, n, seed, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fill_kernel(ptr, n, seed, scale, mean, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(ptr + i, (tl.randn(seed, i.to(tl.uint32)) * scale).to(ptr.dtype.element_ty), mask=i < n)
+    tl.store(ptr + i, tl.randn(seed, i.to(tl.uint32)) * scale + mean, mask=i < n)

@@ -1,7 +1,9 @@
 """The engine on one GPU: exactness, speed, what exactness costs, errors and memory checks, in parts of a few minutes.
 
-    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c|arrivals|cost|reference|sanitize [--json] [--sizes N ...]
+    python benchmarks/gpu/run_all.py --part PART [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--gguf smollm2.gguf]
+
+Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize.
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
 temperature 1, logprobs on, random weights whose logits have a real spread. tok/s counts new tokens over the wall time
@@ -48,6 +50,13 @@ def exact(_args: argparse.Namespace, folder: Path) -> list[Row]:
     return exact_rows(folder, make_engine)
 
 
+def policy(_args: argparse.Namespace, folder: Path) -> list[Row]:
+    from exact import policy_exact_rows
+    from workload import make_engine
+
+    return policy_exact_rows(folder, make_engine)
+
+
 def speed_a(args: argparse.Namespace, folder: Path) -> list[Row]:
     from workload import speed
 
@@ -92,7 +101,7 @@ def sanitize(_args: argparse.Namespace, _folder: Path) -> list[Row]:
 
 
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (exact, speed_a, speed_b, c, arrivals, cost, reference, sanitize)
+    part.__name__: part for part in (exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize)
 }  # fmt: skip
 
 

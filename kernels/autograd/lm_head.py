@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer
 
 from zerokl.kernels.autograd.arrays import Floats, empty, read, zeros
 from zerokl.kernels.cpu import _cpu
-from zerokl.kernels.ops import SampleResult, SamplingBatch, neutral_sampling
+from zerokl.kernels.ops import SampleResult, SamplingBatch, check_temperature, neutral_sampling
 
 Tensor = Any  # paddle.Tensor
 DEFAULT_CHUNK_ROWS = 64
@@ -85,8 +85,7 @@ def lm_head_logprobs(
     `hidden` [R, E] and `weight` [V, E] are float32, `temperature` is finite and above 0. `chunk_rows` rows of logits
     exist at a time ([chunk_rows, V] float32); no result depends on it but the last bits of the weight's gradient.
     """
-    if not (np.isfinite(temperature) and temperature > 0.0):
-        raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+    check_temperature(temperature)
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if targets.ndim != 1 or targets.shape[0] != hidden.shape[0]:

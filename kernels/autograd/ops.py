@@ -34,8 +34,8 @@ class LinearParameters:
 class AutogradOps:
     """Implements `zerokl.kernels.ops.Ops` on float32 CPU tensors; same forward bits as the engine's `CpuOps`.
 
-    A step holds whole sequences (no cached prefix): keys and values go to a scratch pool of one layer, made by
-    `packed_step.scratch_pool`, that every layer uses in turn. `rope` is a NumPy array, since nothing differentiates it.
+    A step holds whole sequences (no cached prefix): keys and values go to a scratch pool of one layer (`scratch_pool`)
+    that every layer uses in turn. `rope` is a NumPy array, since nothing differentiates it.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ class Device(Protocol):
         ...
 
     def download(self, tensor: Tensor, values: NDArray[np.int32]) -> None:
-        """Copy the first entries of a tensor to pinned memory, in the order of launches."""
+        """Copy the first 4-byte entries of a tensor to pinned memory, by their bits, in the order of launches."""
         ...
 
     def mark(self) -> Any:
@@ -61,6 +61,10 @@ class Device(Protocol):
 
     def record(self, launches: Callable[[], None]) -> Graph:
         """What `launches` launches as a graph, which is not run now; it keeps the tensors' addresses, not them."""
+        ...
+
+    def await_owner(self) -> None:
+        """Wait for what others than the op table, such as a trainer, have given the device to do so far."""
         ...
 
     def synchronize(self) -> None:

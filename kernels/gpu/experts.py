@@ -23,11 +23,14 @@ _SORT_BLOCK = 1024
 
 @triton.jit
 def choose_kernel(
-    logits_ptr, correction_ptr, given_ptr, ids_ptr, weights_ptr, norm_min,
+    logits_ptr, correction_ptr, given_ptr, given_weights_ptr, ids_ptr, weights_ptr, norm_min,
     X: tl.constexpr, X_BLOCK: tl.constexpr, SLOTS: tl.constexpr, SLOTS_BLOCK: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, NORMALISE: tl.constexpr, GIVEN: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, NORMALISE: tl.constexpr, GIVEN: tl.constexpr, WEIGHTS_GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; given ids are not chosen."""
+    """ids [T, k] and weights [T, k] of a token from its router logits [T, X]; given ids are not chosen.
+
+    Given weights (the bits of float32) count for tokens whose ids are given.
+    """
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, X_BLOCK)
     slots = tl.arange(0, SLOTS_BLOCK)
@@ -55,6 +58,9 @@ def choose_kernel(
         weights = tl.where(slots == slot, weight, weights)
     if NORMALISE:
         weights = tl.div_rn(weights, tl.broadcast_to(tl.maximum(total, norm_min), weights.shape))
+    if WEIGHTS_GIVEN:
+        bits = tl.load(given_weights_ptr + token * SLOTS + slots, mask=slots < SLOTS, other=0)
+        weights = tl.where(tl.load(given_ptr + token * SLOTS) < 0, weights, bits.to(tl.float32, bitcast=True))
     tl.store(ids_ptr + token * SLOTS + slots, chosen, mask=slots < SLOTS)
     tl.store(weights_ptr + token * SLOTS + slots, weights, mask=slots < SLOTS)
 
@@ -165,18 +171,22 @@ def combine_kernel(
 
 def choose_experts(
     logits: Tensor, correction: Tensor | None, spec: RouterSpec, ids: Tensor, weights: Tensor,
-    *, given: Tensor | None = None,
+    *, given: Tensor | None = None, given_weights: Tensor | None = None,
 ) -> None:  # fmt: skip
     """ids [T, k] int32 and weights [T, k] float32 from router logits [T, X] float32; see `RouterSpec`.
 
-    correction [X] float32 or None; `given` [T, k] int32 takes the place of the choice, but for rows of -1.
+    correction [X] float32 or None; `given` [T, k] int32 takes the place of the choice, but for rows of -1, and with it
+    `given_weights` [T, k] int32, the bits of float32, that of the weights.
     """
+    assert given_weights is None or given is not None, "weights without experts"
     tokens, experts = logits.shape
     choose_kernel[(tokens,)](
-        logits, logits if correction is None else correction, ids if given is None else given, ids, weights,
-        spec.norm_min, X=experts, X_BLOCK=triton.next_power_of_2(experts), SLOTS=spec.top_k,
+        logits, logits if correction is None else correction, ids if given is None else given,
+        ids if given_weights is None else given_weights, ids, weights, spec.norm_min,
+        X=experts, X_BLOCK=triton.next_power_of_2(experts), SLOTS=spec.top_k,
         SLOTS_BLOCK=triton.next_power_of_2(spec.top_k), HAS_CORRECTION=correction is not None,
-        NORMALISE=spec.normalise, GIVEN=given is not None, enable_fp_fusion=False, num_warps=1,
+        NORMALISE=spec.normalise, GIVEN=given is not None, WEIGHTS_GIVEN=given_weights is not None,
+        enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
+from zerokl.kernels.gpu.routing_record import FetchedRouting, RoutingRecord
 from zerokl.kernels.gpu.scratch import Scratch
 from zerokl.kernels.gpu.step_arrays import StepLayout, bucket, lay_out
 from zerokl.kernels.gpu.transfers import Downloads, Fetch, Uploads
@@ -89,6 +90,7 @@ class GpuOps:
         self._pool: KVPool[Tensor] | None = None
         self._results = self.device.empty([_MAX_ROWS, int(sampling.NUM_RESULTS)], "int32")
         """Of the last step that drew; the tokens of the next one may be taken from here."""
+        self._routing_record: RoutingRecord | None = None
 
     # -- placement -----------------------------------------------------------------------------------------------------
     def tensor(self, values: NDArray[Any]) -> Tensor:
@@ -117,6 +119,8 @@ class GpuOps:
         self.device.synchronize()
         self._inputs = self._layout = self._pool = self._flat = None
         self._sections = {}
+        if self._routing_record is not None:
+            self._routing_record.forget()
         self._arrays.clear()
         self._scratch.clear()
         self.device.release_unused()
@@ -150,13 +154,7 @@ class GpuOps:
 
     # -- a step --------------------------------------------------------------------------------------------------------
     def begin_step(self, inputs: StepInputs, pool: KVPool[Tensor]) -> None:
-        """See `Ops.begin_step`. Waits for no step before.
-
-        Raises ValueError for given gate weights: only expert ids can be given here.
-        """
-        if inputs.routing_weights is not None:
-            raise ValueError("routing_weights must be None on a GPU, which replays expert ids alone")
-        assert len(inputs.logit_rows) <= _MAX_ROWS, f"{len(inputs.logit_rows)} rows of results"
+        """See `Ops.begin_step`. Waits for no step before."""
         self.device.enter()
         self._inputs, self._pool = inputs, pool
         self._layout = layout = lay_out(inputs, **self._attention_lists(inputs, pool.block_size))
@@ -185,6 +183,8 @@ class GpuOps:
     def _restart(self) -> None:
         assert self._layout is not None
         self._scratch.begin((self._layout.num_tokens, self._layout.num_rows))
+        if self._routing_record is not None:
+            self._routing_record.begin(self._layout.num_tokens, self._take)
 
     def step_kind(self) -> tuple[Any, ...] | None:
         """Equal for steps that launch the same kernels at the same addresses with equal parameters and pool.
@@ -317,13 +317,27 @@ class GpuOps:
         assert self._inputs is not None, "route before begin_step"
         logits = self._product(x, params.router, "float32")
         shape = (x.shape[0], spec.top_k)
-        ids, weights = self._take(*shape, dtype="int32"), self._take(*shape, dtype="float32")
-        given = None
-        if self._inputs.routing is not None:
-            size = shape[0] * shape[1]
-            given = self._sections["routing"][spec.index * size : (spec.index + 1) * size]
-        mixtures.choose_experts(logits, params.correction, spec, ids, weights, given=given)
+        if self._routing_record is None:
+            ids, weights = self._take(*shape, dtype="int32"), self._take(*shape, dtype="float32")
+        else:
+            ids, weights = self._routing_record.of(spec.index)
+        size = shape[0] * shape[1]
+        given = {
+            name: self._sections[section][spec.index * size : (spec.index + 1) * size]
+            for name, section in (("given", "routing"), ("given_weights", "routing_weights"))
+            if section in self._sections
+        }
+        mixtures.choose_experts(logits, params.correction, spec, ids, weights, **given)
         return Routing(ids, weights)
+
+    def record_routing(self, num_mixtures: int, top_k: int) -> None:
+        """Keep what the routers choose until `fetch_routing`, from the next step on."""
+        self._routing_record = RoutingRecord(num_mixtures, top_k)
+
+    def fetch_routing(self) -> FetchedRouting:
+        """Begin to copy what the routers of the step that was launched last choose to the host."""
+        assert self._routing_record is not None and self._inputs is not None, "nothing has been recorded"
+        return self._routing_record.fetch(self._downloads, len(self._inputs.token_ids))
 
     def moe(self, x: Tensor, routing: Routing[Tensor], experts: PackedExperts, shared: Tensor | None) -> Tensor:
         """See `Ops.moe`."""
@@ -354,6 +368,7 @@ class GpuOps:
         Each option that some row has costs passes over the logits: see `general_sampling`.
         """
         assert self._inputs is not None and batch is self._inputs.sampling
+        assert len(batch.forced) <= _MAX_ROWS, f"{len(batch.forced)} rows of results"
         needs = None if heads.serves(batch) else general_sampling.needs_of(batch)
         rows, options = hidden.shape[0], int(sampling.NUM_OPTIONS)
         if needs is not None and needs.processed:

@@ -67,9 +67,7 @@ class PaddleDevice:
         """See Device."""
         self.enter()
         tensor = paddle.to_tensor(np.ascontiguousarray(values), place=self._place)
-        # Paddle copies on streams of its own, which ours does not wait for.
-        paddle.device.cuda.current_stream().synchronize()
-        check(runtime.cudaStreamSynchronize(0))
+        self.await_owner()
         return tensor
 
     def get(self, tensor: Tensor) -> NDArray[Any]:
@@ -119,6 +117,13 @@ class PaddleDevice:
         finally:
             graph = check(runtime.cudaStreamEndCapture(self.stream))
         return CudaGraph(graph, self.stream)
+
+    def await_owner(self) -> None:
+        """See Device."""
+        self.enter()
+        # Paddle computes and copies on streams of its own, which ours does not wait for.
+        paddle.device.cuda.current_stream().synchronize()
+        check(runtime.cudaStreamSynchronize(0))
 
     def synchronize(self) -> None:
         """See Device."""

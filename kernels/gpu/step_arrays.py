@@ -67,8 +67,8 @@ def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
     """The flat array of a step.
 
     Sections are token_ids, token_rows (see `StepInputs`), positions, slots, sequences (of each token, -1 for none),
-    tables, rows, options, the history and bias entries of the rows, routing [M, T, k] where it is given, and `lists`,
-    each [n, columns] padded by zeros; an empty one has no section.
+    tables, rows, options, the history and bias entries of the rows, routing and routing_weights (by their bits), both
+    [M, T, k], where they are given, and `lists`, each [n, columns] padded by zeros; an empty one has no section.
     """
     tokens, rows = bucket(len(inputs.token_ids)), bucket(len(inputs.logit_rows))
     counts = np.diff(inputs.seq_starts)
@@ -88,6 +88,9 @@ def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:
     }
     if inputs.routing is not None:
         sections["routing"] = np.stack([_padded_rows(ids, tokens) for ids in inputs.routing])
+    if inputs.routing_weights is not None:
+        bits = inputs.routing_weights.view(np.int32)
+        sections["routing_weights"] = np.stack([_padded_rows(weights, tokens) for weights in bits])
     flat, slices = _join(sections)
     return StepLayout(flat=flat, sections=slices, num_tokens=tokens, num_rows=rows, max_blocks=max_blocks)
 

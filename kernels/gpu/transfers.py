@@ -64,7 +64,7 @@ class Downloads:
         self._buffers = _Buffers(device)
 
     def fetch(self, tensor: Tensor, size: int) -> Fetch:
-        """Begin a copy of the first `size` entries of an int32 tensor, as they are after what was launched so far."""
+        """Begin a copy of the first `size` 4-byte entries of a tensor, as they are after what was launched so far."""
         buffer = self._buffers.take(size)
         self._device.download(tensor, buffer[:size])
         return Fetch(self._device, self._buffers, buffer, size, self._device.mark())

@@ -93,7 +93,7 @@ def load_tensors(folder: str | Path, config: ModelConfig) -> dict[str, NDArray[n
 def check_tensors(tensors: Mapping[str, Any], config: ModelConfig, source: str = "tensors") -> None:
     """Raise ValueError naming what is missing, extra, misshapen, of another dtype, or a tied head unlike its embedding.
 
-    `tensors` are NumPy arrays of float32; `source` starts the message.
+    `tensors` are NumPy arrays of float32, or Paddle tensors; `source` starts the message.
     """
     if isinstance(tensors, TensorFolder):
         check_shapes(tensors.shapes(), config, source)
@@ -105,7 +105,7 @@ def check_tensors(tensors: Mapping[str, Any], config: ModelConfig, source: str =
         return
     check_shapes({name: tuple(array.shape) for name, array in tensors.items()}, config, source)
     for name, array in tensors.items():
-        if array.dtype != np.float32:
+        if str(array.dtype).rpartition(".")[2] != "float32":
             raise ValueError(f"{source}: {name} has dtype {array.dtype}; must be float32")
     if config.tie_word_embeddings and LM_HEAD in tensors:
         _check_tied(tensors, source)

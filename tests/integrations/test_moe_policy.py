@@ -36,7 +36,7 @@ def model(content: dict[str, Any]) -> PolicyModel:
 
 def routing_of(model: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """What the routers choose, [mixtures, T, k]."""
-    chosen, route = [], type(model._ops).route
+    chosen, route = [], type(model._forward.ops).route
 
     def recording(self: Any, *arguments: Any) -> Any:
         routing = route(self, *arguments)
@@ -44,7 +44,7 @@ def routing_of(model: PolicyModel, monkeypatch: pytest.MonkeyPatch) -> np.ndarra
         return routing
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model._ops), "route", recording)
+        patch.setattr(type(model._forward.ops), "route", recording)
         model.logprobs(IDS, STARTS)
     return np.stack(chosen)
 

@@ -10,9 +10,10 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from zerokl.kernels.autograd import arrays, attention, elementwise, linear, lm_head, packed_step
+from zerokl.kernels.autograd import arrays, attention, elementwise, linear, lm_head, scratch_pool
 from zerokl.kernels.autograd.ops import AutogradOps
 from zerokl.kernels.ops import AttentionSpec, neutral_sampling
+from zerokl.kernels.packed_step import packed_step
 from zerokl.rollout.models.config import RopeConfig
 from zerokl.rollout.models.rope import rope_table
 
@@ -166,8 +167,8 @@ def test_attention_gradients(heads):
         num_heads=heads[0], num_kv_heads=heads[1], head_dim=16, scale=0.25, rotary_layout="half", norm_eps=1e-6
     )
     starts = np.array([0, 1, 71, 134, 264], np.int32)  # 1, 70, 63 and 130 tokens: one to three key splits
-    step = packed_step.packed_step(np.zeros(264, np.int32), starts, np.zeros(0, np.int32))
-    pool = packed_step.scratch_pool(step, spec)
+    step = packed_step(np.zeros(264, np.int32), starts, np.zeros(0, np.int32))
+    pool = scratch_pool.scratch_pool(step, spec)
     caches = (arrays.array_of(pool.keys)[0], arrays.array_of(pool.values)[0])
     for cache in caches:
         cache.fill(np.nan)  # what the memory held must not matter

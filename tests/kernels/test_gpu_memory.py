@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gpu_rig import HostArray, HostDevice
 
+from zerokl.kernels.gpu.routing_record import RoutingRecord
 from zerokl.kernels.gpu.scratch import Scratch
 from zerokl.kernels.gpu.transfers import Downloads, Uploads
 
@@ -110,3 +111,42 @@ def test_copies_carry_what_was_there_when_they_were_asked_for() -> None:
     again[:] = 9  # the caller's to keep
     assert downloads.fetch(tensor, 4).result().tolist() == [5] * 4
     assert device.num_pinned <= 3 + 6
+
+
+def test_recorded_routing_is_fetched_without_padding_before_the_next_step_writes(scratch: Scratch) -> None:
+    device = LateDevice()
+    record, downloads = RoutingRecord(2, 3), Downloads(device)
+
+    def take(*shape: int, dtype: str) -> HostArray:
+        return scratch.take(shape, dtype)
+
+    def step(number: int) -> Any:
+        scratch.begin(4)
+        record.begin(4, take)
+        for mixture in range(2):
+            ids, weights = record.of(mixture)
+            assert ids.shape == weights.shape == (4, 3)
+            ids.values[:] = 10 * number + mixture
+            weights.values[:] = number + mixture / 4
+        return record.fetch(downloads, num_tokens=3)
+
+    fetched = step(1)
+    device.wait(len(device.queue))  # the stream's order: copied before the next step runs
+    later = step(2)
+    for number, routing in ((1, fetched), (2, later)):
+        ids, weights = routing.result()
+        assert ids.shape == weights.shape == (2, 3, 3) and weights.dtype == np.float32
+        assert [ids[m].tolist() == [[10 * number + m] * 3] * 3 for m in range(2)] == [True, True]
+        assert [weights[m].tolist() == [[number + m / 4] * 3] * 3 for m in range(2)] == [True, True]
+
+
+def test_routing_is_recorded_at_one_address_whatever_a_step_holds_of_the_last_one(scratch: Scratch) -> None:
+    """A recorded step of a kind writes where it was recorded; metadata of the same size may be held over."""
+    record = RoutingRecord(2, 3)
+    addresses, held = set(), None
+    for _ in range(4):
+        scratch.begin(4)
+        record.begin(4, lambda *shape, dtype: scratch.take(shape, dtype))
+        addresses.add((record.of(0)[0].data_ptr(), record.of(0)[1].data_ptr()))
+        held = [scratch.take((24,), dtype) for dtype in ("int32", "float32")]
+    assert len(addresses) == 1 and held

@@ -14,14 +14,20 @@ import numpy as np
 import paddle
 import pytest
 
+import zerokl.integrations
 import zerokl.kernels
 import zerokl.rollout
 
 ROOMS = [Path(next(iter(room.__path__))) for room in (zerokl.kernels, zerokl.rollout)]
 SOURCES = [*(ROOMS[0] / "gpu").glob("*.py"), *ROOMS[1].rglob("*.py")]
+TRAINER = [Path(next(iter(zerokl.integrations.__path__))) / f"policy_{name}.py" for name in ("forward", "gpu", "model")]
+"""What a `PolicyModel` on a GPU runs beside these."""
 ALLOWED = re.compile(
     r"paddle\.(empty|to_tensor|set_device|CUDAPlace|device\.is_compiled_with_cuda|device\.cuda\.(current_stream"
     r"|device_count|empty_cache|get_device_capability))$"
+)
+ALLOWED_IN_TRAINER = re.compile(
+    r"paddle\.(Tensor|float32|get_device|is_grad_enabled|nn\.(Layer|initializer\.Initializer))$"
 )
 
 
@@ -52,6 +58,12 @@ def missing(names: Iterable[str]) -> set[str]:
 def test_the_gpu_worker_uses_no_operator_of_paddle():
     assert len(SOURCES) > 50
     assert {path.name: found for path in SOURCES if (found := computations(path.read_text()))} == {}
+
+
+def test_a_trainers_forward_on_a_gpu_uses_no_operator_of_paddle():
+    found = {name for path in TRAINER for name in computations(path.read_text())}
+    assert {name for name in found if not ALLOWED_IN_TRAINER.match(name)} == set()
+    assert "paddle.nn.initializer.Initializer" in found, "the control: names are found there"
 
 
 def test_paddle_is_imported_in_two_modules_of_the_gpu_path():
@@ -108,6 +120,16 @@ assert "zerokl.kernels.cpu.ops" not in sys.modules
 """
 
 
-def test_other_devices_place_weights_without_the_extension():
+TRAINER_WITHOUT_EXTENSION = """
+import sys
+sys.modules["zerokl.kernels.cpu._cpu"] = None
+import zerokl.integrations.policy_model
+import zerokl.kernels.packed_step
+assert not {"zerokl.kernels.cpu.ops", "zerokl.kernels.autograd.ops"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("program", [WITHOUT_EXTENSION, TRAINER_WITHOUT_EXTENSION])
+def test_other_devices_place_weights_and_run_forwards_without_the_extension(program):
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], check=True, env={**os.environ, **path})
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **path})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from gpu_rig import HostDevice
 
-from zerokl.kernels.ops import StepInputs
+from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.rollout import gpu_steps
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.gpu_memory import OTHER_BYTES, kv_cache_bytes, step_bytes, weight_bytes
-from zerokl.rollout.gpu_steps import GpuSteps
+from zerokl.rollout.gpu_steps import FetchedStep, GpuSteps, make_gpu_steps
+from zerokl.rollout.model_runner import _PendingGpuStep
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import step_inputs, tiny_config, tiny_moe_config
 
@@ -43,6 +45,12 @@ class FakeOps:
     def fetch(self, rows: int, *, want_raw: bool) -> int:
         return rows
 
+    def fetch_routing(self) -> str:
+        return f"routing of {len(self.inputs.token_ids)} tokens"
+
+    def record_routing(self, num_mixtures: int, top_k: int) -> None:
+        self.done["mixtures"], self.done["top_k"] = num_mixtures, top_k
+
     def forget_step(self) -> None:
         self.done["forgotten"] += 1
 
@@ -69,11 +77,32 @@ def test_a_kind_is_recorded_when_it_comes_again(ops: FakeOps) -> None:
     steps = steps_over(ops)
     seen = []
     for _ in range(4):
-        assert steps.begin(1, PARAMS, step(3), None) == 3  # type: ignore[arg-type, comparison-overlap]
+        assert steps.begin(1, PARAMS, step(3), None) == (3, None)  # type: ignore[arg-type]
         seen.append(dict(ops.done))
     assert seen[0] == {"drawn": 1}
     assert seen[1] == {"drawn": 1, "recorded": 1, "graph": 1}
     assert seen[3] == {"drawn": 1, "recorded": 1, "graph": 3}
+
+
+def test_routing_is_fetched_with_each_step_where_it_is_returned(ops: FakeOps) -> None:
+    moe = ModelConfig.from_json(tiny_moe_config()).moe
+    config = EngineConfig(model="folder", device="gpu", return_routing="all", max_model_len=64)
+    steps = make_gpu_steps(config, ops, None, moe)  # type: ignore[arg-type]
+    assert steps is not None and ops.done == {"mixtures": 2, "top_k": 3}
+    assert steps.begin(1, PARAMS, step(3), None) == (3, "routing of 3 tokens")  # type: ignore[arg-type, comparison-overlap]
+    none = replace(step(2, tokens=5), logit_rows=np.zeros(0, np.int32), sampling=neutral_sampling(0))
+    assert steps.begin(1, PARAMS, none, None) == (None, "routing of 10 tokens")  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_a_steps_routing_comes_with_its_result_and_is_counted() -> None:
+    moe = ModelConfig.from_json(tiny_moe_config()).moe
+    assert moe is not None
+    ids, weights = np.array([[[0, 1, 2], [7, 0, 3]]] * 2, np.int32), np.ones((2, 2, 3), np.float32)
+    fetched: Any = FetchedStep(None, SimpleNamespace(result=lambda: (ids, weights)))  # type: ignore[arg-type]
+    result = _PendingGpuStep(fetched, step(2), moe).result()
+    assert len(result.sampled.tokens) == 0 and result.routed is not None and result.expert_tokens is not None
+    assert result.routed.experts is ids and result.routed.weights is weights
+    assert result.expert_tokens.tolist() == [[2, 1, 1, 1, 0, 0, 0, 1]] * 2
 
 
 def test_chunks_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
@@ -121,12 +150,14 @@ def test_memory_is_shared_out_between_weights_steps_and_keys() -> None:
         used = 3 * weight_bytes(model, "bfloat16") + step_bytes(model, "bfloat16", config)
         assert room + used + OTHER_BYTES + 1000 == total // 2
         assert weight_bytes(model, "bfloat16") < weight_bytes(model, "float32") < 2.01 * weight_bytes(model, "bfloat16")
+        routed = step_bytes(model, "bfloat16", replace(config, return_routing="all"))
+        assert (routed > step_bytes(model, "bfloat16", config)) == (model.moe is not None)
         with pytest.raises(ValueError, match=r"gpu_memory_fraction 0.5 .* must hold weight_slots = 3"):
             kv_cache_bytes(config, model, "bfloat16", OTHER_BYTES, total)
 
 
 def test_what_a_gpu_cannot_is_refused() -> None:
-    for options in ({"worker": "process"}, {"return_routing": "all"}, {"data_parallel_size": 2}):
+    for options in ({"worker": "process"}, {"data_parallel_size": 2}):
         with pytest.raises(ValueError, match="gpu"):
             EngineConfig(model="folder", device="gpu", **options)  # type: ignore[arg-type]
     for fraction in (0.0, 1.1):

@@ -1,17 +1,14 @@
-"""A packed batch of whole sequences as one step of the op table, with the scratch KV pool that its attention needs."""
+"""A packed batch of whole sequences as one step of the op table: what a trainer's forward runs."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.autograd.arrays import empty
-from zerokl.kernels.ops import AttentionSpec, KVPool, StepInputs, neutral_sampling
+from zerokl.kernels.ops import StepInputs, neutral_sampling
 
 BLOCK_SIZE = 64
-"""Of the scratch pool; no result depends on it."""
+"""Of the scratch pool for a step's keys and values; no result depends on it."""
 
 
 def packed_step(
@@ -46,9 +43,6 @@ def packed_step(
     )
 
 
-def scratch_pool(inputs: StepInputs, spec: AttentionSpec) -> KVPool[Any]:
-    """A pool of one layer with room for the step; its content is whatever the memory held."""
-    blocks = int(inputs.block_tables.max(initial=-1)) + 1
-    keys, _ = empty(1, blocks, spec.num_kv_heads, spec.head_dim, BLOCK_SIZE)
-    values, _ = empty(1, blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-    return KVPool(keys=keys, values=values, block_size=BLOCK_SIZE)
+def num_blocks(inputs: StepInputs) -> int:
+    """Blocks of BLOCK_SIZE that a packed step needs."""
+    return int(inputs.block_tables.max(initial=-1)) + 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gpu_rig import HostDevice
 
+from zerokl.kernels.gpu.weight_slots import WeightSlots
 from zerokl.kernels.ops import StepInputs
 from zerokl.rollout import gpu_steps
 from zerokl.rollout.config import EngineConfig
@@ -24,6 +25,7 @@ class FakeOps:
 
     def __init__(self) -> None:
         self.device = HostDevice()
+        self.slots = WeightSlots(self.device.empty)
         self.done: Counter[str] = Counter()
 
     def begin_step(self, inputs: StepInputs, pool: Any) -> None:

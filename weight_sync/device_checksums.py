@@ -36,11 +36,13 @@ def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def device_checksum(array: NDArray[Any]) -> int:
     """The checksum of a C-contiguous array; bfloat16 as uint16 patterns."""
-    rows = array.reshape(len(array), -1) if array.ndim == 2 else array.reshape(1, -1)
+    rows = array if array.ndim == 2 else array.reshape(1, -1)
+    if not rows.size:
+        return 0
     total = 0
     width = -(-rows.shape[1] * rows.itemsize // 8)
-    step = max(1, _WORDS // max(1, width))
-    for start in range(0, len(rows) if width else 0, step):
+    step = max(1, _WORDS // width)
+    for start in range(0, len(rows), step):
         words = _words(rows[start : start + step], width)
         numbers = np.arange(start * width + 1, start * width + 1 + len(words), dtype=np.uint64)
         total += int(mix(words + numbers * np.uint64(STEP)).sum(dtype=np.uint64))

@@ -85,6 +85,7 @@ class DevicePublisher:
         stored = [_stored(name, tensor) for name, tensor in named]
         specs, total_bytes = self._layout(named)
         planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes, checksum_kind=CHECKSUM_KIND)
+        self._locate(stored, specs)  # a kernel that reads elsewhere would end the process
         turn = self._next_turn(_SEGMENT_BYTES * (1 + len(named) // 256))
         with turn.segment.writing() as shared:
             withdraw(shared)
@@ -171,23 +172,28 @@ class DevicePublisher:
         return copies, self._memory.copy(stored, targets)
 
     def _describe(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> Descriptor:
-        numbers: dict[int, int] = {}
-        places = []
-        for tensor, spec in zip(stored, specs, strict=True):
-            if not spec.nbytes:
-                places.append((0, 0))
-                continue
-            base, size = self._allocation_of(spec, tensor.address)
-            if tensor.address + spec.nbytes > base + size:
-                raise DeviceHandleError(f"tensor {spec.name!r} does not lie in one allocation")
-            places.append((numbers.setdefault(base, len(numbers)), tensor.address - base))
+        located = self._locate(stored, specs)
+        numbers = {base: number for number, base in enumerate(dict.fromkeys(base for base, _ in located if base))}
         return Descriptor(
             key=secrets.randbits(63),
             event=self._event_handle,
             local_event=self._event,
             allocations=tuple(Allocation(handle=self._export(base), base=base) for base in numbers),
-            places=tuple(places),
+            places=tuple((numbers.get(base, 0), offset) for base, offset in located),
         )
+
+    def _locate(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
+        """First address of the allocation of each tensor, and the tensor's place in it; of an empty one zeros."""
+        found = []
+        for tensor, spec in zip(stored, specs, strict=True):
+            if not spec.nbytes:
+                found.append((0, 0))
+                continue
+            base, size = self._allocation_of(spec, tensor.address)
+            if tensor.address + spec.nbytes > base + size:
+                raise DeviceHandleError(f"tensor {spec.name!r} does not lie in one allocation")
+            found.append((base, tensor.address - base))
+        return found
 
     def _allocation_of(self, spec: TensorSpec, address: int) -> tuple[int, int]:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -55,7 +55,7 @@ class RandomWeights(LocalWorker):
     """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        def packer(ops: GpuOps, tensors: Mapping[str, Any], _: Callable[[], bool]) -> tuple[Any, Any]:
+        def packer(ops: GpuOps, tensors: Mapping[str, Any]) -> tuple[Any, Any]:
             return _RandomPacker(ops, version), tensors
 
         with mock.patch.object(model_runner, "weight_packer", packer):
@@ -117,11 +117,16 @@ class _RandomPacker:
 
     def _matrix(self, name: str, *shape: int) -> Tensor:
         out = self._ops.device.empty(shape, self._ops.dtype)
-        scale = 0.05 if "embed" in name or "lm_head" in name else 0.02
-        seed = zlib.crc32(f"{name} {self._version}".encode()) >> 1
-        size = math.prod(shape)
-        _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, BLOCK=1024)
+        fill(out, name, self._version)
         return out
+
+
+def fill(out: Tensor, name: str, version: int) -> None:
+    """Random values for the matrix of a model's tensor `name`; other ones for each version."""
+    scale = 0.05 if "embed" in name or "lm_head" in name else 0.02
+    seed = zlib.crc32(f"{name} {version}".encode()) >> 1
+    size = math.prod(out.shape)
+    _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, BLOCK=1024)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The engine on one GPU: exactness and speed, in parts of a few minutes.
 
-    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c [--json] [--sizes N ...]
+    python benchmarks/gpu/run_all.py --part exact|speed_a|speed_b|c|sync [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER]
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
@@ -8,6 +8,9 @@ temperature 1, logprobs on, random weights whose logits have a real spread. tok/
 of `generate`, prefill included, after a warm-up with other prompts. The GPU span of a step is the time between events
 before its first copy and after its last; its period is the time between the starts of two steps on the host. With
 `--peer` a script that measures vLLM in the same way runs before, in a process of its own.
+
+Part `sync` is told in `sync.py`; its `--sizes` are the sequences that run meanwhile, and
+`--part sync --models A --sizes 0 --updates 1` is its short form.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import numpy as np
 from exact import exact_rows
 from numpy.typing import NDArray
 from step_times import TimedWorker
+from sync import sync_rows
 
 from models import model_folder
 from zerokl.rollout.config import EngineConfig
@@ -44,7 +48,8 @@ def prompts(count: int, vocab: int, seed: int) -> list[NDArray[np.int32]]:
 
 def make_engine(folder: Path, **options: Any) -> RolloutEngine:
     defaults: Row = {"device": "gpu", "max_model_len": 2048, "max_num_seqs": 512, "max_num_batched_tokens": 8192}
-    return RolloutEngine(EngineConfig(model=str(folder), **(defaults | options)), make_worker=TimedWorker)
+    make_worker = options.pop("make_worker", TimedWorker)
+    return RolloutEngine(EngineConfig(model=str(folder), **(defaults | options)), make_worker=make_worker)
 
 
 def load(engine: RolloutEngine, sequences: int, tokens: int, seed: int, **params: Any) -> float:
@@ -96,6 +101,7 @@ def run(part: str, args: argparse.Namespace, folder: Path) -> list[Row]:
         "speed_a": lambda: speed("A", tuple(args.sizes or (8, 256, 512)), folder, args.repeats),
         "speed_b": lambda: speed("B", tuple(args.sizes or (256, 512)), folder, args.repeats),
         "c": lambda: speed("C", tuple(args.sizes or (128,)), folder, 1, weight_slots=1, max_num_seqs=256),
+        "sync": lambda: sync_rows(folder, make_engine, tuple(args.models), tuple(args.sizes or (0, 64)), args.updates),
     }
     rows: list[Row] = []
     if args.peer is not None:
@@ -106,10 +112,12 @@ def run(part: str, args: argparse.Namespace, folder: Path) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", required=True, choices=("exact", "speed_a", "speed_b", "c"))
+    parser.add_argument("--part", required=True, choices=("exact", "speed_a", "speed_b", "c", "sync"))
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="*", help="sequences at a time")
+    parser.add_argument("--models", nargs="+", default=["A", "B"], choices=("A", "B"), help="of part sync")
+    parser.add_argument("--updates", type=int, default=5, help="of part sync, for each number of sequences")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--peer-site", type=Path)
     args = parser.parse_args()

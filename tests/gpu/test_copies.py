@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 
 rig.require_device()
 
-from zerokl.kernels.device_tensors import Placement  # noqa: E402
+from zerokl.kernels.device_tensors import DeviceTensor, DeviceTensors, Placement  # noqa: E402
+from zerokl.kernels.dispatch import device_packer, weight_packer  # noqa: E402
+from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
 from zerokl.kernels.gpu.shared_memory import SharedGpuMemory, shared_gpu_memory  # noqa: E402
+from zerokl.rollout.models.config import ModelConfig  # noqa: E402
+from zerokl.rollout.models.decoder import build_params  # noqa: E402
+from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.weight_sync.device_checksums import device_checksum  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -76,11 +81,18 @@ class HostCalls:
         return lambda *given: None
 
 
+def shared_memory() -> SharedGpuMemory:
+    if rig.INTERPRETED:
+        calls: Any = HostCalls()
+        return SharedGpuMemory(calls, lambda stream: nullcontext(), list)
+    return shared_gpu_memory()
+
+
 class Bench:
     """Memory, and the CASES' tensors in it."""
 
     def __init__(self) -> None:
-        self.memory = self._memory()
+        self.memory = shared_memory()
         self.calls = self.memory._calls
         self.sources, self.placements = [], []
         for seed, (rows, columns, dtype, target_dtype, stride, before) in enumerate(CASES):
@@ -152,3 +164,42 @@ def test_what_is_not_finite_is_found_and_a_flipped_bit_changes_one_checksum(benc
         assert [c for n, c in enumerate(checksums) if n != case] == [c for n, c in enumerate(expected) if n != case]
     source.reshape(-1)[-1] = last
     bench.write(placement.source, source)
+
+
+MODELS = {
+    "tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True, vocab_size=200),
+    "mixture": tiny_moe_config(vocab_size=200),
+}
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All tensors of packed parameters, in order."""
+    if hasattr(tree, "data_ptr"):
+        return [tree]
+    if isinstance(tree, tuple):
+        return [leaf for child in tree for leaf in leaves(child)]
+    return [leaf for name in getattr(tree, "__dataclass_fields__", {}) for leaf in leaves(getattr(tree, name))]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_set_is_packed_as_from_arrays(model: str, dtype: str) -> None:
+    config, memory = ModelConfig.from_json(MODELS[model]), shared_memory()
+    ops: Any = GpuOps(rig.HostDevice() if rig.INTERPRETED else None, rig.FLOAT)  # type: ignore[arg-type]
+    arrays, sources = random_tensors(config, 1), {}
+    for name, values in arrays.items():
+        stored = rig.to_bfloat16(values) if dtype == "bfloat16" else values
+        arrays[name] = rig.from_bfloat16(stored) if dtype == "bfloat16" else values
+        address = memory.allocate(stored.nbytes)
+        memory._calls.upload(address, stored.ctypes.data, stored.nbytes)
+        sources[name] = DeviceTensor(name, values.shape, dtype, address)
+    packer: Any
+    packer, operands = weight_packer(ops, arrays)
+    expected = build_params(packer, config, operands, None, keep=packer.tensor)
+    packer = device_packer(ops, memory)
+    made = build_params(packer, config, DeviceTensors(sources), None, keep=packer.tensor)
+    packer.finish(1 << 20)
+    assert len(leaves(made)) == len(leaves(expected)) > 10
+    for one, other in zip(leaves(made), leaves(expected), strict=True):
+        assert list(one.shape) == list(other.shape)
+        np.testing.assert_array_equal(ops.device.get(one), ops.device.get(other))

@@ -68,6 +68,9 @@ class FakeGpu:
                 return base, len(memory)
         raise RuntimeError("CUDA: CUDA_ERROR_INVALID_VALUE")
 
+    def allocation_id(self, base: int) -> int:
+        return int(self._maps[base][1], 16)
+
     def allocate(self, size: int) -> int:
         self.done["allocate"] += 1
         name = secrets.token_hex(16)
@@ -79,6 +82,7 @@ class FakeGpu:
         (self.folder / self._maps.pop(base)[1]).unlink()
 
     def export_memory(self, base: int) -> bytes:
+        self.done["export"] += 1
         return self._maps[base][1].encode().ljust(64, b"\0")
 
     def open_memory(self, handle: bytes) -> int:

@@ -40,6 +40,10 @@ class DeviceMemory(Protocol):
         """First address and size in bytes of the allocation that holds this one."""
         ...
 
+    def allocation_id(self, base: int) -> int:
+        """A number of the allocation that begins at `base`, which no other of this process ever has."""
+        ...
+
     def export_memory(self, base: int) -> bytes:
         """A handle of the allocation that begins at `base`."""
         ...

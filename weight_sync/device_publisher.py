@@ -16,6 +16,11 @@ from zerokl.weight_sync.manifest import Manifest, plan_layout
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
 from zerokl.weight_sync.tensor_spec import TensorSpec
 
+_Described = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape."""
+_Located = tuple[int, int]
+"""First address of an allocation, and bytes from there."""
+
 _SEGMENT_BYTES = 1 << 16
 """For the descriptor of each 256 tensors, which takes some 110 bytes of one."""
 
@@ -61,7 +66,9 @@ class DevicePublisher:
         self._closed = False
         self._event = memory.new_event()
         self._event_handle = memory.export_event(self._event)
-        self._described: Any = None
+        self._handles: dict[tuple[int, int], bytes] = {}
+        """Of the allocations of the last publication, by address and number."""
+        self._described: list[_Described] = []
         self._planned: tuple[tuple[TensorSpec, ...], int] = ((), 0)
         """The layout of the set that is described so: a trainer's next one is laid out alike."""
         self._held: list[Any] = []
@@ -82,21 +89,22 @@ class DevicePublisher:
         if self._closed:
             raise ValueError(f"publisher {self._name!r} is closed")
         named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-        stored = [_stored(name, tensor) for name, tensor in named]
-        specs, total_bytes = self._layout(named)
+        described, addresses = _described(named)
+        specs, total_bytes = self._layout(described)
+        stored = [as_rows(at, shape, dtype) for at, (_, dtype, shape) in zip(addresses, described, strict=True)]
         planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes, checksum_kind=CHECKSUM_KIND)
-        self._locate(stored, specs)  # a kernel that reads elsewhere would end the process
+        located = self._locate(stored, specs)  # a kernel that reads elsewhere would end the process
         turn = self._next_turn(_SEGMENT_BYTES * (1 + len(named) // 256))
         with turn.segment.writing() as shared:
             withdraw(shared)
             self._memory.follow(stream)
             if self._copies:
-                stored, checksums = self._into_buffer(turn, planned, stored)
+                located, checksums = self._into_buffer(turn, planned, stored)
             else:
                 self._held = [tensor for _, tensor in named]
                 checksums = self._memory.checksums(stored)
             self._memory.record(self._event)
-            descriptor = self._describe(stored, specs)
+            descriptor = self._describe(located)
             descriptor.write(shared)
         self._next = (self._next + 1) % len(self._turns)
         found = tuple(spec.with_checksum(value) for spec, value in zip(specs, checksums, strict=True))
@@ -133,8 +141,7 @@ class DevicePublisher:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-    def _layout(self, named: list[tuple[str, Any]]) -> tuple[tuple[TensorSpec, ...], int]:
-        described = [(name, dtype_name(tensor), tuple(tensor.shape)) for name, tensor in named]
+    def _layout(self, described: list[_Described]) -> tuple[tuple[TensorSpec, ...], int]:
         if described != self._described:
             self._planned, self._described = plan_layout(described), described
         return self._planned
@@ -159,30 +166,30 @@ class DevicePublisher:
 
     def _into_buffer(
         self, turn: _Turn, planned: Manifest, stored: Sequence[StoredTensor]
-    ) -> tuple[list[StoredTensor], list[int]]:
-        """Copy the tensors; returns them as they are in the buffer, and their checksums."""
+    ) -> tuple[list[_Located], list[int]]:
+        """Copy the tensors; returns their places in the buffer, and their checksums."""
         if turn.size < planned.total_bytes:
             if turn.buffer:
                 self._memory.free(turn.buffer)
                 turn.buffer = turn.size = 0
             turn.buffer = self._memory.allocate(planned.total_bytes)
             turn.size = planned.total_bytes
-        targets = [turn.buffer + spec.offset for spec in planned.tensors]
-        copies = [tensor._replace(address=address) for tensor, address in zip(stored, targets, strict=True)]
-        return copies, self._memory.copy(stored, targets)
+        checksums = self._memory.copy(stored, [turn.buffer + spec.offset for spec in planned.tensors])
+        return [(turn.buffer, spec.offset) for spec in planned.tensors], checksums
 
-    def _describe(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> Descriptor:
-        located = self._locate(stored, specs)
+    def _describe(self, located: Sequence[_Located]) -> Descriptor:
         numbers = {base: number for number, base in enumerate(dict.fromkeys(base for base, _ in located if base))}
+        keys = [(base, self._memory.allocation_id(base)) for base in numbers]
+        self._handles = {key: self._handles.get(key) or self._export(key[0]) for key in keys}
         return Descriptor(
             key=secrets.randbits(63),
             event=self._event_handle,
             local_event=self._event,
-            allocations=tuple(Allocation(handle=self._export(base), base=base) for base in numbers),
+            allocations=tuple(Allocation(handle=self._handles[key], base=key[0]) for key in keys),
             places=tuple((numbers.get(base, 0), offset) for base, offset in located),
         )
 
-    def _locate(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
+    def _locate(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> list[_Located]:
         """First address of the allocation of each tensor, and the tensor's place in it; of an empty one zeros."""
         found = []
         for tensor, spec in zip(stored, specs, strict=True):
@@ -210,16 +217,17 @@ class DevicePublisher:
             ) from error
 
 
-def dtype_name(tensor: Any) -> str:
-    """Name of a tensor's element type, "paddle.bfloat16" being bfloat16."""
-    return str(tensor.dtype).rpartition(".")[2]
-
-
-def _stored(name: str, tensor: Any) -> StoredTensor:
-    if not hasattr(tensor, "data_ptr"):
-        raise ManifestError(f"tensor {name!r} is a {type(tensor).__name__}, not a tensor on a GPU")
-    if dtype_name(tensor) not in DEVICE_DTYPES:
-        raise ManifestError(f"tensor {name!r} has dtype {dtype_name(tensor)}; must be one of {DEVICE_DTYPES}")
-    if hasattr(tensor, "is_contiguous") and not tensor.is_contiguous():
-        raise ManifestError(f"tensor {name!r} is not contiguous")
-    return as_rows(int(tensor.data_ptr()), tuple(tensor.shape), dtype_name(tensor))
+def _described(named: list[tuple[str, Any]]) -> tuple[list[_Described], list[int]]:
+    """Name, dtype and shape of each tensor, and its address."""
+    described, addresses = [], []
+    for name, tensor in named:
+        if not hasattr(tensor, "data_ptr"):
+            raise ManifestError(f"tensor {name!r} is a {type(tensor).__name__}, not a tensor on a GPU")
+        dtype = str(tensor.dtype).rpartition(".")[2]  # "paddle.bfloat16"
+        if dtype not in DEVICE_DTYPES:
+            raise ManifestError(f"tensor {name!r} has dtype {dtype}; must be one of {DEVICE_DTYPES}")
+        if hasattr(tensor, "is_contiguous") and not tensor.is_contiguous():
+            raise ManifestError(f"tensor {name!r} is not contiguous")
+        described.append((name, dtype, tuple(tensor.shape)))
+        addresses.append(int(tensor.data_ptr()))
+    return described, addresses

@@ -42,6 +42,11 @@ class CudaCalls:
         base, size = _two(driver.cuMemGetAddressRange(address))
         return int(base), int(size)
 
+    def allocation_id(self, base: int) -> int:
+        """A number that no other allocation of this process has had."""
+        self._enter()
+        return int(check(driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID, base)))
+
     def export_memory(self, base: int) -> bytes:
         """A handle for other processes."""
         self._enter()

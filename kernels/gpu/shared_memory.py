@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _BUCKET_BYTES = 64 << 20
 _PIECES_KEPT = 32
 """Tables of pieces: those of a layout come again with each of its publications."""
+_PLANS_KEPT = 8
+"""Plans: the same memory is published again, into one of two slots."""
 _JOB_BYTES = 8 * JOB_COLUMNS
 
 
@@ -43,9 +45,11 @@ class SharedGpuMemory:
         """Address and size of memory that grows as it is asked for."""
         self._pieces: dict[Any, tuple[int, int]] = {}
         """Address and number of pieces, by what they depend on."""
+        self._plans: dict[tuple[Placement, ...], list[Group]] = {}
         self.allocate = calls.allocate
         self.free = calls.free
         self.allocation_of = calls.allocation_of
+        self.allocation_id = calls.allocation_id
         self.export_memory = calls.export_memory
         self.open_memory = calls.open_memory
         self.close_memory = calls.close_memory
@@ -90,7 +94,7 @@ class SharedGpuMemory:
     def _run(self, placements: Sequence[Placement], bucket_bytes: int, *, copies: bool) -> tuple[list[int], list[int]]:
         count = len(placements)
         sums, broken = np.zeros(count, np.int64), np.zeros(count, np.int32)
-        groups = plan_groups(placements)
+        groups = self._plan(tuple(placements))
         if not groups:
             return sums.tolist(), broken.tolist()
         results = self._table("results", 12 * count)
@@ -107,6 +111,13 @@ class SharedGpuMemory:
         self._calls.download(broken.ctypes.data, results + 8 * count, broken.nbytes)
         self._calls.synchronize()
         return sums.view(np.uint64).tolist(), broken.tolist()
+
+    def _plan(self, placements: tuple[Placement, ...]) -> list[Group]:
+        if placements not in self._plans:
+            while len(self._plans) >= _PLANS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            self._plans[placements] = plan_groups(placements)
+        return self._plans[placements]
 
     def _launch(
         self, group: Group, first: int, count: int, jobs: int, tables: tuple[int, int, int], *, copies: bool

@@ -241,6 +241,19 @@ def test_false_publications_are_refused(gpu: FakeGpu, monkeypatch: pytest.Monkey
             pass
 
 
+def test_memory_is_exported_once_while_it_stays(gpu: FakeGpu) -> None:
+    tensors, mappings = tensors_on(gpu), DeviceMappings(gpu)
+    with DevicePublisher(gpu) as publisher:
+        publisher.publish(tensors, 1)
+        once = gpu.done["export"]
+        publisher.publish(tensors, 2)
+        assert gpu.done["export"] == once == 4
+        tensors["embed"] = gpu.put(tensors["embed"].values + np.uint16(1), "bfloat16")
+        with mappings.lease(publisher.publish(tensors, 3)) as lease:
+            assert_equal(seen(lease), copies_of(tensors))
+        assert gpu.done["export"] == once + 1
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("buffers", [0, 2])
 def test_another_process_reads_through_handles_that_stay_open(

@@ -84,7 +84,7 @@ class DevicePublisher:
         their checksums are computed there; this returns once they are known. `version` counts from 0. Raises
         ManifestError for what cannot be published, DeviceHandleError for memory that cannot be exported,
         BufferLeasedError while a reader has the next buffer (in place: the publication before) open; the latest one
-        then stays as it was.
+        then stays as it was. RuntimeError where the device fails.
         """
         if self._closed:
             raise ValueError(f"publisher {self._name!r} is closed")
@@ -94,17 +94,18 @@ class DevicePublisher:
         stored = [as_rows(at, shape, dtype) for at, (_, dtype, shape) in zip(addresses, described, strict=True)]
         planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes, checksum_kind=CHECKSUM_KIND)
         located = self._locate(stored, specs)  # a kernel that reads elsewhere would end the process
+        descriptor = None if self._copies else self._describe(located)
         turn = self._next_turn(_SEGMENT_BYTES * (1 + len(named) // 256))
         with turn.segment.writing() as shared:
             withdraw(shared)
             self._memory.follow(stream)
-            if self._copies:
-                located, checksums = self._into_buffer(turn, planned, stored)
+            if descriptor is None:
+                checksums = self._into_buffer(turn, planned, stored)
+                descriptor = self._describe([(turn.buffer, spec.offset) for spec in specs])
             else:
-                self._held = [tensor for _, tensor in named]
                 checksums = self._memory.checksums(stored)
+                self._held = [tensor for _, tensor in named]
             self._memory.record(self._event)
-            descriptor = self._describe(located)
             descriptor.write(shared)
         self._next = (self._next + 1) % len(self._turns)
         found = tuple(spec.with_checksum(value) for spec, value in zip(specs, checksums, strict=True))
@@ -164,18 +165,15 @@ class DevicePublisher:
         if turn.buffer:
             self._memory.free(turn.buffer)
 
-    def _into_buffer(
-        self, turn: _Turn, planned: Manifest, stored: Sequence[StoredTensor]
-    ) -> tuple[list[_Located], list[int]]:
-        """Copy the tensors; returns their places in the buffer, and their checksums."""
+    def _into_buffer(self, turn: _Turn, planned: Manifest, stored: Sequence[StoredTensor]) -> list[int]:
+        """Copy the tensors; returns their checksums."""
         if turn.size < planned.total_bytes:
             if turn.buffer:
                 self._memory.free(turn.buffer)
                 turn.buffer = turn.size = 0
             turn.buffer = self._memory.allocate(planned.total_bytes)
             turn.size = planned.total_bytes
-        checksums = self._memory.copy(stored, [turn.buffer + spec.offset for spec in planned.tensors])
-        return [(turn.buffer, spec.offset) for spec in planned.tensors], checksums
+        return self._memory.copy(stored, [turn.buffer + spec.offset for spec in planned.tensors])
 
     def _describe(self, located: Sequence[_Located]) -> Descriptor:
         numbers = {base: number for number, base in enumerate(dict.fromkeys(base for base, _ in located if base))}

@@ -101,15 +101,17 @@ class SharedGpuMemory:
         jobs = self._upload("jobs", np.concatenate([part for g in groups for part in (g.copy_jobs, g.check_jobs)]))
         pieces = [self._pieces_of(group) for group in groups]
         self._calls.clear(results, 12 * count)
-        with self._launching_on(self._calls.stream):
-            for group, (piece_table, num_pieces) in zip(groups, pieces, strict=True):
-                tables = (piece_table, results, results + 8 * count)
-                for first, some in buckets(num_pieces, bucket_bytes):
-                    self._launch(group, first, some, jobs, tables, copies=copies)
-                jobs += 2 * _JOB_BYTES * len(group.extents)
-        self._calls.download(sums.ctypes.data, results, sums.nbytes)
-        self._calls.download(broken.ctypes.data, results + 8 * count, broken.nbytes)
-        self._calls.synchronize()
+        try:
+            with self._launching_on(self._calls.stream):
+                for group, (piece_table, num_pieces) in zip(groups, pieces, strict=True):
+                    tables = (piece_table, results, results + 8 * count)
+                    for first, some in buckets(num_pieces, bucket_bytes):
+                        self._launch(group, first, some, jobs, tables, copies=copies)
+                    jobs += 2 * _JOB_BYTES * len(group.extents)
+            self._calls.download(sums.ctypes.data, results, sums.nbytes)
+            self._calls.download(broken.ctypes.data, results + 8 * count, broken.nbytes)
+        finally:
+            self._calls.synchronize()  # a lease that ends now must not be read under any more
         return sums.view(np.uint64).tolist(), broken.tolist()
 
     def _plan(self, placements: tuple[Placement, ...]) -> list[Group]:

@@ -5,7 +5,6 @@ Under TRITON_INTERPRET=1 the kernels run on the CPU, over the host's memory: the
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +12,7 @@ import gpu_rig as rig
 import numpy as np
 import pytest
 from fake_gpu import converted
+from host_calls import HostCalls
 from numpy.typing import NDArray
 
 rig.require_device()
@@ -47,38 +47,6 @@ if not rig.INTERPRETED:
     CASES += [(30_000, 1024, "bfloat16", "bfloat16", 1024, 0), (9000, 2048, "bfloat16", "bfloat16", 4096, 0)]
     CASES += [(3000, 4096, "float32", "bfloat16", 4096, 0), (4000, 1023, "bfloat16", "bfloat16", 1023, 0)]
 TYPES: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.uint32}
-
-
-class HostCalls:
-    """The calls that copies need, over the host's memory."""
-
-    stream = 1
-
-    def __init__(self) -> None:
-        self._arrays: dict[int, NDArray[np.uint8]] = {}
-
-    def allocate(self, size: int) -> int:
-        array = np.zeros(size + 256, np.uint8)
-        base = -(-array.ctypes.data // 256) * 256
-        self._arrays[base] = array
-        return base
-
-    def free(self, base: int) -> None:
-        del self._arrays[base]
-
-    def upload(self, address: int, host: int, size: int) -> None:
-        ctypes.memmove(address, host, size)
-
-    def download(self, host: int, address: int, size: int) -> None:
-        ctypes.memmove(host, address, size)
-
-    def clear(self, address: int, size: int) -> None:
-        ctypes.memset(address, 0, size)
-
-    def synchronize(self) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *given: None
 
 
 def shared_memory() -> SharedGpuMemory:

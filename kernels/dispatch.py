@@ -15,6 +15,8 @@ from zerokl.kernels.row_stream import NamedRows, WholeTensors
 
 if TYPE_CHECKING:
     from zerokl.kernels.cpu.ops import CpuOps
+    from zerokl.kernels.gpu.device_packing import DevicePacker
+    from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
 
 Array = TypeVar("Array")
 
@@ -121,6 +123,26 @@ def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[Weig
     return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
+def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
+    """A GPU's memory for weights that other processes share: what `zerokl.weight_sync.DevicePublisher` asks for.
+
+    Raises ValueError for another device, RuntimeError where there is no usable GPU of this number.
+    """
+    if device != "gpu":
+        raise ValueError(f"device must be 'gpu' for weights in a GPU's memory, got {device!r}")
+    from zerokl.kernels.gpu.shared_memory import shared_gpu_memory
+
+    return shared_gpu_memory(number)
+
+
+def device_packer(ops: EngineOps[Any], memory: SharedGpuMemory) -> DevicePacker:
+    """What packs a new set of weights of `ops`, on a GPU, from `zerokl.kernels.device_tensors.DeviceTensors`."""
+    from zerokl.kernels.gpu.device_packing import DevicePacker
+
+    gpu: Any = ops
+    return DevicePacker(gpu.slots, gpu.dtype, memory.place)
+
+
 def embeds_from_head(ops: EngineOps[Any]) -> bool:
     """Whether the `embedding` of `ops` takes what its packer's `pack_linear` made of a tied table."""
     # A class made of it may pack otherwise; its module, which needs the extension, need not be there.
@@ -139,7 +161,13 @@ def fill_weights(values: NDArray[np.float32], out: NDArray[Any]) -> int:
 
 
 def release_spare_weights(ops: EngineOps[Any]) -> int:
-    """Give memory of dropped sets of weights, which the next set would use again, to the system; returns its bytes."""
+    """Give up the memory of dropped sets of weights, which the next set would use again.
+
+    On the CPU it goes back to the system; returns its bytes there, else 0.
+    """
+    slots = getattr(ops, "slots", None)  # a GPU's
+    if slots is not None:
+        slots.release_spare()
     cpu = _as_cpu_ops(ops)
     return 0 if cpu is None else cpu.packer.slabs.release_spare()
 

@@ -22,7 +22,14 @@ from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import SleepTag, sleep_level, sleep_tags
 from zerokl.rollout.validation import check_bool
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, as_array, weight_source
+from zerokl.rollout.weight_source import (
+    DeviceWeights,
+    FolderWeights,
+    SharedWeights,
+    TensorWeights,
+    as_array,
+    weight_source,
+)
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine_weights import Source
@@ -161,11 +168,13 @@ def _pieces(tensors: Iterable[tuple[str, NDArray[Any]]]) -> Iterable[tuple[list[
         yield pieces, np.concatenate(chunks)
 
 
-def _source_fields(source: FolderWeights | SharedWeights) -> dict[str, Any]:
+def _source_fields(source: FolderWeights | SharedWeights | DeviceWeights) -> dict[str, Any]:
     from zerokl.weight_sync import PublishedFile, PublishedShards
 
     if isinstance(source, FolderWeights):
         return {"source": "folder", "path": str(Path(source.path).absolute())}
+    if isinstance(source, DeviceWeights):
+        return {"source": "device", "published": source.published.to_bytes()}
     published = source.published
     if isinstance(published, PublishedFile):
         return {"source": "file", "path": str(Path(published.path).absolute()), "version": published.version}

@@ -16,15 +16,16 @@ from zerokl.rollout.hooks import Hook, HookName, OnHookError
 from zerokl.rollout.hot_swap import HotSwapping
 from zerokl.rollout.in_flight import InFlightOptions, KVMode, OnStale, UpdateMode
 from zerokl.rollout.sleep import Sleep, SleepTag, sleep_level, sleep_tags
-from zerokl.rollout.weight_source import weight_source
+from zerokl.rollout.weight_source import check_source, weight_source
 from zerokl.rollout.weight_updates import WeightUpdate, WeightUpdates
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from zerokl.weight_sync import PublishedWeights
+    from zerokl.rollout.config import EngineConfig
+    from zerokl.weight_sync import PublishedDeviceWeights, PublishedWeights
 
-    Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights
+    Source = Mapping[str, Any] | Iterable[tuple[str, Any]] | str | Path | PublishedWeights | PublishedDeviceWeights
 
 
 class WeightMethods(HotSwapping):
@@ -35,6 +36,7 @@ class WeightMethods(HotSwapping):
     _updates: WeightUpdates
     _sleep: Sleep
     _balance: ExpertBalance
+    _config: EngineConfig
 
     def update_weights(
         self,
@@ -51,9 +53,10 @@ class WeightMethods(HotSwapping):
         """Replace the policy's weights; returns their version.
 
         `source`: arrays by Hugging Face name (a mapping or its items), a folder of safetensors, or what
-        `WeightPublisher.publish` returned. `version`: by default that of the publication, else the live one + 1; any
-        other than the live one + 1 needs `allow_rewind`. The new weights are read, checked and packed, then become live
-        between two steps. What that means for the policy's requests submitted earlier is `mode`'s:
+        `WeightPublisher.publish` or, on a GPU, `DevicePublisher.publish` returned. `version`: by default that of the
+        publication, else the live one + 1; any other than the live one + 1 needs `allow_rewind`. The new weights are
+        read, checked and packed, then become live between two steps. What that means for the policy's requests
+        submitted earlier is `mode`'s:
 
         - "wait": they finish first, under the old version; later ones wait. No request sees two versions.
         - "keep": they go on. With kv="recompute" (the default; the mode is also called "retract") their keys and
@@ -65,8 +68,8 @@ class WeightMethods(HotSwapping):
 
         Where it does not wait, a score call in flight begins anew: its result is of one version.
 
-        `bucket_bytes`: of a published file, bytes that are in memory at a time (64 MiB by default); other sources are
-        read where they are.
+        `bucket_bytes`: of a published file, bytes that are in memory at a time, of weights in a GPU's memory bytes that
+        are copied at a time (64 MiB by default); other sources are read where they are.
 
         Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
         version then goes on serving, as it does where Ctrl-C comes before the commit has begun.
@@ -94,6 +97,7 @@ class WeightMethods(HotSwapping):
         """An update that nobody knows of until it is run; arguments are those of `update_weights`."""
         in_flight = InFlightOptions(**options)
         weights, version = weight_source(source, version, bucket_bytes)
+        check_source(weights, self._config.device)
         return self._updates.make(weights, version, in_flight, allow_rewind=allow_rewind)
 
     async def aupdate_weights(self, source: Source, version: int | None = None, **options: Any) -> int:

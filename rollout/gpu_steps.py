@@ -3,7 +3,7 @@
 A step in which every sequence has one token is of a kind that the next one is likely to be, too: same bucket of
 sequences, same width of block tables, same way to draw. Launching its hundreds of kernels one by one takes the host
 longer than the GPU runs, so the launches of a kind are recorded when it comes for the second time and made at once from
-then on. Graphs hold addresses: they belong to one set of weights and one KV pool.
+then on. Graphs hold addresses: they belong to one place of weights and one KV pool.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class GpuSteps:
         self._known: set[Hashable] = set()
         """Kinds that have run: their kernels are compiled, their memory is there."""
         self._graphs: dict[int, dict[Hashable, Any]] = {}
-        """Per epoch of weights and kind."""
+        """Per place of weights and kind."""
 
         self.get: Callable[[Any], NDArray[Any]] = ops.device.get
         """Copies a tensor to the host."""
@@ -78,20 +78,20 @@ class GpuSteps:
         """Recorded steps that are kept."""
         return sum(len(graphs) for graphs in self._graphs.values())
 
-    def begin(self, epoch: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]) -> FetchedStep:
-        """Launch a step with the weights of an epoch; what it gives is on its way to the host."""
+    def begin(self, place: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]) -> FetchedStep:
+        """Launch a step with the weights in a place; what it gives is on its way to the host."""
         self._ops.begin_step(inputs, pool)
-        self._launch(epoch, params)
+        self._launch(place, params)
         rows = len(inputs.logit_rows)
         return FetchedStep(
             sample=self._ops.fetch(rows, want_raw=inputs.sampling.want_raw) if rows else None,
             routing=self._ops.fetch_routing() if self._returns_routing else None,
         )
 
-    def keep(self, epochs: Collection[int]) -> None:
-        """Forget the graphs of weights of other epochs, which are gone."""
-        for epoch in self._graphs.keys() - set(epochs):
-            del self._graphs[epoch]
+    def keep(self, places: Collection[int]) -> None:
+        """Forget the graphs of weights in other places, which are gone; slots wait for their next set."""
+        for place in self._graphs.keys() - set(places) - self._ops.slots.numbers:
+            del self._graphs[place]
 
     def forget(self) -> None:
         """Forget all graphs and the memory of steps: weights or the KV pool go away. No step is under way."""
@@ -99,19 +99,19 @@ class GpuSteps:
         self._known.clear()
         self._ops.forget_step()
 
-    def warm_up(self, epoch: int, params: DecoderParams[Any], pool: KVPool[Any]) -> None:
+    def warm_up(self, place: int, params: DecoderParams[Any], pool: KVPool[Any]) -> None:
         """Compile the kernels of steps without penalties and truncation, and record those that can be.
 
         Writes no key or value. Takes minutes where Triton has not compiled the kernels before.
         """
         start = time.perf_counter()
         for inputs in (*self._prefills(), *self._decodes()):
-            self._warm(epoch, params, pool, inputs)
+            self._warm(place, params, pool, inputs)
         self._ops.device.synchronize()
         compiled, free = time.perf_counter(), self._ops.device.memory()[0]
         if self._records:
             for inputs in self._decodes():
-                self._warm(epoch, params, pool, inputs)
+                self._warm(place, params, pool, inputs)
             self._ops.device.synchronize()
         left, total = self._ops.device.memory()
         logger.info(
@@ -120,11 +120,11 @@ class GpuSteps:
             (total - left) // MIB, total // MIB,
         )  # fmt: skip
 
-    def _warm(self, epoch: int, params: DecoderParams[Any], pool: KVPool[Any], inputs: StepInputs) -> None:
+    def _warm(self, place: int, params: DecoderParams[Any], pool: KVPool[Any], inputs: StepInputs) -> None:
         self._ops.begin_step(inputs, pool)
-        self._launch(epoch, params)
+        self._launch(place, params)
 
-    def _launch(self, epoch: int, params: DecoderParams[Any]) -> None:
+    def _launch(self, place: int, params: DecoderParams[Any]) -> None:
         def launches() -> None:
             begun = self._ops.inputs  # of the step that the launches are made for, if they are made again
             hidden = forward_begun(self._ops, params, self._spec, begun)
@@ -132,7 +132,7 @@ class GpuSteps:
                 self._ops.draw(hidden, params.lm_head, begun.sampling)
 
         kind = self._ops.step_kind() if self._records else None
-        graphs = self._graphs.setdefault(epoch, {})
+        graphs = self._graphs.setdefault(place, {})
         if kind is not None and kind in self._known and kind not in graphs:
             graphs[kind] = self._ops.record(launches)
         if kind in graphs:

@@ -17,7 +17,14 @@ from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
 from zerokl.rollout.models.loader import open_tensors
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
+from zerokl.rollout.weight_source import (
+    DeviceWeights,
+    FolderWeights,
+    SharedWeights,
+    TensorWeights,
+    WeightSource,
+    as_array,
+)
 from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights, WeightPublisher, open_published
 from zerokl.weight_sync.live_weights import LiveWeights
 from zerokl.weight_sync.manifest import Manifest
@@ -138,6 +145,7 @@ class KeptWeights:
             return publisher.publish(((n, as_array(n, tensor)) for n, tensor in source.tensors.items()), version)
         if isinstance(source, FolderWeights):
             return publisher.publish(open_tensors(source.path, self._config), version)
+        assert not isinstance(source, DeviceWeights), "worker processes are no GPU's"
         published = source.published
         if isinstance(published, PublishedShards):
             with published.verified() as tensors:

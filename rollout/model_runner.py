@@ -8,6 +8,7 @@ one set from beginning to end. Each set carries an epoch that never repeats, bes
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from zerokl.kernels.dispatch import (
+    device_packer,
     embeds_from_head,
     forget_step,
     get_ops,
@@ -43,6 +45,9 @@ from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
+    from zerokl.kernels.device_tensors import DeviceTensors
+    from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
+    from zerokl.kernels.gpu.weight_slots import SlotUse
     from zerokl.rollout.config import EngineConfig
 
 LIVE = "policy"
@@ -72,6 +77,13 @@ class WeightSet:
     epoch: int
     """Counts the sets that this runner has staged; the key for anything computed from this set."""
     params: DecoderParams[Any]
+    home: SlotUse | None = None
+    """Memory that sets take turns in; None: it is the set's own."""
+
+    @property
+    def place(self) -> int:
+        """Equal for sets that lie at the same addresses one after the other, so that recorded steps serve them all."""
+        return self.epoch if self.home is None else self.home.number
 
 
 class PendingStep(Protocol):
@@ -160,7 +172,7 @@ class ModelRunner:
         """
         assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
         weights, pool = self._operands(order.inputs)
-        fetched = self._gpu_steps.begin(weights.epoch, weights.params, order.inputs, pool)
+        fetched = self._gpu_steps.begin(weights.place, weights.params, order.inputs, pool)
         return _PendingGpuStep(fetched, order.inputs, self._config.moe)
 
     def _operands(self, inputs: StepInputs) -> tuple[WeightSet, KVPool[Any]]:
@@ -175,7 +187,7 @@ class ModelRunner:
         """Before the first step, where the device gains by it: compile kernels and record steps."""
         if self._gpu_steps is not None and self._pool is not None and LIVE in self._sets:
             live = self._sets[LIVE]
-            self._gpu_steps.warm_up(live.epoch, live.params, self._pool)
+            self._gpu_steps.warm_up(live.place, live.params, self._pool)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
         """Pack a set of weights beside the live one, in place of what was staged before.
@@ -197,6 +209,8 @@ class ModelRunner:
             tensors = Overlay(tensors, self.live_tensors())
         else:
             check_tensors(tensors, self._config)
+        if self._gpu_steps is not None:
+            release_spare_weights(self._ops)  # what is packed here has memory of its own
         packer, operands = weight_packer(self._ops, tensors)
         params = build_params(
             packer,
@@ -209,6 +223,25 @@ class ModelRunner:
             embeds_from_head=embeds_from_head(self._ops),
         )
         self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
+
+    def stage_device(
+        self, tensors: DeviceTensors, memory: SharedGpuMemory, version: int, bucket_bytes: int
+    ) -> dict[str, int]:
+        """`stage` of a complete set in a GPU's memory, by copies on the device; otherwise as it.
+
+        Returns, once all are done, the checksums of what came to its place, by name, for the caller to compare.
+        """
+        self._staged = None
+        check_tensors(tensors, self._config)
+        packer = device_packer(self._ops, memory)
+        try:
+            params: DecoderParams[Any] = build_params(packer, self._config, tensors, self._rope, keep=packer.tensor)
+            checksums = packer.finish(bucket_bytes)
+        except BaseException:
+            packer.abandon()
+            raise
+        self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params, home=packer.use)
+        return checksums
 
     def live_tensors(self) -> Mapping[str, Any]:
         """What the live set was packed of, unpacked on access; of the experts, those that this rank holds.
@@ -278,7 +311,7 @@ class ModelRunner:
 
     def _forget_dropped(self) -> None:
         if self._gpu_steps is not None:
-            self._gpu_steps.keep({weights.epoch for weights in self._sets.values()})
+            self._gpu_steps.keep({weights.place for weights in self._sets.values()})
 
     def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
         if not len(inputs.logit_rows):
@@ -306,11 +339,11 @@ class ModelRunner:
             self._spilled, self._sets, self._staged = spilled, {}, None
         if "kv_cache" in tags:
             self._pool = None
+        release_spare_weights(self._ops)
         if self._gpu_steps is None:
             forget_step(self._ops)
         else:
             self._gpu_steps.forget()
-        release_spare_weights(self._ops)
 
     def wake_up(self, tags: Collection[str]) -> None:
         """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
@@ -327,11 +360,13 @@ class ModelRunner:
         """Wait for steps that were begun, and free the device's memory; nothing is to be run afterwards."""
         self._sets, self._staged, self._pool = {}, None, None
         if self._gpu_steps is not None:
+            release_spare_weights(self._ops)
             self._gpu_steps.forget()
 
     def _spill(self, spill_dir: str | None) -> SpilledSets | HostedSets | None:
         if self._gpu_steps is not None:
-            return HostedSets(self._sets, self._gpu_steps.get, self._rope) if self._sets else self._spilled
+            sets = {name: dataclasses.replace(weights, home=None) for name, weights in self._sets.items()}
+            return HostedSets(sets, self._gpu_steps.get, self._rope) if sets else self._spilled
         if host_storage(self._ops) is None:
             raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
         return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from zerokl.weight_sync.errors import (
     ChecksumError,
+    DeviceHandleError,
     IncompleteUpdateError,
     ManifestError,
     ParentMismatchError,
+    PublisherDiedError,
     SegmentBusyError,
     SegmentMissingError,
     SegmentTruncatedError,
@@ -18,12 +20,14 @@ from zerokl.weight_sync.errors import (
 
 COMMON_ERRORS: tuple[type[Exception], ...] = (
     ChecksumError,
+    DeviceHandleError,
     IncompleteUpdateError,
     ManifestError,
     MemoryError,
     NotImplementedError,
     OSError,
     ParentMismatchError,
+    PublisherDiedError,
     RuntimeError,
     SegmentBusyError,
     SegmentMissingError,

@@ -14,7 +14,7 @@ from zerokl.rollout.validation import check_int
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES
 
 if TYPE_CHECKING:
-    from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
+    from zerokl.weight_sync import PublishedDeviceWeights, PublishedFile, PublishedShards, PublishedWeights
 
     Published = PublishedWeights | PublishedFile | PublishedShards
 
@@ -47,7 +47,16 @@ class SharedWeights:
     """Of a file: bytes that are in memory at a time."""
 
 
-WeightSource = TensorWeights | FolderWeights | SharedWeights
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceWeights:
+    """Weights that a trainer has in a GPU's memory, for an engine on a GPU of the same machine."""
+
+    published: PublishedDeviceWeights
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    """Bytes that are copied at a time, between which steps may begin."""
+
+
+WeightSource = TensorWeights | FolderWeights | SharedWeights | DeviceWeights
 """Where a set of weights comes from."""
 
 
@@ -56,13 +65,16 @@ def weight_source(source: Any, version: int | None, bucket_bytes: int | None = N
 
     Raises ValueError for a source of another kind, and for a version from 0 or bucket_bytes from 1 that are none.
     """
-    from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
+    from zerokl.weight_sync import PublishedDeviceWeights, PublishedFile, PublishedShards, PublishedWeights
 
     if version is not None:
         version = check_int("version", version, 0, INT64_MAX)
-    if isinstance(source, (PublishedWeights, PublishedFile, PublishedShards)):
+    if isinstance(source, (PublishedWeights, PublishedFile, PublishedShards, PublishedDeviceWeights)):
         size = DEFAULT_BUCKET_BYTES if bucket_bytes is None else check_int("bucket_bytes", bucket_bytes, 1)
-        return SharedWeights(published=source, bucket_bytes=size), source.version if version is None else version
+        version = source.version if version is None else version
+        if isinstance(source, PublishedDeviceWeights):
+            return DeviceWeights(published=source, bucket_bytes=size), version
+        return SharedWeights(published=source, bucket_bytes=size), version
     if isinstance(source, (str, os.PathLike)):
         return FolderWeights(path=os.fspath(source)), version
     if isinstance(source, Mapping):
@@ -74,6 +86,12 @@ def weight_source(source: Any, version: int | None, bucket_bytes: int | None = N
         except (TypeError, ValueError):
             kind += " whose items are no pairs of name and tensor"
     raise ValueError(f"source must be tensors by name, a folder or PublishedWeights, got {kind}")
+
+
+def check_source(source: WeightSource, device: str) -> None:
+    """Raise ValueError for weights that an engine on `device` cannot read."""
+    if isinstance(source, DeviceWeights) and device != "gpu":
+        raise ValueError(f"source is in a GPU's memory, so the engine's device must be 'gpu', got {device!r}")
 
 
 def as_array(name: str, tensor: Any) -> NDArray[Any]:

@@ -13,23 +13,32 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.kernels.dispatch import device_memory
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
+from zerokl.rollout.weight_source import (
+    DeviceWeights,
+    FolderWeights,
+    SharedWeights,
+    TensorWeights,
+    WeightSource,
+    as_array,
+)
 
 if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
     from zerokl.rollout.config import EngineConfig
+    from zerokl.rollout.device_staging import DeviceStaging
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner, PendingStep
-    from zerokl.weight_sync import Manifest, PublishedFile, PublishedWeights
+    from zerokl.weight_sync import PublishedFile, PublishedWeights
     from zerokl.weight_sync.live_weights import LiveWeights
     from zerokl.weight_sync.session import UpdateSession
     from zerokl.weight_sync.transport import Lease
@@ -134,6 +143,9 @@ class LocalWorker:
         self._checksums: dict[str, int] = {}
         self._checksum_dtype = "float32"
         self._segments = SegmentMappings()
+        self._device = config.device
+        self._device_staging: DeviceStaging | None = None
+        """Made with the first weights that come from a GPU's memory."""
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
     def execute(self, order: StepOrder) -> StepResult:
@@ -160,6 +172,8 @@ class LocalWorker:
             # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
             folder = open_tensors(source.path, self._model_config, patterns=runner.takes_patterns)
             runner.stage(folder, version)
+        elif isinstance(source, DeviceWeights):
+            self._session = self._staging_on_device().stage(runner, source, version)
         else:
             self._stage_published(runner, source, version)
 
@@ -191,7 +205,7 @@ class LocalWorker:
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
         """As `Worker.sleep`."""
         self._live_runner().sleep(tags, level, spill_dir)
-        self._segments.release()
+        self._release_sources()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """As `Worker.wake_up`."""
@@ -220,7 +234,19 @@ class LocalWorker:
         if self._runner is not None:
             self._runner.close()
         self._runner = None
+        self._release_sources()
+
+    def _release_sources(self) -> None:
         self._segments.release()
+        if self._device_staging is not None:
+            self._device_staging.release()
+
+    def _staging_on_device(self) -> DeviceStaging:
+        if self._device_staging is None:
+            from zerokl.rollout.device_staging import DeviceStaging
+
+            self._device_staging = DeviceStaging(self._model_config, device_memory(self._device))
+        return self._device_staging
 
     def _stage_published(self, runner: ModelRunner, source: SharedWeights, version: int) -> None:
         from zerokl.weight_sync.shards import PublishedShards
@@ -243,6 +269,7 @@ class LocalWorker:
 
     def _stage_arriving(self, runner: ModelRunner, lease: Lease, version: int, bucket_bytes: int) -> UpdateSession:
         """Pack a complete set while it is read and checked."""
+        from zerokl.rollout.device_staging import check_tied
         from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
         from zerokl.weight_sync.session import UpdateSession
 
@@ -250,7 +277,7 @@ class LocalWorker:
         read = {*runner.held_tensors(), LM_HEAD}
         session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]}, read=read)
         session.begin(version, lease.manifest)
-        _check_tied(lease.manifest, expected)
+        check_tied(lease.manifest, expected)
         try:
             runner.stage(session.arriving(lease.buckets(bucket_bytes)), version)
             session.verify_read()
@@ -289,12 +316,3 @@ class LocalWorker:
         if self._runner is None:
             raise WorkerError("the worker is closed")
         return self._runner
-
-
-def _check_tied(manifest: Manifest, expected: Mapping[str, Any]) -> None:
-    """Raise ValueError where a tied head is there and is not the embedding."""
-    from zerokl.rollout.models.layout import EMBED, LM_HEAD
-
-    content = {spec.name: (spec.dtype, spec.checksum) for spec in manifest.tensors if spec.name in (EMBED, LM_HEAD)}
-    if LM_HEAD not in expected and LM_HEAD in content and content[LM_HEAD] != content[EMBED]:
-        raise ValueError(f"tie_word_embeddings is true, but {LM_HEAD} differs from {EMBED}")

@@ -23,7 +23,14 @@ from zerokl.rollout.rank_faults import FaultMeter
 from zerokl.rollout.rank_watch import TICK_SECONDS
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.supervision import Supervision
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights, TensorWeights, WeightSource, as_array
+from zerokl.rollout.weight_source import (
+    DeviceWeights,
+    FolderWeights,
+    SharedWeights,
+    TensorWeights,
+    WeightSource,
+    as_array,
+)
 from zerokl.rollout.worker_channels import Channels, WorkerDiedError, WorkerLink
 from zerokl.rollout.worker_child import WorkerChild
 from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
@@ -109,6 +116,7 @@ class RankProcesses:
             return SharedWeights(published=self._publisher.publish(arrays, version))
         if isinstance(source, FolderWeights):
             return FolderWeights(path=str(Path(source.path).absolute()))
+        assert not isinstance(source, DeviceWeights), "worker processes are no GPU's"
         if isinstance(source.published, PublishedFile):
             path = str(Path(source.published.path).absolute())
             return dataclasses.replace(source, published=dataclasses.replace(source.published, path=path))

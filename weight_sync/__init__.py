@@ -9,15 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerokl.weight_sync.device_descriptor import PublishedDeviceWeights
+    from zerokl.weight_sync.device_publisher import DevicePublisher
     from zerokl.weight_sync.disk import PublishedFile, publish_file
     from zerokl.weight_sync.errors import (
         BufferLeasedError,
         ChecksumError,
+        DeviceHandleError,
         DiskFullError,
         IncompleteUpdateError,
         ManifestError,
         ParentMismatchError,
         ProtocolError,
+        PublisherDiedError,
         SegmentBusyError,
         SegmentMissingError,
         SegmentTruncatedError,
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BufferLeasedError",
     "ChecksumError",
+    "DeviceHandleError",
+    "DevicePublisher",
     "DiskFullError",
     "IncompleteUpdateError",
     "LiveWeights",
@@ -48,9 +54,11 @@ __all__ = [
     "ParentMismatchError",
     "ProtocolError",
     "PublishedArrays",
+    "PublishedDeviceWeights",
     "PublishedFile",
     "PublishedShards",
     "PublishedWeights",
+    "PublisherDiedError",
     "SegmentBusyError",
     "SegmentMissingError",
     "SegmentTruncatedError",
@@ -70,6 +78,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DevicePublisher": "device_publisher",
+    "PublishedDeviceWeights": "device_descriptor",
     "LiveWeights": "live_weights",
     "PublishedArrays": "inproc",
     "PublishedFile": "disk",

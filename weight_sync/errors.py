@@ -60,3 +60,11 @@ class UpdateInProgressError(WeightSyncError, ValueError):
 
 class DiskFullError(WeightSyncError):
     """The file system cannot hold the publication; the one before is as it was."""
+
+
+class DeviceHandleError(WeightSyncError, ValueError):
+    """Memory or an event of another process cannot be exported or opened, or is not what its descriptor says."""
+
+
+class PublisherDiedError(WeightSyncError, ValueError):
+    """The publisher's process ended before its memory was read to the end."""

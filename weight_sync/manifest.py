@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 import msgpack  # type: ignore[import-untyped]
 import xxhash
 
+from zerokl.weight_sync.device_checksums import CHECKSUM_KIND
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.tensor_spec import ALIGNMENT, MAX_INT, Spans, TensorSpec, is_integer
 
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised with every change of the encoded form; a receiver refuses any other."""
+
+XXH3 = "xxh3_64"
+CHECKSUM_KINDS = (XXH3, CHECKSUM_KIND)
+"""xxh3_64 with seed 0 of the tensors' bytes, or `device_checksums.device_checksum` of the tensors."""
 
 _LISTED = 8
 """Names quoted in one error message; the rest is a count."""
@@ -72,6 +77,8 @@ class Manifest:
     """Element type in which the tensors of the result are hashed: float32 or bfloat16, that of the publications."""
     inexact: bool = False
     """Whether values were rounded on the way, so that the trainer's differ."""
+    checksum_kind: str = XXH3
+    """How checksums are made: one of CHECKSUM_KINDS."""
 
     def __post_init__(self) -> None:
         if not is_integer(self.version, MAX_INT):
@@ -86,6 +93,10 @@ class Manifest:
             raise ManifestError(f"result_dtype {self.result_dtype!r} is not float32 or bfloat16")
         if type(self.inexact) is not bool:
             raise ManifestError(f"inexact {self.inexact!r} is not a bool")
+        if self.checksum_kind not in CHECKSUM_KINDS:
+            raise ManifestError(f"checksum_kind {self.checksum_kind!r:.200} is not one of {CHECKSUM_KINDS}")
+        if self.parent is not None and self.checksum_kind != XXH3:
+            raise ManifestError(f"checksum_kind must be {XXH3!r} of a delta, got {self.checksum_kind!r}")
         names: set[str] = set()
         end = 0
         for spec in self.tensors:
@@ -132,13 +143,13 @@ class Manifest:
             for spec in self.tensors
         ]
         fields = (self.version, self.total_bytes, self.parent, self.result, self.result_dtype, self.inexact)
-        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, rows))
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields, self.checksum_kind, rows))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes) -> Manifest:
         """Inverse of `to_bytes`. Raises ManifestError for anything else than its output, whatever the bytes."""
-        version, total_bytes, parent, result, result_dtype, inexact, rows = _unpack(encoded, "manifest", 7)
+        version, total_bytes, parent, result, result_dtype, inexact, kind, rows = unpack(encoded, "manifest", 8)
         if not isinstance(rows, list):
             raise ManifestError("manifest: the tensor table is not a list")
         return Manifest(
@@ -148,6 +159,7 @@ class Manifest:
             result=result,
             result_dtype=result_dtype,
             inexact=inexact,
+            checksum_kind=kind,
             tensors=tuple(_spec_from_row(row) for row in rows),
         )
 
@@ -179,7 +191,7 @@ class PublishedWeights:
     @staticmethod
     def from_bytes(encoded: bytes) -> PublishedWeights:
         """Inverse of `to_bytes`. Raises ManifestError for anything else than its output."""
-        segment, manifest = _unpack(encoded, "published weights", 2)
+        segment, manifest = unpack(encoded, "published weights", 2)
         if not isinstance(segment, str) or not isinstance(manifest, bytes):
             raise ManifestError("published weights: expected a segment name and an encoded manifest")
         return PublishedWeights(segment=segment, manifest=Manifest.from_bytes(manifest))
@@ -210,7 +222,7 @@ def plan_layout(
     return tuple(specs), offset
 
 
-def _unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
+def unpack(encoded: bytes, what: str, fields: int) -> list[Any]:
     """Decode a msgpack list [FORMAT_VERSION, field...]; returns the fields."""
     try:
         content = msgpack.unpackb(encoded)

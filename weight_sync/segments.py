@@ -116,10 +116,10 @@ class OwnedSegment:
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
 
     @contextmanager
-    def writing(self) -> Iterator[mmap.mmap]:
-        """Hold the segment against readers. Raises BufferLeasedError at once when one has it mapped."""
+    def writing(self, *, wait: bool = False) -> Iterator[mmap.mmap]:
+        """Hold the segment against readers. When one has it mapped raises BufferLeasedError at once, or waits."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise BufferLeasedError(f"segment {self.name} is still mapped by a reader") from error
         try:

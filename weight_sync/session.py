@@ -1,6 +1,7 @@
 """The receiving half of an update: begin(version, manifest) -> stage(bucket)* -> verify -> commit -> publish, or abort.
 
-A complete set may be packed while it arrives: `arriving` and `verify_read` take the places of `stage` and `verify`.
+A complete set may be packed while it arrives: `arriving` and `verify_read` take the places of `stage` and `verify`. One
+that a device copies by itself is told by its checksums: `verify_placed`.
 
 A session is one update. Nothing that it does before `commit` can be seen from outside, and whatever raises before has
 aborted it: there is no state in which a part of an update serves.
@@ -26,7 +27,7 @@ from zerokl.weight_sync.errors import (
     VersionOrderError,
 )
 from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
-from zerokl.weight_sync.manifest import Manifest, result_checksum
+from zerokl.weight_sync.manifest import XXH3, Manifest, result_checksum
 from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
 from zerokl.weight_sync.views import WideTensors, widen
@@ -134,6 +135,22 @@ class UpdateSession:
             self._note_checksums()
             self.state = "verified"
 
+    def verify_placed(self, checksums: Mapping[str, int]) -> None:
+        """In place of `stage` and `verify`, for a complete set: the checksums, by name, of what came to its place.
+
+        Raises IncompleteUpdateError, ChecksumError.
+        """
+        self._enter("verify_placed", "staging")
+        assert self.manifest.parent is None, "a delta is staged"
+        with _aborting(self):
+            for spec in self.manifest.tensors:
+                if spec.name not in checksums and spec.name in self._expected:
+                    raise IncompleteUpdateError(f"version {self.manifest.version}: tensor {spec.name!r} did not arrive")
+                if spec.name in checksums:
+                    self._compare(spec, checksums[spec.name])
+            self._note_checksums()
+            self.state = "verified"
+
     def commit(self, flip: Callable[[], None]) -> None:
         """Let the new version serve: `flip` does, in one step. If it raises, the update is aborted."""
         self._enter("commit", "verified")
@@ -210,7 +227,9 @@ class UpdateSession:
 
     def _check_tensor(self, spec: TensorSpec) -> None:
         stored = self._stored.get(spec.name)
-        actual = xxhash.xxh3_64_intdigest(b"") if stored is None else checksum_of(stored)
+        self._compare(spec, xxhash.xxh3_64_intdigest(b"") if stored is None else checksum_of(stored))
+
+    def _compare(self, spec: TensorSpec, actual: int) -> None:
         if actual != spec.checksum:
             self._stored.clear()
             raise ChecksumError(
@@ -246,6 +265,8 @@ class UpdateSession:
 
     def _note_checksums(self) -> None:
         """Of a complete set, where all tensors are of one type that a delta may have."""
+        if self.manifest.checksum_kind != XXH3:
+            return
         dtypes = {spec.dtype for spec in self._specs.values()}
         if dtypes <= {"float32"} or dtypes <= {"bfloat16"}:
             self.dtype = "bfloat16" if "bfloat16" in dtypes else "float32"

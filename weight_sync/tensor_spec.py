@@ -45,7 +45,7 @@ class TensorSpec:
     offset: int
     """Bytes from the start of the segment, a multiple of 64."""
     checksum: int = 0
-    """xxh3_64 of the bytes, with seed 0."""
+    """Of the tensor, as `Manifest.checksum_kind` says."""
     spans: Spans | None = None
     """Ranges [start, stop) of elements in C order that are there, in a delta, ascending and apart; None: all."""
     whole: int = 0

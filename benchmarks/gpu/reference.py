@@ -24,7 +24,8 @@ from zerokl.kernels.reference.ops import ReferenceOps
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward
+from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder_params import build_params
 from zerokl.rollout.models.loader import load_tensors
 from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.models.saver import save_pretrained

@@ -3,7 +3,8 @@
     python benchmarks/gpu/run_all.py --part PART [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--gguf smollm2.gguf]
 
-Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize.
+Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync.
+`sync.py` tells the last one; `--part sync --models A --sizes 0 --updates 1` is its short form.
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
 temperature 1, logprobs on, random weights whose logits have a real spread. tok/s counts new tokens over the wall time
@@ -35,9 +36,16 @@ Row = dict[str, Any]
 Part = Callable[[argparse.Namespace, Path], list[Row]]
 
 PEERS = {"speed_a": "A", "speed_b": "B", "c": "C"}
-SIZES = {"speed_a": (8, 256, 512), "speed_b": (256, 512), "c": (128,), "arrivals": (64, 256, 512), "cost": (256,)}
+SIZES = {
+    "speed_a": (8, 256, 512),
+    "speed_b": (256, 512),
+    "c": (128,),
+    "arrivals": (64, 256, 512),
+    "cost": (256,),
+    "sync": (0, 64),
+}
 """Numbers of sequences by part, where none are given."""
-MODELS = {"cost": ("A", "B"), "reference": ("smollm2", "A, 4 layers")}
+MODELS = {"cost": ("A", "B"), "reference": ("smollm2", "A, 4 layers"), "sync": ("A", "B")}
 """Models of parts that let one choose."""
 
 # Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
@@ -100,8 +108,15 @@ def sanitize(_args: argparse.Namespace, _folder: Path) -> list[Row]:
     return sanitize_rows()
 
 
+def sync(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from sync import sync_rows
+    from workload import make_engine
+
+    return sync_rows(folder, make_engine, args.models, args.sizes, args.updates)
+
+
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize)
+    part.__name__: part for part in (exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync)
 }  # fmt: skip
 
 
@@ -126,6 +141,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-site", type=Path)
     parser.add_argument("--models", nargs="+", help="of parts cost and reference")
     parser.add_argument("--pairs", type=int, default=21, help="interleaved pairs of part cost")
+    parser.add_argument("--updates", type=int, default=5, help="of part sync, for each number of sequences")
     kit = Path(os.environ.get("KIT", "/opt/kit"))
     parser.add_argument("--gguf", type=Path, default=kit / "smollm2.gguf", help="real weights of part reference")
     args = parser.parse_args(given)

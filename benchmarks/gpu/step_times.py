@@ -45,8 +45,8 @@ class TimedWorker(RandomWeights):
         others = [step for step in log if not step[0] == step[1] == sequences]
         if len(decodes) < 3:
             return {"decode_steps": len(decodes)}
-        spans = [_milliseconds(step[3], step[4]) for step in decodes]
-        gaps = [_milliseconds(a[4], b[3]) for a, b in itertools.pairwise(decodes)]
+        spans = [milliseconds(step[3], step[4]) for step in decodes]
+        gaps = [milliseconds(a[4], b[3]) for a, b in itertools.pairwise(decodes)]
         periods = [b[2] - a[2] for a, b in itertools.pairwise(decodes)]
         return {
             "decode_steps": len(decodes),
@@ -54,9 +54,10 @@ class TimedWorker(RandomWeights):
             "gpu_gap_ms": round(statistics.median(gaps), 3),
             "period_ms": round(statistics.median(periods) * 1e3, 3),
             "other_steps": len(others),
-            "other_gpu_ms": round(sum(_milliseconds(step[3], step[4]) for step in others), 1),
+            "other_gpu_ms": round(sum(milliseconds(step[3], step[4]) for step in others), 1),
         }
 
 
-def _milliseconds(first: Any, last: Any) -> float:
+def milliseconds(first: Any, last: Any) -> float:
+    """From one event to another."""
     return float(check(runtime.cudaEventElapsedTime(first, last)))

@@ -14,7 +14,8 @@ from products import Products
 from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu import matmul
 from zerokl.kernels.gpu.elementwise import Tensor
-from zerokl.kernels.gpu.ops import Dtype, GpuOps, PackedGateUp, PackedLinear
+from zerokl.kernels.gpu.ops import Dtype, GpuOps
+from zerokl.kernels.gpu.packed import PackedGateUp, PackedLinear
 from zerokl.rollout import model_runner
 
 

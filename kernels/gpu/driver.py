@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import paddle
@@ -18,6 +22,8 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
         self.launcher_cls = CudaLauncher
         self.stream: int | None = None
         """Handle of the stream to launch on; None: Paddle's."""
+        self.here = threading.local()
+        """Its `stream`, if it is there, is what the thread at hand launches on."""
         self._device = device
         self._capability: tuple[int, int] = tuple(paddle.device.cuda.get_device_capability(device))
 
@@ -35,7 +41,8 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
 
     def get_current_stream(self, device: int) -> int:
         """Handle of the stream to launch on."""
-        return int(paddle.device.cuda.current_stream().cuda_stream) if self.stream is None else self.stream
+        stream: int | None = getattr(self.here, "stream", self.stream)
+        return framework_stream() if stream is None else stream
 
 
 def activate(device: int = 0) -> Any:
@@ -46,8 +53,34 @@ def activate(device: int = 0) -> Any:
     if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() <= device:
         raise RuntimeError(f"device 'gpu' needs Paddle's GPU build and a GPU number {device}")
     paddle.set_device(f"gpu:{device}")
-    triton.runtime.driver.set_active(PaddleDriver(device))
+    triton.runtime.driver.set_active(_driver(device))
     return paddle.CUDAPlace(device)
+
+
+@cache
+def _driver(device: int) -> PaddleDriver:
+    return PaddleDriver(device)
+
+
+def framework_stream() -> int:
+    """Handle of Paddle's current stream."""
+    return int(paddle.device.cuda.current_stream().cuda_stream)
+
+
+def framework_streams() -> tuple[int, int]:
+    """Streams that Paddle writes tensors on: its current one, and CUDA's default stream."""
+    return framework_stream(), 0
+
+
+@contextmanager
+def launching_on(stream: int) -> Iterator[None]:
+    """Have the calling thread launch on the stream with this handle inside; `activate` was called before."""
+    here = triton.runtime.driver.active.here
+    here.stream = stream
+    try:
+        yield
+    finally:
+        del here.stream
 
 
 def use_stream(stream: int) -> None:

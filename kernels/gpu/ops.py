@@ -9,7 +9,6 @@ every sum, is said in docs/numerics.md. Paddle serves memory alone: no Paddle op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,10 +22,12 @@ from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
+from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear
 from zerokl.kernels.gpu.routing_record import FetchedRouting, RoutingRecord
 from zerokl.kernels.gpu.scratch import Scratch
 from zerokl.kernels.gpu.step_arrays import StepLayout, bucket, lay_out
 from zerokl.kernels.gpu.transfers import Downloads, Fetch, Uploads
+from zerokl.kernels.gpu.weight_slots import WeightSlots
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, SampleResult, SamplingBatch, StepInputs
 
 Dtype = Literal["float32", "bfloat16"]
@@ -35,29 +36,6 @@ _MAX_ROWS = 1 << 16
 """Rows of results that a step can have."""
 _ROWS_PER_PASS = 512
 """Rows whose logits are in memory at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """Matrices on top of each other, [N, K], and their biases [N] in float32."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class PackedGateUp:
-    """The rows of the two input matrices of a SwiGLU block in turn, [2 F, E]."""
-
-    weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PackedExperts:
-    """The experts of a mixture on top of each other: gate and up [X, 2 F, E] as in `PackedGateUp`, down [X, E, F]."""
-
-    gate_up: Tensor
-    down: Tensor
 
 
 class GpuOps:
@@ -88,6 +66,8 @@ class GpuOps:
         self._sections: dict[str, Tensor] = {}
         self._arrays: dict[tuple[tuple[str, int], ...], tuple[Tensor, dict[str, Tensor]]] = {}
         self._pool: KVPool[Tensor] | None = None
+        self.slots = WeightSlots(self.device.empty)
+        """For sets of weights that are copied on the device."""
         self._results = self.device.empty([_MAX_ROWS, int(sampling.NUM_RESULTS)], "int32")
         """Of the last step that drew; the tokens of the next one may be taken from here."""
         self._routing_record: RoutingRecord | None = None

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.gpu import sampling
 from zerokl.kernels.gpu.elementwise import Tensor, gather
-from zerokl.kernels.gpu.ops import GpuOps, PackedLinear
+from zerokl.kernels.gpu.ops import GpuOps
+from zerokl.kernels.gpu.packed import PackedLinear
 from zerokl.kernels.gpu.step_arrays import sampling_options
 from zerokl.kernels.ops import AttentionSpec, KVPool, LayerParams, StepInputs, check_temperature, neutral_sampling
 from zerokl.kernels.packed_step import BLOCK_SIZE, num_blocks

@@ -142,9 +142,11 @@ class PaddleDevice:
 
 @cache
 def _stream(number: int) -> Any:
-    """The process's stream on a GPU: Triton launches on one, whoever asks it to."""
+    """The process's stream of steps on a GPU, of the highest priority: what runs beside them is to give way."""
     check(runtime.cudaSetDevice(number))
-    return check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+    error, _, greatest = runtime.cudaDeviceGetStreamPriorityRange()
+    check((error,))
+    return check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, greatest))
 
 
 def memory(number: int = 0) -> tuple[int, int]:

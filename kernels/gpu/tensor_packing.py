@@ -13,7 +13,8 @@ import triton.language as tl
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.matmul import dtype_of
-from zerokl.kernels.gpu.ops import Dtype, PackedExperts, PackedGateUp, PackedLinear
+from zerokl.kernels.gpu.ops import Dtype
+from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear
 
 _BLOCK = 1024
 

@@ -180,7 +180,7 @@ CLIENT_MESSAGES: Schema = {
         "yes",
         _DEADLINE
         | {
-            "source": OneOf(("folder", "file", "shared", "shards", "upload")),
+            "source": OneOf(("folder", "file", "shared", "shards", "device", "upload")),
             "path": Optional(Text()),
             "published": Optional(Bytes()),
             "upload": Optional(Integer(1)),

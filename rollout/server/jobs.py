@@ -223,7 +223,7 @@ class EngineJobs:
         self._in_background(call, call.update.run)
 
     def _source(self, call: ServedCall, body: Any) -> Any:
-        from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights
+        from zerokl.weight_sync import PublishedDeviceWeights, PublishedFile, PublishedShards, PublishedWeights
 
         kind = body["source"]
         needed = {"folder": "path", "file": "path", "upload": "upload"}.get(kind, "published")
@@ -235,7 +235,12 @@ class EngineJobs:
             return PublishedFile(path=body["path"], version=body["version"])
         if kind == "upload":
             return self._uploads.take(call.client, body["upload"])
-        return (PublishedWeights if kind == "shared" else PublishedShards).from_bytes(body["published"])
+        publications: dict[str, Any] = {
+            "shared": PublishedWeights,
+            "shards": PublishedShards,
+            "device": PublishedDeviceWeights,
+        }
+        return publications[kind].from_bytes(body["published"])
 
     def _describe_engine(self, call: ServedCall) -> None:
         self._commands.submit(

@@ -22,7 +22,8 @@ from zerokl.kernels.ops import DecoderParams, StepInputs, neutral_sampling  # no
 from zerokl.kernels.packed_step import BLOCK_SIZE, num_blocks, packed_step  # noqa: E402
 from zerokl.kernels.reference.ops import ReferenceOps  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
-from zerokl.rollout.models.decoder import DecoderSpec, build_params, forward  # noqa: E402
+from zerokl.rollout.models.decoder import DecoderSpec, forward  # noqa: E402
+from zerokl.rollout.models.decoder_params import build_params  # noqa: E402
 from zerokl.rollout.models.rope import rope_table  # noqa: E402
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.rollout.routing_capture import RoutingCapture  # noqa: E402

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gpu_rig import HostDevice
 
+from zerokl.kernels.gpu.weight_slots import WeightSlots
 from zerokl.kernels.ops import StepInputs, neutral_sampling
 from zerokl.rollout import gpu_steps
 from zerokl.rollout.config import EngineConfig
@@ -26,6 +27,7 @@ class FakeOps:
 
     def __init__(self) -> None:
         self.device = HostDevice()
+        self.slots = WeightSlots(self.device.empty)
         self.done: Counter[str] = Counter()
 
     def begin_step(self, inputs: StepInputs, pool: Any) -> None:

@@ -1,0 +1,137 @@
+"""The calls of CUDA's driver and runtime by which processes share a GPU's memory: all of them, and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from cuda.bindings import driver, runtime
+
+from zerokl.kernels.gpu.paddle_device import check
+
+_HANDLE_BYTES = 64
+
+
+class CudaCalls:
+    """One GPU and a stream on it. Addresses, events and streams are integers.
+
+    Every method raises RuntimeError naming the error where the call fails. Any thread may call.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._enter()
+        least, _ = _two(runtime.cudaDeviceGetStreamPriorityRange())
+        self.stream = int(check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, least)))
+        """Gives way to the steps, which have the highest priority."""
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def allocate(self, size: int) -> int:
+        """New memory."""
+        self._enter()
+        return int(check(runtime.cudaMalloc(size)))
+
+    def free(self, base: int) -> None:
+        """Give memory back; waits for the device."""
+        self._enter()
+        check(runtime.cudaFree(base))
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """First address and size of the allocation that holds an address."""
+        self._enter()
+        base, size = _two(driver.cuMemGetAddressRange(address))
+        return int(base), int(size)
+
+    def allocation_id(self, base: int) -> int:
+        """A number that no other allocation of this process has had."""
+        self._enter()
+        return int(check(driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID, base)))
+
+    def export_memory(self, base: int) -> bytes:
+        """A handle for other processes."""
+        self._enter()
+        return _bytes_of(check(runtime.cudaIpcGetMemHandle(base)))
+
+    def open_memory(self, handle: bytes) -> int:
+        """Map another process's allocation, of this GPU or of a peer."""
+        self._enter()
+        made = _with_bytes(runtime.cudaIpcMemHandle_t(), handle)
+        return int(check(runtime.cudaIpcOpenMemHandle(made, runtime.cudaIpcMemLazyEnablePeerAccess)))
+
+    def close_memory(self, base: int) -> None:
+        """Unmap it."""
+        self._enter()
+        check(runtime.cudaIpcCloseMemHandle(base))
+
+    # -- events --------------------------------------------------------------------------------------------------------
+    def new_event(self) -> int:
+        """An event for other processes too."""
+        self._enter()
+        flags = runtime.cudaEventInterprocess | runtime.cudaEventDisableTiming
+        return int(check(runtime.cudaEventCreateWithFlags(flags)))
+
+    def export_event(self, event: int) -> bytes:
+        """A handle for other processes."""
+        self._enter()
+        return _bytes_of(check(runtime.cudaIpcGetEventHandle(event)))
+
+    def open_event(self, handle: bytes) -> int:
+        """Another process's event."""
+        self._enter()
+        return int(check(runtime.cudaIpcOpenEventHandle(_with_bytes(runtime.cudaIpcEventHandle_t(), handle))))
+
+    def close_event(self, event: int) -> None:
+        """Let go of an event."""
+        self._enter()
+        check(runtime.cudaEventDestroy(event))
+
+    def record(self, event: int, stream: int) -> None:
+        """Have the event reached after what was launched on a stream so far; 0: the default stream."""
+        self._enter()
+        check(runtime.cudaEventRecord(event, stream))
+
+    def wait(self, event: int) -> None:
+        """Have what is launched on our stream from now on wait for the event."""
+        self._enter()
+        check(runtime.cudaStreamWaitEvent(self.stream, event, 0))
+
+    # -- our stream ----------------------------------------------------------------------------------------------------
+    def upload(self, address: int, host: int, size: int) -> None:
+        """Copy from the host's memory, which may change once this returns."""
+        self._copy(address, host, size, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def download(self, host: int, address: int, size: int) -> None:
+        """Copy to the host's memory; there after `synchronize`."""
+        self._copy(host, address, size, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def clear(self, address: int, size: int) -> None:
+        """Fill with zeros."""
+        self._enter()
+        check(runtime.cudaMemsetAsync(address, 0, size, self.stream))
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+        self._enter()
+        check(runtime.cudaStreamSynchronize(self.stream))
+
+    def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
+        self._enter()
+        check(runtime.cudaMemcpyAsync(target, source, size, kind, self.stream))
+
+    def _enter(self) -> None:
+        check(runtime.cudaSetDevice(self._number))
+
+
+def _two(answer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+    check(answer[:1])
+    return answer[1], answer[2]
+
+
+def _bytes_of(handle: Any) -> bytes:
+    return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES)
+
+
+def _with_bytes(handle: Any, content: bytes) -> Any:
+    assert len(content) == _HANDLE_BYTES, f"a handle of {len(content)} bytes"
+    ctypes.memmove(handle.getPtr(), content, _HANDLE_BYTES)
+    return handle

@@ -1,0 +1,190 @@
+"""A GPU of ordinary bytes: allocations are files that processes map, so that a test can play trainer and engine.
+
+Each process sees an allocation at another address. Kernels are NumPy, events are notes. It is a
+`zerokl.weight_sync.device_memory.DeviceMemory` with the `place` of `zerokl.kernels.gpu.shared_memory`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zerokl.kernels.device_tensors import Placement
+from zerokl.weight_sync.device_checksums import device_checksum
+
+_STORED: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.uint32}
+_EXPONENT = {"bfloat16": 0x7F80, "float32": 0x7F800000}
+
+
+class FakeTensor:
+    """What a publisher asks of a Paddle tensor."""
+
+    def __init__(self, address: int, shape: Sequence[int], dtype: str) -> None:
+        self.shape, self.dtype, self._address = list(shape), f"paddle.{dtype}", address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """The elements' patterns, to read and to write."""
+        return elements(self._address, tuple(self.shape), self.dtype.rpartition(".")[2])
+
+
+class FakeGpu:
+    """One process's view of the GPU whose memory is the files of `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: Counter[str] = Counter()
+        self.after_copy = lambda: None
+        """Called between the copy and the check of a set."""
+        self._maps: dict[int, tuple[mmap.mmap, str, int]] = {}
+        self._events: dict[int, str] = {}
+
+    def put(self, values: NDArray[Any], dtype: str) -> FakeTensor:
+        """A tensor with these patterns in an allocation of its own, not at its start."""
+        tensor = FakeTensor(self.allocate(values.nbytes + 256) + 64, values.shape, dtype)
+        tensor.values[...] = values.view(_STORED[dtype])
+        return tensor
+
+    def empty(self, shape: Sequence[int], dtype: str) -> FakeTensor:
+        size = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
+        return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
+
+    # -- DeviceMemory --------------------------------------------------------------------------------------------------
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        for base, (memory, _, _) in self._maps.items():
+            if base <= address < base + len(memory):
+                return base, len(memory)
+        raise RuntimeError("CUDA: CUDA_ERROR_INVALID_VALUE")
+
+    def allocation_id(self, base: int) -> int:
+        return int(self._maps[base][1], 16)
+
+    def allocate(self, size: int) -> int:
+        self.done["allocate"] += 1
+        name = secrets.token_hex(16)
+        (self.folder / name).write_bytes(bytes(size))
+        return self._map(name)
+
+    def free(self, base: int) -> None:
+        self.done["free"] += 1
+        (self.folder / self._maps.pop(base)[1]).unlink()
+
+    def export_memory(self, base: int) -> bytes:
+        self.done["export"] += 1
+        return self._maps[base][1].encode().ljust(64, b"\0")
+
+    def open_memory(self, handle: bytes) -> int:
+        self.done["open"] += 1
+        try:
+            return self._map(handle.rstrip(b"\0").decode())
+        except (FileNotFoundError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise RuntimeError("CUDA: cudaErrorInvalidResourceHandle") from error
+
+    def close_memory(self, base: int) -> None:
+        self.done["close"] += 1
+        del self._maps[base]
+
+    def new_event(self) -> int:
+        event = len(self._events) + 1
+        self._events[event] = f"event-{os.getpid()}-{event}"
+        return event
+
+    def export_event(self, event: int) -> bytes:
+        return self._events[event].encode().ljust(64, b"\0")
+
+    def open_event(self, handle: bytes) -> int:
+        self.done["open_event"] += 1
+        event = len(self._events) + 1
+        self._events[event] = handle.rstrip(b"\0").decode()
+        if not self._events[event].startswith("event-"):
+            raise RuntimeError("CUDA: cudaErrorInvalidResourceHandle")
+        return event
+
+    def close_event(self, event: int) -> None:
+        self.done["close_event"] += 1
+
+    def record(self, event: int) -> None:
+        (self.folder / self._events[event]).touch()
+
+    def wait(self, event: int) -> None:
+        assert (self.folder / self._events[event]).exists(), "an event that was not recorded"
+        self.done["wait"] += 1
+
+    def follow(self, stream: int | None) -> None:
+        self.done["follow"] += 1
+
+    def checksums(self, tensors: Sequence[tuple[int, int, int, str]]) -> list[int]:
+        return [device_checksum(elements(at, (rows, columns), dtype)) for at, rows, columns, dtype in tensors]
+
+    def copy(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int]) -> list[int]:
+        pairs = zip(tensors, targets, strict=True)
+        return self.place([Placement(*tensor, target, tensor[3], tensor[2]) for tensor, target in pairs])[0]
+
+    def place(self, placements: Sequence[Placement], bucket_bytes: int = 0) -> tuple[list[int], list[int]]:
+        for placement in placements:
+            _target(placement)[...] = converted(_source(placement), placement.dtype, placement.target_dtype)
+        self.after_copy()
+        sums, broken = [], []
+        for placement in placements:
+            told = _told(placement)
+            sums.append(device_checksum(np.ascontiguousarray(told)))
+            exponent = _EXPONENT[placement.dtype]
+            broken.append(int(((told & exponent) == exponent).any()))
+        return sums, broken
+
+    def _map(self, name: str) -> int:
+        with (self.folder / name).open("r+b") as stream:
+            memory = mmap.mmap(stream.fileno(), 0)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._maps[address] = memory, name, len(memory)
+        return address
+
+
+def elements(address: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """The patterns at an address."""
+    count = int(np.prod(shape))
+    if not count:
+        return np.empty(shape, _STORED[dtype])
+    flat = np.ctypeslib.as_array((ctypes.c_uint8 * (count * np.dtype(_STORED[dtype]).itemsize)).from_address(address))
+    return flat.view(_STORED[dtype]).reshape(shape)
+
+
+def converted(bits: NDArray[Any], dtype: str, target_dtype: str) -> NDArray[Any]:
+    """Patterns of one type as those of another."""
+    if dtype == target_dtype:
+        return bits
+    if dtype == "bfloat16":
+        return bits.astype(np.uint32) << 16
+    return ((bits.astype(np.uint64) + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _source(placement: Placement) -> NDArray[Any]:
+    return elements(placement.source, (placement.rows, placement.columns), placement.dtype)
+
+
+def _target(placement: Placement) -> NDArray[Any]:
+    count = max(0, placement.rows - 1) * placement.stride + placement.columns
+    flat = elements(placement.target, (count,), placement.target_dtype)
+    shape = (placement.rows, placement.columns)
+    return np.lib.stride_tricks.as_strided(flat, shape, (placement.stride * flat.itemsize, flat.itemsize))
+
+
+def _told(placement: Placement) -> NDArray[Any]:
+    """The source's patterns as the target tells them, or where it was rounded the source."""
+    if placement.dtype == placement.target_dtype:
+        return _target(placement)
+    if placement.dtype == "float32":
+        return _source(placement)
+    return (_target(placement) >> np.uint32(16)).astype(np.uint16)

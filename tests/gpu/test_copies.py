@@ -1,0 +1,173 @@
+"""Copies of many tensors on the device: every byte comes to its place, and checksums are those of the definition.
+
+Under TRITON_INTERPRET=1 the kernels run on the CPU, over the host's memory: they are of integers alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import gpu_rig as rig
+import numpy as np
+import pytest
+from fake_gpu import converted
+from host_calls import HostCalls
+from numpy.typing import NDArray
+
+rig.require_device()
+
+from zerokl.kernels.device_tensors import DeviceTensor, DeviceTensors, Placement  # noqa: E402
+from zerokl.kernels.dispatch import device_packer, weight_packer  # noqa: E402
+from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
+from zerokl.kernels.gpu.shared_memory import SharedGpuMemory, shared_gpu_memory  # noqa: E402
+from zerokl.rollout.models.config import ModelConfig  # noqa: E402
+from zerokl.rollout.models.decoder_params import build_params  # noqa: E402
+from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
+from zerokl.weight_sync.device_checksums import device_checksum  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+# rows, columns, type, type there, stride there, bytes before the source
+CASES: list[tuple[int, int, str, str, int, int]] = [
+    (5, 64, "bfloat16", "bfloat16", 128, 0),
+    (70, 1000, "bfloat16", "bfloat16", 1000, 0),
+    (70, 896, "bfloat16", "bfloat16", 1792, 0),
+    (7, 33, "bfloat16", "bfloat16", 70, 0),
+    (1, 128, "bfloat16", "float32", 128, 0),
+    (9, 40, "bfloat16", "float32", 41, 2),
+    (1, 17, "float32", "float32", 17, 0),
+    (3, 8, "float32", "float32", 8, 8),
+    (40, 64, "float32", "bfloat16", 128, 0),
+    (9, 31, "float32", "bfloat16", 31, 0),
+    (60, 256, "float32", "float32", 512, 0),
+    (0, 8, "bfloat16", "bfloat16", 8, 0),
+]
+if not rig.INTERPRETED:
+    CASES += [(30_000, 1024, "bfloat16", "bfloat16", 1024, 0), (9000, 2048, "bfloat16", "bfloat16", 4096, 0)]
+    CASES += [(3000, 4096, "float32", "bfloat16", 4096, 0), (4000, 1023, "bfloat16", "bfloat16", 1023, 0)]
+TYPES: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.uint32}
+
+
+def shared_memory() -> SharedGpuMemory:
+    if rig.INTERPRETED:
+        calls: Any = HostCalls()
+        return SharedGpuMemory(calls, lambda stream: nullcontext(), list)
+    return shared_gpu_memory()
+
+
+class Bench:
+    """Memory, and the CASES' tensors in it."""
+
+    def __init__(self) -> None:
+        self.memory = shared_memory()
+        self.calls = self.memory._calls
+        self.sources, self.placements = [], []
+        for seed, (rows, columns, dtype, target_dtype, stride, before) in enumerate(CASES):
+            bits = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32).view(np.uint32)
+            source = (bits >> 16).astype(np.uint16) if dtype == "bfloat16" else bits
+            address = self.calls.allocate(source.nbytes + before + 16) + before
+            self.write(address, source)
+            size = rows * stride * TYPES[target_dtype](0).itemsize
+            target = self.calls.allocate(size + 16)
+            self.calls.clear(target, size + 16)
+            self.sources.append(source)
+            self.placements.append(Placement(address, rows, columns, dtype, target, target_dtype, stride))
+
+    def _memory(self) -> SharedGpuMemory:
+        if rig.INTERPRETED:
+            calls: Any = HostCalls()
+            return SharedGpuMemory(calls, lambda stream: nullcontext(), list)
+        return shared_gpu_memory()
+
+    def write(self, address: int, values: NDArray[Any]) -> None:
+        values = np.ascontiguousarray(values)
+        self.calls.upload(address, values.ctypes.data, values.nbytes)
+
+    def read(self, address: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        values = np.empty(shape, TYPES[dtype])
+        self.calls.download(values.ctypes.data, address, values.nbytes)
+        self.calls.synchronize()
+        return values
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1 << 17, 64 << 20])
+def test_all_come_to_their_places_at_once(bench: Bench, bucket_bytes: int) -> None:
+    checksums, broken = bench.memory.place(bench.placements, bucket_bytes)
+    assert checksums == [device_checksum(source) for source in bench.sources]
+    assert not any(broken)
+    for source, (_, rows, columns, dtype, target, target_dtype, stride) in zip(
+        bench.sources, bench.placements, strict=True
+    ):
+        there = bench.read(target, (rows, stride), target_dtype)
+        np.testing.assert_array_equal(there[:, :columns], converted(source, dtype, target_dtype))
+        assert not there[:, columns:].any()
+
+
+def test_checksums_alone(bench: Bench) -> None:
+    for _ in range(2):
+        stored = [(source, rows, columns, dtype) for source, rows, columns, dtype, *_ in bench.placements]
+        assert bench.memory.checksums(stored) == [device_checksum(source) for source in bench.sources]
+    assert bench.memory.checksums([]) == []
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_what_is_not_finite_is_found_and_a_flipped_bit_changes_one_checksum(bench: Bench, case: int) -> None:
+    source, placement = bench.sources[case], bench.placements[case]
+    if not source.size:
+        return
+    expected, _ = bench.memory.place(bench.placements)
+    last, infinity = source.reshape(-1)[-1], {"bfloat16": 0x7F80, "float32": 0x7F800000}[placement.dtype]
+    for value, is_broken in ((last ^ 1, False), (infinity, True), (infinity | 1, True), (infinity - 1, False)):
+        source.reshape(-1)[-1] = value
+        bench.write(placement.source, source)
+        checksums, broken = bench.memory.place(bench.placements)
+        assert [bool(count) for count in broken] == [is_broken and number == case for number in range(len(CASES))]
+        assert checksums[case] == device_checksum(source) != expected[case]
+        assert [c for n, c in enumerate(checksums) if n != case] == [c for n, c in enumerate(expected) if n != case]
+    source.reshape(-1)[-1] = last
+    bench.write(placement.source, source)
+
+
+MODELS = {
+    "tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True, vocab_size=200),
+    "mixture": tiny_moe_config(vocab_size=200),
+}
+
+
+def leaves(tree: Any) -> list[Any]:
+    """All tensors of packed parameters, in order."""
+    if hasattr(tree, "data_ptr"):
+        return [tree]
+    if isinstance(tree, tuple):
+        return [leaf for child in tree for leaf in leaves(child)]
+    return [leaf for name in getattr(tree, "__dataclass_fields__", {}) for leaf in leaves(getattr(tree, name))]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_set_is_packed_as_from_arrays(model: str, dtype: str) -> None:
+    config, memory = ModelConfig.from_json(MODELS[model]), shared_memory()
+    ops: Any = GpuOps(rig.HostDevice() if rig.INTERPRETED else None, rig.FLOAT)  # type: ignore[arg-type]
+    arrays, sources = random_tensors(config, 1), {}
+    for name, values in arrays.items():
+        stored = rig.to_bfloat16(values) if dtype == "bfloat16" else values
+        arrays[name] = rig.from_bfloat16(stored) if dtype == "bfloat16" else values
+        address = memory.allocate(stored.nbytes)
+        memory._calls.upload(address, stored.ctypes.data, stored.nbytes)
+        sources[name] = DeviceTensor(name, values.shape, dtype, address)
+    packer: Any
+    packer, operands = weight_packer(ops, arrays)
+    expected = build_params(packer, config, operands, None, keep=packer.tensor)
+    packer = device_packer(ops, memory)
+    made = build_params(packer, config, DeviceTensors(sources), None, keep=packer.tensor)
+    packer.finish(1 << 20)
+    assert len(leaves(made)) == len(leaves(expected)) > 10
+    for one, other in zip(leaves(made), leaves(expected), strict=True):
+        assert list(one.shape) == list(other.shape)
+        np.testing.assert_array_equal(ops.device.get(one), ops.device.get(other))

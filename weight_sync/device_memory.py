@@ -1,0 +1,101 @@
+"""What the transport through a GPU's memory asks of the GPU: few calls, so that tests can play one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+DEVICE_DTYPES = ("bfloat16", "float32")
+"""Element types of tensors in device memory."""
+
+
+class StoredTensor(NamedTuple):
+    """A C-contiguous tensor in device memory, as rows: one of another rank than 2 is one row."""
+
+    address: int
+    rows: int
+    columns: int
+    dtype: str
+    """One of DEVICE_DTYPES."""
+
+
+def as_rows(address: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+    """A tensor of this shape as rows."""
+    if len(shape) == 2:
+        return StoredTensor(address, shape[0], shape[1], dtype)
+    columns = 1
+    for size in shape:
+        columns *= size
+    return StoredTensor(address, 1, columns, dtype)
+
+
+class DeviceMemory(Protocol):
+    """One GPU as this process sees it, with a stream of its own on which all that is asked for here happens in turn.
+
+    Handles are bytes that another process of this machine may open; addresses and events are numbers of this process.
+    Every method raises RuntimeError naming what the driver says, where nothing else is said.
+    """
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """First address and size in bytes of the allocation that holds this one."""
+        ...
+
+    def allocation_id(self, base: int) -> int:
+        """A number of the allocation that begins at `base`, which no other of this process ever has."""
+        ...
+
+    def export_memory(self, base: int) -> bytes:
+        """A handle of the allocation that begins at `base`."""
+        ...
+
+    def open_memory(self, handle: bytes) -> int:
+        """Map another process's allocation; returns its first address here."""
+        ...
+
+    def close_memory(self, base: int) -> None:
+        """Unmap what `open_memory` mapped."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """Memory of this process that may be exported, for `free`; its address is a multiple of 256."""
+        ...
+
+    def free(self, base: int) -> None:
+        """Give back what `allocate` gave."""
+        ...
+
+    def new_event(self) -> int:
+        """An event that other processes may wait for; for the life of the process."""
+        ...
+
+    def export_event(self, event: int) -> bytes:
+        """A handle of the event."""
+        ...
+
+    def open_event(self, handle: bytes) -> int:
+        """Another process's event."""
+        ...
+
+    def close_event(self, event: int) -> None:
+        """Let go of what `open_event` gave."""
+        ...
+
+    def record(self, event: int) -> None:
+        """Have the event reached once all that was asked for so far is done."""
+        ...
+
+    def wait(self, event: int) -> None:
+        """Have all that is asked for from now on wait for the event, on the device; returns at once."""
+        ...
+
+    def follow(self, stream: int | None) -> None:
+        """Have it wait for what was launched on a stream of this process so far; None: the framework's current one."""
+        ...
+
+    def checksums(self, tensors: Sequence[StoredTensor]) -> list[int]:
+        """`device_checksum` of each tensor, once all that was asked for before is done."""
+        ...
+
+    def copy(self, tensors: Sequence[StoredTensor], targets: Sequence[int]) -> list[int]:
+        """Copy each tensor to an address; returns the checksums of what is there then."""
+        ...

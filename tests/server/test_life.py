@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +179,16 @@ def test_an_older_client_is_told_so(tiny_model: Path, serve: Any) -> None:
 
 
 def test_a_client_says_that_a_server_is_older() -> None:
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as older:
+    refused = [OLDER, "refused", 0, 0, {"code": "version", "text": f"protocol version 2 is not {OLDER}"}, []]
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as older, ThreadPoolExecutor(1) as threads:
         port = older.bind_to_random_port("tcp://127.0.0.1")
-        client = in_thread(lambda: RolloutClient(f"tcp://127.0.0.1:{port}"))
-        assert older.poll(10_000), "no hello"
-        route, _ = older.recv_multipart()
-        refused = [OLDER, "refused", 0, 0, {"code": "version", "text": f"protocol version 2 is not {OLDER}"}, []]
-        older.send_multipart([route, msgpack.packb(refused)])
+        client = threads.submit(RolloutClient, f"tcp://127.0.0.1:{port}", reconnect_seconds=10.0)
+        while not client.done():
+            if older.poll(50):  # a hello for each connection that the client makes
+                route, _ = older.recv_multipart()
+                older.send_multipart([route, msgpack.packb(refused)])
         with pytest.raises(ProtocolError, match=f"protocol version {OLDER} is not {PROTOCOL_VERSION}"):
-            client()
+            client.result()
 
 
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:

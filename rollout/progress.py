@@ -45,13 +45,13 @@ class Progress:
         Blocks are published: who reads them does so in a later step. Those that end whatever the results are rest.
         """
         (rank_plan,) = plan.ranks
-        left, move = self._residents.left, self.move
+        left = self._residents.left
         running, kv_cache = self._residents.running[rank_plan.rank], self._residents.kv_caches[rank_plan.rank]
         for entry in rank_plan.entries:
             if entry.request_id in left:
                 continue  # its result will be dropped
             request = requests[entry.request_id]
-            move(request, entry, kv_cache)
+            self.move(request, entry, kv_cache)
             if _goes_on(request, entry):
                 running.advance(request)
             else:
@@ -60,8 +60,8 @@ class Progress:
         self.foreseen_step = plan.step
 
     def _has_computed_shared(self, request: Request) -> bool:
-        shareable = self._residents.kv_caches[0].shareable_tokens(request)
-        return self._queue.leads(request) and request.num_computed_tokens >= shareable
+        kv_cache = self._residents.kv_caches[0]
+        return self._queue.leads(request) and request.num_computed_tokens >= kv_cache.shareable_tokens(request)
 
 
 def _goes_on(request: Request, entry: PlanEntry) -> bool:

@@ -9,6 +9,7 @@ what the row wrote lies behind all that the request has published.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,15 +27,15 @@ Ints = NDArray[np.int32]
 
 def carried_first(entries: list[PlanEntry], requests: Mapping[str, Request]) -> None:
     """Put first the entries that `order_ahead` takes from the order before."""
-    is_carried = [_is_carried(entry, requests[entry.request_id]) for entry in entries]
-    if not all(is_carried):
-        others = [entry for entry, carried in zip(entries, is_carried, strict=True) if not carried]
-        entries[:] = [entry for entry, carried in zip(entries, is_carried, strict=True) if carried] + others
+    others = [entry for entry in entries if not _is_carried(entry, requests[entry.request_id])]
+    if others:
+        left = set(others)
+        entries[:] = [entry for entry in entries if entry not in left] + others
 
 
 def _is_carried(entry: PlanEntry, request: Request) -> bool:
     """Whether all that the rank is told of the entry follows from what it was told of the row before."""
-    return is_under_way(entry, request) and request.sampling.history is None and not request.sampling.uses_bias
+    return request.sampling.is_constant and is_under_way(entry, request)
 
 
 def order_ahead(
@@ -51,8 +52,8 @@ def order_ahead(
     index_of = {entry.request_id: index for index, entry in enumerate(old_entries)}
     entries = plan.ranks[0].entries
     members = [requests[entry.request_id] for entry in entries]
-    pairs = zip(entries, members, strict=True)
-    count = next((n for n, (entry, request) in enumerate(pairs) if not _is_carried(entry, request)), len(entries))
+    # `carried_first` has sorted them: a thousand need not be asked again.
+    count = bisect_left(range(len(entries)), True, key=lambda n: not _is_carried(entries[n], members[n]))
     parts: list[StepInputs] = []
     if count:
         index = [index_of[entry.request_id] for entry in entries[:count]]

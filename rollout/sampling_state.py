@@ -56,7 +56,17 @@ class TokenHistory:
 class SamplingState:
     """The sampling inputs of one request; everything here follows from its parameters and its tokens alone."""
 
-    __slots__ = ("_ban", "_bias", "constants", "history", "min_tokens", "stop_ids", "uses_bias", "want_raw")
+    __slots__ = (
+        "_ban",
+        "_bias",
+        "constants",
+        "history",
+        "is_constant",
+        "min_tokens",
+        "stop_ids",
+        "uses_bias",
+        "want_raw",
+    )
 
     def __init__(
         self,
@@ -90,6 +100,8 @@ class SamplingState:
         bans = bool(self.stop_ids) and self.min_tokens > 0
         self._ban = _bias_arrays(bias | dict.fromkeys(self.stop_ids, -np.inf)) if bans else self._bias
         self.uses_bias = bool(bias) or bans
+        self.is_constant = self.history is None and not self.uses_bias
+        """Whether rows differ by their position alone."""
 
     def restart(self, prompt: NDArray[np.int32]) -> None:
         """Forget the output: the history is that of the prompt."""

@@ -32,6 +32,8 @@ from zerokl.rollout.models.saver import save_pretrained  # noqa: E402
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.rollout.outputs import Rollout  # noqa: E402
 from zerokl.rollout.sampling_params import SamplingParams  # noqa: E402
+from zerokl.rollout.scheduler import Scheduler  # noqa: E402
+from zerokl.rollout.step_plan import StepPlan  # noqa: E402
 from zerokl.weight_sync import WeightPublisher  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -134,6 +136,46 @@ def test_decode_equals_score_and_every_way_to_schedule(folders: dict[str, Path],
                 if variant == "preemption":
                     assert sum(rollout.num_preemptions for rollout in got) > 0
     assert not any(differing.values()), differing
+
+
+OPTIONS = [
+    {"frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    {"min_tokens": 20, "stop_token_ids": tuple(range(300))},
+    {"logit_bias": {5: -np.inf, 9: 2.0}, "presence_penalty": 0.4, "top_p": 0.9},
+    {},
+]
+
+
+def test_steps_ahead_give_the_bits_of_steps_that_are_awaited(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls arrive while steps are under way; penalties count tokens that only the device has."""
+    steps: list[bool] = []
+
+    def noted(scheduler: Scheduler, plan: StepPlan) -> StepPlan | None:
+        ahead = plan_ahead(scheduler, plan)
+        steps.append(ahead is not None)
+        return ahead
+
+    def run() -> list[Rollout]:
+        with engine_on(folders["dense"], max_num_batched_tokens=100, max_num_seqs=24) as engine:
+            prompts = some_prompts(engine.model_config.vocab_size)
+            submitted = []
+            for number, prompt in enumerate(prompts * 4):
+                options = SamplingParams(n=2, max_tokens=40 + number, seed=number, **OPTIONS[number % len(OPTIONS)])
+                submitted.append(engine.submit([prompt], options))
+                if number % 5 == 4:
+                    submitted[number - 4].future.result()
+            for submission in submitted:
+                submission.future.result()
+            return [rollout for submission in submitted for rollout in submission.read()]
+
+    plan_ahead = Scheduler.plan_ahead
+    monkeypatch.setattr(Scheduler, "plan_ahead", noted)
+    rollouts = run()
+    assert sum(steps) > 0.8 * len(steps) > 50
+    monkeypatch.setattr(Scheduler, "plan_ahead", lambda scheduler, plan: None)
+    assert num_differing(rollouts, run()) == 0
 
 
 def test_other_splits_of_the_keys_give_other_bits(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from zerokl.integrations.policy_forward import WeightDtype, refuse_gradients
 from zerokl.kernels.gpu.ops import Dtype
 from zerokl.kernels.gpu.packed_ops import DEFAULT_CHUNK_ROWS, PackedGpuOps
-from zerokl.kernels.gpu.tensor_packing import TensorPacker
+from zerokl.kernels.gpu.parameter_packing import ParameterPacker
 from zerokl.kernels.ops import DecoderParams, StepInputs
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, forward
@@ -34,7 +34,7 @@ class GpuForward:
         self.ops = PackedGpuOps(dtype=dtype)
         self._config = config
         self._device = self.ops.device
-        self._packer = TensorPacker(self._device, dtype, rounds=weight_dtype == "bfloat16")
+        self._packer = ParameterPacker(self._device, dtype, rounds=weight_dtype == "bfloat16")
         self._chunk_rows = DEFAULT_CHUNK_ROWS if chunk_rows is None else chunk_rows
         self._spec = DecoderSpec.from_config(config)
         self._rope = self.ops.tensor(rope_table(config.rope, config.head_dim, config.max_position_embeddings))

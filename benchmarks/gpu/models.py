@@ -16,7 +16,7 @@ import triton.language as tl
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.ops import GpuOps
-from zerokl.kernels.gpu.tensor_packing import TensorPacker
+from zerokl.kernels.gpu.parameter_packing import ParameterPacker
 from zerokl.rollout import model_runner
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import expected_tensors
@@ -64,8 +64,8 @@ class RandomWeights(LocalWorker):
     """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
-        def packer(ops: GpuOps, tensors: RandomTensors) -> tuple[TensorPacker, RandomTensors]:
-            return TensorPacker(ops.device, ops.dtype), tensors
+        def packer(ops: GpuOps, tensors: RandomTensors) -> tuple[ParameterPacker, RandomTensors]:
+            return ParameterPacker(ops.device, ops.dtype), tensors
 
         runner = self._live_runner()
         tensors = RandomTensors(runner._ops.device, self._model_config, version)  # type: ignore[attr-defined]
@@ -97,8 +97,11 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def fill(out: Tensor, name: str, version: int) -> None:
-    """Values for a model's tensor `name`: ones for a vector, else random ones, others for each version."""
-    scale, mean = (0.0, 1.0) if len(out.shape) == 1 else (0.05 if "embed" in name or "lm_head" in name else 0.02, 0.0)
+    """Values for a model's tensor `name`: ones for a vector, random ones for a matrix, others for each version."""
+    if len(out.shape) == 1:
+        scale, mean = 0.0, 1.0
+    else:
+        scale, mean = 0.05 if "embed" in name or "lm_head" in name else 0.02, 0.0
     seed = zlib.crc32(f"{name} {version}".encode()) >> 1
     size = math.prod(out.shape)
     _fill_kernel[(triton.cdiv(size, 1024),)](out, size, seed, scale, mean, BLOCK=1024)
@@ -107,4 +110,5 @@ def fill(out: Tensor, name: str, version: int) -> None:
 @triton.jit
 def _fill_kernel(ptr, n, seed, scale, mean, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(ptr + i, tl.randn(seed, i.to(tl.uint32)) * scale + mean, mask=i < n)
+    x = tl.randn(seed, i.to(tl.uint32)) * scale + mean
+    tl.store(ptr + i, x.to(ptr.dtype.element_ty), mask=i < n)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 rig.require_device()
 
 from zerokl.kernels.gpu.packed_ops import PackedGpuOps  # noqa: E402
-from zerokl.kernels.gpu.tensor_packing import TensorPacker  # noqa: E402
+from zerokl.kernels.gpu.parameter_packing import ParameterPacker  # noqa: E402
 from zerokl.kernels.ops import DecoderParams, StepInputs, neutral_sampling  # noqa: E402
 from zerokl.kernels.packed_step import BLOCK_SIZE, num_blocks, packed_step  # noqa: E402
 from zerokl.kernels.reference.ops import ReferenceOps  # noqa: E402
@@ -61,7 +61,7 @@ class Model:
     @classmethod
     def of(cls, name: str, dtype: str, rounds: bool = False) -> Model:
         config, ops = ModelConfig.from_json(MODELS[name]), ops_of(dtype)
-        packer = TensorPacker(ops.device, ops.dtype, rounds=rounds)
+        packer = ParameterPacker(ops.device, ops.dtype, rounds=rounds)
         given = {name: ops.device.put(values) for name, values in random_tensors(config, 3).items()}
         return cls(config, ops, build_params(packer, config, given, rope_of(ops, config), keep=packer.tensor))
 

@@ -41,7 +41,7 @@ def place_kernel(
     tl.store(out_ptr + first + row * stride + column, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-class TensorPacker:
+class ParameterPacker:
     """The packing part of `GpuOps` for float32 tensors on its device. Launches copies on the stream of its steps.
 
     What needs no other form is shared with the tensor that was given, not copied.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -58,7 +59,4 @@ def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor as `Placement` counts them."""
     if len(shape) == 2:
         return shape[0], shape[1]
-    columns = 1
-    for size in shape:
-        columns *= size
-    return 1, columns
+    return 1, math.prod(shape)

@@ -34,6 +34,7 @@ class Trainer:
             name: paddle.to_tensor(self._patterns(values), place=place)
             for name, values in random_tensors(self._config, 0).items()
         }
+        paddle.device.cuda.synchronize()  # copies on Paddle's streams, which ours does not wait for here
 
     def publish(self, seed: int, version: int) -> dict[str, Any]:
         self._publisher.withdraw()

@@ -1,4 +1,4 @@
-"""The checksum of tensors that lie on a device: what a GPU computes at the rate of its memory, defined to the bit.
+"""The checksum of tensors that lie on a device: few instructions a word for a GPU, in any order, defined to the bit.
 
 A tensor's rows (a tensor of another rank than 2 is one row) are each padded with zero bytes to whole 64-bit words,
 little-endian. With w the words, row after row, and i their number from 0 on, all arithmetic modulo 2^64,

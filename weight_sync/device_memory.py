@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,10 +24,7 @@ def as_rows(address: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
     """A tensor of this shape as rows."""
     if len(shape) == 2:
         return StoredTensor(address, shape[0], shape[1], dtype)
-    columns = 1
-    for size in shape:
-        columns *= size
-    return StoredTensor(address, 1, columns, dtype)
+    return StoredTensor(address, 1, math.prod(shape), dtype)
 
 
 class DeviceMemory(Protocol):

@@ -1,7 +1,7 @@
 """The engine's side of weights that stay on the GPU: other processes' allocations, mapped while there is use for them.
 
-What is mapped stays mapped between publications of one publisher, since mapping takes longer than copying; it is let go
-once the publisher has closed, died, or published other memory.
+What is mapped stays mapped between publications of one publisher, which has hundreds of allocations as a rule; it is
+let go once the publisher has closed, died, or published other memory.
 """
 
 from __future__ import annotations

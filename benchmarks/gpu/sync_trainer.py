@@ -1,4 +1,4 @@
-"""The trainer of part `sync`: random weights of a model on the GPU. python sync_trainer.py MODEL BUFFERS NAME
+"""The trainer of part `sync`: random weights of a model on the GPU. python sync_trainer.py MODEL BUFFERS
 
 Says {"bytes", "tensors"}, then for each line "VERSION" on its input writes new values, publishes them and says
 {"published", "begun", "publish_ms"}: `begun` is the system's monotonic clock when it began to publish, in seconds.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_gpu import FakeGpu
 from tiny_engine import in_thread, tiny_options, tiny_tensors, wait_until, write_tiny_model
 
 from zerokl.rollout.client import RolloutClient
@@ -14,6 +15,7 @@ from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.errors import HookError
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.server.uploads import Uploads
+from zerokl.weight_sync.device_publisher import DevicePublisher
 from zerokl.weight_sync.disk import publish_file
 from zerokl.weight_sync.publisher import WeightPublisher
 
@@ -148,3 +150,14 @@ def test_a_trainer_changes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for one, other in zip(local, remote, strict=True):
         assert other.mismatch.k3_mean == 0.0 if hasattr(other.mismatch, "k3_mean") else other.mismatch.k3_kl_mean == 0.0
         assert (one.loss, one.reward_mean, one.entropy) == (other.loss, other.reward_mean, other.entropy)
+
+
+def test_weights_in_a_gpus_memory_reach_the_server_which_says_that_it_has_none(
+    tiny_model: Path, serve: Any, tmp_path: Path
+) -> None:
+    gpu = FakeGpu(tmp_path)
+    with DevicePublisher(gpu) as publisher:
+        published = publisher.publish({"a": gpu.put(np.zeros((2, 2), np.uint16), "bfloat16")}, 1)
+        _, client = serve(RolloutEngine(tiny_options(tiny_model)))
+        with pytest.raises(ValueError, match="the engine's device must be 'gpu', got 'cpu'"):
+            client.update_weights(published)

@@ -52,7 +52,10 @@ class Progress:
                 continue  # its result will be dropped
             request = requests[entry.request_id]
             self.move(request, entry, kv_cache)
-            if _goes_on(request, entry):
+            end = request.num_computed_tokens
+            if entry.num_rows and request.kind == "generate" and end + 1 < request.max_num_tokens:
+                request.compute_target = end + 1  # the token that is drawn is one more to compute
+            if end < request.compute_target:
                 running.advance(request)
             else:
                 running.rest(request)
@@ -62,15 +65,3 @@ class Progress:
     def _has_computed_shared(self, request: Request) -> bool:
         kv_cache = self._residents.kv_caches[0]
         return self._queue.leads(request) and request.num_computed_tokens >= kv_cache.shareable_tokens(request)
-
-
-def _goes_on(request: Request, entry: PlanEntry) -> bool:
-    """Whether the request has more to compute after `entry` unless it is stopped; a token drawn there is one more."""
-    if request.kind == "score":
-        return request.num_computed_tokens < request.compute_target
-    if entry.num_rows:
-        num_tokens = request.num_computed_tokens + 1
-        if num_tokens >= request.max_num_tokens:
-            return False
-        request.compute_target = num_tokens
-    return True

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("rollout", "weight_sync", "kernels", "integrations")
-NEEDS_GPU = ("zerokl.kernels.gpu",)  # imports Triton, which only the gpu extra installs
+NEEDS_GPU = ("zerokl.kernels.gpu", "zerokl.integrations.policy_gpu")  # import Triton, which only the gpu extra installs
 
 
 def module_names():

@@ -221,14 +221,6 @@ def the_bias_is_that_of_the_row_before(monkeypatch: Patch) -> None:
     monkeypatch.setattr(step_inputs, "_first_output", lambda entry, request: request.num_output_tokens)
 
 
-def those_that_end_by_length_go_on(monkeypatch: Patch) -> None:
-    def goes_on(request: Request, entry: Any) -> bool:
-        request.compute_target = request.num_computed_tokens + (entry.num_rows > 0)
-        return True
-
-    monkeypatch.setattr("zerokl.rollout.progress._goes_on", goes_on)
-
-
 _ORDER_AHEAD = run_ahead.order_ahead
 
 
@@ -239,7 +231,6 @@ _ORDER_AHEAD = run_ahead.order_ahead
         tokens_are_taken_from_other_rows,
         histories_lack_the_token_under_way,
         the_bias_is_that_of_the_row_before,
-        those_that_end_by_length_go_on,
     ],
 )
 def test_negative_control_a_planted_fault_is_found_out(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:

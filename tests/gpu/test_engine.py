@@ -6,11 +6,8 @@ ZEROKL_SMOLLM2_GGUF (or KIT, a folder with smollm2.gguf) also on the real weight
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +21,12 @@ if rig.INTERPRETED:
     pytest.skip("claims about bits are claims about a GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 
+from gpu_models import engine_on, tensors_of, write_models  # noqa: E402
+
 from zerokl.kernels.gpu import paged_attention  # noqa: E402
-from zerokl.rollout.config import EngineConfig  # noqa: E402
 from zerokl.rollout.engine import RolloutEngine  # noqa: E402
-from zerokl.rollout.models.config import ModelConfig  # noqa: E402
 from zerokl.rollout.models.saver import save_pretrained  # noqa: E402
-from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
+from zerokl.rollout.models.synthetic import tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.rollout.outputs import Rollout  # noqa: E402
 from zerokl.rollout.sampling_params import SamplingParams  # noqa: E402
 from zerokl.rollout.scheduler import Scheduler  # noqa: E402
@@ -44,39 +41,13 @@ MODELS = {
     "dense": tiny_config("Qwen3ForCausalLM", vocab_size=VOCAB, hidden_size=128, head_dim=32, **COMMON),
     "mixture": tiny_moe_config(vocab_size=VOCAB, hidden_size=64, **COMMON),
 }
-GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 PLAIN = SamplingParams(n=4, max_tokens=50, seed=11)
 TRUNCATED = SamplingParams(n=3, max_tokens=40, seed=12, temperature=0.7, top_p=0.95)
 
 
-def tensors_of(name: str, seed: int) -> dict[str, NDArray[np.float32]]:
-    return random_tensors(ModelConfig.from_json(MODELS[name]), seed, gain=2.0)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for name, content in MODELS.items():
-        made[name] = save_pretrained(tmp_path_factory.mktemp(name), content, tensors_of(name, 1))
-    if Path(GGUF).is_file() and pytest.importorskip("gguf"):
-        from zerokl.integrations.gguf_import import convert_gguf
-
-        made["smollm2"] = convert_gguf(Path(GGUF), tmp_path_factory.mktemp("smollm2") / "model")
-    return made
-
-
-@contextmanager
-def engine_on(folder: Path, **options: Any) -> Iterator[RolloutEngine]:
-    defaults: dict[str, Any] = {
-        "model": str(folder),
-        "device": "gpu",
-        "max_model_len": 256,
-        "num_blocks": 1024,
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": 512,
-    }
-    with RolloutEngine(EngineConfig(**(defaults | options))) as engine:
-        yield engine
+    return write_models(MODELS, tmp_path_factory)
 
 
 def some_prompts(vocab: int) -> list[NDArray[np.int32]]:
@@ -189,12 +160,12 @@ def test_other_splits_of_the_keys_give_other_bits(folders: dict[str, Path], monk
 
 @pytest.mark.parametrize("name", ["dense", "mixture"])
 def test_new_weights_take_the_place_of_the_old_ones(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    newer = save_pretrained(tmp_path, MODELS[name], tensors_of(name, 2))
+    newer = save_pretrained(tmp_path, MODELS[name], tensors_of(MODELS[name], 2))
     with engine_on(newer) as engine:
         expected = sampled(engine, PLAIN)
     with engine_on(folders[name]) as engine:
         first = sampled(engine, PLAIN)
-        engine.update_weights(tensors_of(name, 2))
+        engine.update_weights(tensors_of(MODELS[name], 2))
         assert num_differing(first, expected) > 0
         assert num_differing(expected, sampled(engine, PLAIN)) == 0
         engine.update_weights(str(folders[name]))
@@ -202,12 +173,13 @@ def test_new_weights_take_the_place_of_the_old_ones(folders: dict[str, Path], tm
 
 
 def test_weights_come_through_shared_memory(folders: dict[str, Path], tmp_path: Path) -> None:
-    tensors = tensors_of("dense", 3)
+    tensors = tensors_of(MODELS["dense"], 3)
     with engine_on(save_pretrained(tmp_path, MODELS["dense"], tensors)) as engine:
         expected = sampled(engine, PLAIN)
     with engine_on(folders["dense"]) as engine, WeightPublisher() as publisher:
         for version in (1, 2, 3):
-            engine.update_weights(publisher.publish(tensors if version % 2 else tensors_of("dense", 1), version))
+            published = tensors if version % 2 else tensors_of(MODELS["dense"])
+            engine.update_weights(publisher.publish(published, version))
         assert num_differing(expected, sampled(engine, PLAIN)) == 0
 
 
@@ -217,7 +189,7 @@ def test_requests_in_flight_go_on_under_new_weights(folders: dict[str, Path]) ->
     with engine_on(folders["dense"], max_model_len=4096, num_blocks=4096) as engine:
         call = engine.submit([[5, 6, 7, 8]], params)
         _wait_for_steps(engine, 20)
-        engine.update_weights(tensors_of("dense", 2), mode="keep")
+        engine.update_weights(tensors_of(MODELS["dense"], 2), mode="keep")
         rollouts = call.read() if call.future.result() is None else []
         for rollout in rollouts:
             later = rollout.policy_versions == 1

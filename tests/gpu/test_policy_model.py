@@ -5,16 +5,13 @@ Needs what `test_engine.py` needs. Everything runs without gradients, which a GP
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gpu_rig as rig
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 rig.require_device()
 if rig.INTERPRETED:
@@ -22,15 +19,14 @@ if rig.INTERPRETED:
 pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
 paddle = pytest.importorskip("paddle")
 
+from gpu_models import engine_on, tensors_of, write_models  # noqa: E402
 from routing_rig import per_rollout, trainer_routing  # noqa: E402
 
 from zerokl.integrations import NoGpuBackwardError, PolicyModel, pack_rollouts  # noqa: E402
 from zerokl.kernels.gpu import paged_attention  # noqa: E402
-from zerokl.rollout.config import EngineConfig  # noqa: E402
 from zerokl.rollout.engine import RolloutEngine  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
-from zerokl.rollout.models.saver import save_pretrained  # noqa: E402
-from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
+from zerokl.rollout.models.synthetic import tiny_config, tiny_moe_config  # noqa: E402
 from zerokl.rollout.outputs import Rollout  # noqa: E402
 from zerokl.rollout.routing import replay_arrays  # noqa: E402
 from zerokl.rollout.sampling_params import SamplingParams  # noqa: E402
@@ -45,41 +41,14 @@ MODELS = {
     "mixture": tiny_moe_config(hidden_size=64, **COMMON),
     "ernie": tiny_moe_config("Ernie4_5_MoeForCausalLM", hidden_size=64, **COMMON),
 }
-GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 PLAIN = SamplingParams(n=4, max_tokens=40, seed=11)
 WARM = SamplingParams(n=3, max_tokens=40, seed=12, temperature=0.7, top_p=0.95)
 BOTH = ("bfloat16", "float32")
 
 
-def tensors_of(name: str, seed: int = 1) -> dict[str, NDArray[np.float32]]:
-    return random_tensors(ModelConfig.from_json(MODELS[name]), seed, gain=2.0)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {
-        name: save_pretrained(tmp_path_factory.mktemp(name), content, tensors_of(name))
-        for name, content in MODELS.items()
-    }
-    if Path(GGUF).is_file() and pytest.importorskip("gguf"):
-        from zerokl.integrations.gguf_import import convert_gguf
-
-        made["smollm2"] = convert_gguf(Path(GGUF), tmp_path_factory.mktemp("smollm2") / "model")
-    return made
-
-
-@contextmanager
-def engine_on(folder: Path, **options: Any) -> Iterator[RolloutEngine]:
-    defaults: dict[str, Any] = {
-        "model": str(folder),
-        "device": "gpu",
-        "max_model_len": 256,
-        "num_blocks": 1024,
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": 512,
-    }
-    with RolloutEngine(EngineConfig(**(defaults | options))) as engine:
-        yield engine
+    return write_models(MODELS, tmp_path_factory)
 
 
 def sampled(engine: RolloutEngine, params: SamplingParams) -> list[Rollout]:
@@ -155,7 +124,7 @@ def test_weights_that_change_are_seen_by_both_sides(folders: dict[str, Path], dt
     policy = policy_on(folders["dense"], dtype)
     with engine_on(folders["dense"], dtype=dtype) as engine, WeightPublisher() as publisher:
         for version in (1, 2):
-            newer = tensors_of("dense", 1 + version)
+            newer = tensors_of(MODELS["dense"], 1 + version)
             for name, parameter in policy.named_tensors().items():
                 parameter.set_value(newer[name])
             rollouts = sampled(engine, PLAIN)
@@ -205,13 +174,13 @@ def test_gradients_are_refused_by_name(folders: dict[str, Path]) -> None:
 
 def test_tensors_on_the_gpu_become_the_parameters(folders: dict[str, Path]) -> None:
     config = ModelConfig.from_json(folders["dense"])
-    given = {name: rig.put(values, "float32") for name, values in tensors_of("dense").items()}
+    given = {name: rig.put(values, "float32") for name, values in tensors_of(MODELS["dense"]).items()}
     policy = PolicyModel(config, given)
     assert policy.device == "gpu" and policy.dtype == "bfloat16"
     named = policy.named_tensors()
     assert all(named[name].data_ptr() == tensor.data_ptr() for name, tensor in given.items())
     for name, array in policy.named_arrays():
-        np.testing.assert_array_equal(array, tensors_of("dense")[name])
+        np.testing.assert_array_equal(array, tensors_of(MODELS["dense"])[name])
     with engine_on(folders["dense"]) as engine:
         assert differing(policy, sampled(engine, PLAIN)) == 0
 

@@ -56,7 +56,7 @@ class Channels:
             if rank < len(self._sockets):
                 self._forget(rank)
             else:
-                self._sockets.append(self._context.socket(zmq.PAIR))
+                self._sockets.append(self._new_socket())
             self._sockets[rank].bind(address(folder, self._name, rank))
 
     def attach(self, child: WorkerChild) -> None:
@@ -99,7 +99,7 @@ class Channels:
         """Close the sockets; the caller holds the lock."""
         self._closed = True
         for socket in self._sockets:
-            socket.close(linger=0)
+            socket.close()
 
     def _forget(self, rank: int) -> None:
         """Close the socket to a process that has ended, and make another."""
@@ -107,8 +107,15 @@ class Channels:
         for source in (self._sockets[rank], child.pidfd, child.output):
             if source in self._poller:
                 self._poller.unregister(source)
-        self._sockets[rank].close(linger=0)
-        self._sockets[rank] = self._context.socket(zmq.PAIR)
+        self._sockets[rank].close()
+        self._sockets[rank] = self._new_socket()
+
+    def _new_socket(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.PAIR)
+        # Before it is bound: libzmq has each connection wait as long as the socket said then, whatever it says later,
+        # to send what is queued; and for ever by default, to a process that was killed.
+        socket.set(zmq.LINGER, 0)
+        return socket
 
     def _tell(self, socket: zmq.Socket[bytes], message: Message) -> bool:
         with suppress(zmq.Again):

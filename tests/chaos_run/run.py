@@ -99,8 +99,7 @@ def run_chaos(options: ChaosOptions, folder: Path) -> ChaosReport:
         print(server.last_words())
         raise
     finally:
-        if server.process.poll() is None:
-            server.kill()
+        server.kill()
     return report
 
 

@@ -78,7 +78,7 @@ class ServerProcess:
 
     def kill(self) -> None:
         """End it and what it started, at once."""
-        self.process.kill()
+        self.process.kill()  # nothing, where it has ended
         self.process.wait()
         for pid in self.survivors():
             os.kill(pid, signal.SIGKILL)

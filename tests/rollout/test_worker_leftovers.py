@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import zmq
 from leftovers import children_of, segments_of, wait_for_end
 from process_rig import a_step, loaded, process_config, sample
 
 from zerokl.rollout import worker_child
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.errors import WorkerError
+from zerokl.rollout.worker_channels import Channels
 from zerokl.rollout.worker_link import RankProcesses
 from zerokl.weight_sync import WeightPublisher
 
@@ -58,6 +60,25 @@ def test_close_leaves_no_process_thread_descriptor_or_folder(
     assert left[0] == children and left[1] <= tasks and left[2] == descriptors  # threads of tests before may have ended
     with pytest.raises(WorkerError, match="closed"):
         worker.describe()
+
+
+def test_channels_wait_for_no_killed_rank(tmp_path: Path) -> None:
+    """What counts is what LINGER was when a socket was bound: the end might wait for ever for one that was killed."""
+    lingers: list[object] = []
+
+    class Watched(zmq.Socket):
+        def bind(self, address):
+            lingers.append(self.get(zmq.LINGER))
+            return super().bind(address)
+
+    class Context(zmq.Context):
+        _socket_class = Watched
+
+    with Context() as context:
+        channels = Channels(context, "steps")
+        channels.bind(tmp_path, [0, 1])
+        assert lingers == [0, 0]
+        channels.close()
 
 
 def test_a_worker_that_does_not_answer_is_killed_in_bounded_time(

@@ -24,7 +24,7 @@ from zerokl.integrations.policy_batch import (
     default_rows,
 )
 from zerokl.integrations.policy_files import config_content, initial_tensors
-from zerokl.kernels.dispatch import resolve_dtype
+from zerokl.kernels.dispatch import require_gpu_packages, resolve_dtype
 from zerokl.kernels.ops import DecoderParams
 from zerokl.kernels.packed_step import packed_step
 from zerokl.rollout.models.config import ModelConfig
@@ -80,7 +80,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         `fill=zerokl.kernels.dispatch.fill_weights`); gradients reach the parameters as they are at the rounded values.
 
         Raises ValueError for a device or type that there is not, and naming missing, extra or misshapen tensors,
-        RuntimeError where no GPU can be used.
+        ImportError naming what is not installed for a GPU, RuntimeError where no GPU can be used.
         """
         super().__init__()
         if chunk_rows is not None and chunk_rows < 1:
@@ -235,6 +235,7 @@ def _make_forward(
 ) -> PolicyForward:
     """Imported when asked for: the CPU's needs the C++ extension, the GPU's Triton."""
     if device == "gpu":
+        require_gpu_packages()
         from zerokl.integrations.policy_gpu import GpuForward
 
         return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype))

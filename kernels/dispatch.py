@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +24,8 @@ Array = TypeVar("Array")
 DEVICES = ("cpu", "gpu", "reference")
 DTYPES = {"cpu": ("float32",), "gpu": ("bfloat16", "float32"), "reference": ("float32",)}
 """Types of weights, keys and values by device, the default first."""
+
+_GPU_PACKAGES = ("paddle", "triton", "cuda")
 
 
 class WeightPacker(Protocol[Array]):
@@ -72,6 +75,7 @@ def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | No
         ops: EngineOps[Any] = CpuOps(num_threads)
         return ops
     if device == "gpu":
+        require_gpu_packages()
         from zerokl.kernels.gpu.ops import GpuOps
 
         return GpuOps(dtype=dtype)  # type: ignore[arg-type]
@@ -91,8 +95,19 @@ def resolve_dtype(device: str, dtype: str | None) -> str:
     return dtype
 
 
+def require_gpu_packages() -> None:
+    """Raise ImportError naming the packages that device "gpu" needs and that are not installed."""
+    missing = [name for name in _GPU_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"device 'gpu' needs `pip install zerokl[gpu]`; not installed: {', '.join(missing)}")
+
+
 def gpu_memory() -> tuple[int, int]:
-    """Bytes of the GPU's memory that are free, and all. Raises RuntimeError where there is no usable GPU."""
+    """Bytes of the GPU's memory that are free, and all.
+
+    Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU.
+    """
+    require_gpu_packages()
     from zerokl.kernels.gpu.paddle_device import memory
 
     return memory()
@@ -126,10 +141,12 @@ def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[Weig
 def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
     """A GPU's memory for weights that other processes share: what `zerokl.weight_sync.DevicePublisher` asks for.
 
-    Raises ValueError for another device, RuntimeError where there is no usable GPU of this number.
+    Raises ValueError for another device, ImportError as `get_ops`, RuntimeError where there is no usable GPU of this
+    number.
     """
     if device != "gpu":
         raise ValueError(f"device must be 'gpu' for weights in a GPU's memory, got {device!r}")
+    require_gpu_packages()
     from zerokl.kernels.gpu.shared_memory import shared_gpu_memory
 
     return shared_gpu_memory(number)

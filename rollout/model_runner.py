@@ -14,9 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from zerokl.kernels.dispatch import (
     device_packer,
@@ -31,16 +29,16 @@ from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
-from zerokl.rollout.gpu_steps import FetchedStep, make_gpu_steps
+from zerokl.rollout.gpu_steps import make_gpu_steps
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.decoder import DecoderSpec, forward
 from zerokl.rollout.models.decoder_params import Previous, build_params, held_tensors
 from zerokl.rollout.models.loader import check_tensors
-from zerokl.rollout.models.moe_config import MoeConfig
 from zerokl.rollout.models.rope import rope_table
-from zerokl.rollout.routing_capture import RoutingCapture, count_experts
+from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import HostedSets, SpilledSets
-from zerokl.rollout.step_order import RoutedTokens, StepOrder, StepResult
+from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.step_outcome import PendingGpuStep, PendingStep, checked_rows, no_rows
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
@@ -55,17 +53,6 @@ LIVE = "policy"
 
 _STAGED = ""
 """No set has this name."""
-
-
-class NonFiniteLogitsError(FloatingPointError):
-    """Rows of a step whose logits hold a NaN or an infinity: nothing can be drawn from them."""
-
-    def __init__(self, step: int, policy: str, rows: list[int]) -> None:
-        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        super().__init__(f"step {step}: logits of weights {policy!r} are not finite in logit rows {shown}")
-        self.step = step
-        self.policy = policy
-        self.rows = rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +71,6 @@ class WeightSet:
     def place(self) -> int:
         """Equal for sets that lie at the same addresses one after the other, so that recorded steps serve them all."""
         return self.epoch if self.home is None else self.home.number
-
-
-class PendingStep(Protocol):
-    """A step that runs on a device while the host goes on."""
-
-    def result(self) -> StepResult:
-        """Wait for it; asked for once. Raises NonFiniteLogitsError as `ModelRunner.execute`."""
-        ...
 
 
 class ModelRunner:
@@ -173,7 +152,7 @@ class ModelRunner:
         assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
         weights, pool = self._operands(order.inputs)
         fetched = self._gpu_steps.begin(weights.place, weights.params, order.inputs, pool)
-        return _PendingGpuStep(fetched, order.inputs, self._config.moe)
+        return PendingGpuStep(fetched, order.inputs, self._config.moe)
 
     def _operands(self, inputs: StepInputs) -> tuple[WeightSet, KVPool[Any]]:
         weights = self._sets.get(inputs.policy)
@@ -315,8 +294,8 @@ class ModelRunner:
 
     def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
         if not len(inputs.logit_rows):
-            return _no_rows(inputs.sampling.want_raw)
-        return _checked(self._ops.sample(hidden, weights.params.lm_head, inputs.sampling), inputs)
+            return no_rows(inputs.sampling.want_raw)
+        return checked_rows(self._ops.sample(hidden, weights.params.lm_head, inputs.sampling), inputs)
 
     def _with_routing(self, sampled: SampleResult) -> StepResult:
         capture = self._capture
@@ -370,41 +349,3 @@ class ModelRunner:
         if host_storage(self._ops) is None:
             raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
         return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled
-
-
-class _PendingGpuStep:
-    """A step under way on a GPU."""
-
-    def __init__(self, fetched: FetchedStep, inputs: StepInputs, moe: MoeConfig | None) -> None:
-        self._fetched, self._inputs, self._moe = fetched, inputs, moe
-
-    def result(self) -> StepResult:
-        """See PendingStep."""
-        sample, routing = self._fetched
-        sampled = None if sample is None else sample.result()
-        ids, weights = (None, None) if routing is None else routing.result()
-        sampled = _no_rows(self._inputs.sampling.want_raw) if sampled is None else _checked(sampled, self._inputs)
-        if ids is None or weights is None or self._moe is None:
-            return StepResult(sampled=sampled)
-        return StepResult(
-            sampled=sampled,
-            expert_tokens=count_experts(ids, self._moe.num_experts),
-            routed=RoutedTokens(experts=ids, weights=weights),
-        )
-
-
-def _checked(result: SampleResult, inputs: StepInputs) -> SampleResult:
-    if result.tokens.min() < 0:
-        raise NonFiniteLogitsError(inputs.step, inputs.policy, np.flatnonzero(result.tokens < 0).tolist())
-    return result
-
-
-def _no_rows(want_raw: bool) -> SampleResult:
-    none = np.zeros(0, np.float32)
-    return SampleResult(
-        tokens=np.zeros(0, np.int32),
-        logprobs=none,
-        policy_logprobs=none,
-        entropy=none,
-        raw_logprobs=none if want_raw else None,
-    )

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.device_staging import DeviceStaging
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
-    from zerokl.rollout.model_runner import ModelRunner, PendingStep
+    from zerokl.rollout.model_runner import ModelRunner
+    from zerokl.rollout.step_outcome import PendingStep
     from zerokl.weight_sync import PublishedFile, PublishedWeights
     from zerokl.weight_sync.live_weights import LiveWeights
     from zerokl.weight_sync.session import UpdateSession

@@ -12,8 +12,8 @@ from cuda.bindings import runtime
 
 from models import RandomWeights
 from zerokl.kernels.gpu.paddle_device import check
-from zerokl.rollout.model_runner import PendingStep
 from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.step_outcome import PendingStep
 
 
 class TimedWorker(RandomWeights):

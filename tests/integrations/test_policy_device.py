@@ -8,6 +8,7 @@ import pytest
 
 from zerokl.integrations import NoGpuBackwardError, PolicyModel
 from zerokl.integrations.policy_forward import refuse_gradients
+from zerokl.kernels import dispatch
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config
 
@@ -47,3 +48,16 @@ def test_what_there_is_not_is_refused_by_name() -> None:
     doubles = {name: paddle.to_tensor(values.astype(np.float64)) for name, values in random_tensors(CONFIG, 1).items()}
     with pytest.raises(ValueError, match=r"has dtype paddle\.float64; must be float32"):
         PolicyModel(CONFIG, doubles)
+
+
+def test_packages_that_a_gpu_needs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_GPU_PACKAGES", ("numpy", "no_such_package", "nor_this"))
+    asked = (
+        lambda: PolicyModel(CONFIG, device="gpu"),
+        lambda: dispatch.get_ops("gpu"),
+        dispatch.gpu_memory,
+        dispatch.device_memory,
+    )
+    for ask in asked:
+        with pytest.raises(ImportError, match=r"zerokl\[gpu\]`; not installed: no_such_package, nor_this$"):
+            ask()

@@ -17,9 +17,9 @@ from zerokl.rollout import gpu_steps
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.gpu_memory import OTHER_BYTES, kv_cache_bytes, step_bytes, weight_bytes
 from zerokl.rollout.gpu_steps import FetchedStep, GpuSteps, make_gpu_steps
-from zerokl.rollout.model_runner import _PendingGpuStep
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import step_inputs, tiny_config, tiny_moe_config
+from zerokl.rollout.step_outcome import PendingGpuStep
 
 
 class FakeOps:
@@ -101,7 +101,7 @@ def test_a_steps_routing_comes_with_its_result_and_is_counted() -> None:
     assert moe is not None
     ids, weights = np.array([[[0, 1, 2], [7, 0, 3]]] * 2, np.int32), np.ones((2, 2, 3), np.float32)
     fetched: Any = FetchedStep(None, SimpleNamespace(result=lambda: (ids, weights)))  # type: ignore[arg-type]
-    result = _PendingGpuStep(fetched, step(2), moe).result()
+    result = PendingGpuStep(fetched, step(2), moe).result()
     assert len(result.sampled.tokens) == 0 and result.routed is not None and result.expert_tokens is not None
     assert result.routed.experts is ids and result.routed.weights is weights
     assert result.expert_tokens.tolist() == [[2, 1, 1, 1, 0, 0, 0, 1]] * 2

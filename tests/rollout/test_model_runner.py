@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult, neutral_sampling
 from zerokl.rollout.config import EngineConfig
-from zerokl.rollout.model_runner import ModelRunner, NonFiniteLogitsError
+from zerokl.rollout.model_runner import ModelRunner
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.loader import open_tensors
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.step_order import StepOrder
+from zerokl.rollout.step_outcome import NonFiniteLogitsError
 
 CONTENT = tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True)
 CONFIG = ModelConfig.from_json(CONTENT)

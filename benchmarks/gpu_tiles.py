@@ -30,11 +30,14 @@ BY_ROWS = {
           (64, 64, 128, 4, 4, True), (128, 64, 128, 4, 4, True), (128, 64, 64, 8, 4, True), (128, 128, 64, 8, 4, True),
           (128, 64, 128, 8, 3, True), (64, 128, 64, 4, 4, True)],
     256: [(64, 64, 64, 4, 5), (128, 128, 64, 8, 4), (64, 64, 128, 4, 4, True), (128, 64, 128, 4, 4, True),
+          (64, 128, 64, 4, 4, True), (64, 128, 64, 4, 6, True), (128, 128, 64, 4, 5, True),
           (64, 128, 128, 4, 3, True), (128, 128, 128, 8, 3, True), (256, 128, 64, 8, 4, True),
-          (128, 256, 64, 8, 4, True), (256, 64, 64, 8, 4, True), (128, 64, 128, 8, 3, True),
+          (128, 128, 64, 8, 5, True, True), (128, 256, 64, 8, 4, True), (256, 64, 64, 8, 4, True),
+          (128, 64, 128, 8, 3, True),
           (128, 128, 64, 8, 4, True)],
     2048: [(128, 128, 64, 8, 4), (256, 128, 64, 8, 4, True), (128, 128, 64, 8, 4, True), (128, 128, 64, 4, 4, True),
-           (128, 256, 64, 8, 4, True), (256, 64, 64, 8, 4, True), (128, 64, 64, 8, 4, True)],
+           (128, 256, 64, 8, 4, True), (256, 64, 64, 8, 4, True), (128, 64, 64, 8, 4, True),
+           (128, 256, 64, 8, 3, True, True), (128, 128, 64, 8, 5, True, True)],
 }  # fmt: skip
 ATTENTION = {
     False: [(16, 2, 3), (16, 4, 2), (16, 4, 3), (16, 4, 4), (16, 8, 3)],
@@ -63,7 +66,8 @@ def try_all(bench: Bench, label: str, tiles: Iterable[Tile], make: MakeCase) -> 
         times.append((seconds, tile))
     times.sort(key=lambda pair: pair[0])
     best = "  ".join(
-        f"{seconds * 1e6:.2f} ({','.join(map(str, tile.options().values()))}{' tma' if tile.tma else ''})"
+        f"{seconds * 1e6:.2f} ({','.join(map(str, tile.options().values()))}{' tma' * tile.tma}"
+        f"{' persistent' * tile.persistent})"
         for seconds, tile in times[:4]
     )
     print(f"{label:28s} floor {floor * 1e6:8.2f} us: {best}", flush=True)

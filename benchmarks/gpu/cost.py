@@ -95,6 +95,7 @@ def _variants(config: ModelConfig, measured: Sequence[Measured], row_counts: Seq
 @contextlib.contextmanager
 def _side(path: Path, sequences: int, make_ops: MakeOps | None = None) -> Iterator[Side]:
     options: Row = {"num_blocks": NUM_BLOCKS, "weight_slots": 1, "max_num_seqs": sequences}
+    options["max_num_batched_tokens"] = MOST_PREFILL  # two engines of B leave no memory for more
     with contextlib.nullcontext() if make_ops is None else engines_use(make_ops):
         engine = make_engine(path, **options)
     with engine:

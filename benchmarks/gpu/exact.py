@@ -43,9 +43,7 @@ def exact_rows(folder: Path, make_engine: MakeEngine) -> list[Row]:
     ]
 
 
-def policy_exact_rows(
-    folder: Path, make_engine: MakeEngine, models: Sequence[str] = ("A", "M", "SmolLM2", "B")
-) -> list[Row]:
+def policy_exact_rows(folder: Path, make_engine: MakeEngine, models: Sequence[str]) -> list[Row]:
     """The rows of the trainer's forward alone."""
     rows = []
     for row in policy_rows(folder, make_engine, models):

@@ -63,8 +63,8 @@ def _smollm2(folder: Path) -> Iterator[dict[str, Any]]:
 
     path = convert_gguf(Path(GGUF), folder / "smollm2")
     for dtype in ("bfloat16", "float32"):
-        config = EngineConfig(model=str(path), device="gpu", dtype=dtype, max_model_len=2048, max_num_seqs=512)
-        with RolloutEngine(config) as engine:
+        options: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 512, "kv_cache_bytes": 4 << 30}
+        with RolloutEngine(EngineConfig(model=str(path), device="gpu", dtype=dtype, **options)) as engine:
             decoded = _decode(engine)
 
         def make(dtype: str = dtype) -> PolicyModel:

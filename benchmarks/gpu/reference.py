@@ -69,7 +69,7 @@ def _folder(name: str, folder: Path, gguf: Path) -> Path:
 
 
 def _of_model(name: str, folder: Path, device: str, product: Product | None) -> Iterator[Row]:
-    options: Row = {"device": device, "max_model_len": MOST_TOKENS}
+    options: Row = {"device": device, "max_model_len": MOST_TOKENS, "kv_cache_bytes": 1 << 30}
     with RolloutEngine(EngineConfig(model=str(folder), **options)) as engine:
         sequences = _sequences(engine)
         ours = np.concatenate(engine.score(sequences))

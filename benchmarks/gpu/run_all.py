@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,15 @@ SIZES = {
     "sync": (0, 64),
 }
 """Numbers of sequences by part, where none are given."""
-MODELS = {"cost": ("A", "B"), "reference": ("smollm2", "A, 4 layers"), "sync": ("A", "B")}
+MODELS = {
+    "policy": ("A", "M", "SmolLM2", "B"),
+    "cost": ("A", "B"),
+    "reference": ("smollm2", "A, 4 layers"),
+    "sync": ("A", "B"),
+}
 """Models of parts that let one choose."""
+EXACT_KV_BYTES = 10 << 30
+"""Of engines whose bits are compared: what 512 sequences need, so that a part can run beside others."""
 
 # Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
 
@@ -55,14 +63,14 @@ def exact(_args: argparse.Namespace, folder: Path) -> list[Row]:
     from exact import exact_rows
     from workload import make_engine
 
-    return exact_rows(folder, make_engine)
+    return exact_rows(folder, partial(make_engine, kv_cache_bytes=EXACT_KV_BYTES))
 
 
-def policy(_args: argparse.Namespace, folder: Path) -> list[Row]:
+def policy(args: argparse.Namespace, folder: Path) -> list[Row]:
     from exact import policy_exact_rows
     from workload import make_engine
 
-    return policy_exact_rows(folder, make_engine)
+    return policy_exact_rows(folder, partial(make_engine, kv_cache_bytes=EXACT_KV_BYTES), args.models)
 
 
 def speed_a(args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -139,7 +147,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", help="sequences at a time")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--peer-site", type=Path)
-    parser.add_argument("--models", nargs="+", help="of parts cost and reference")
+    parser.add_argument("--models", nargs="+", help=f"of parts {', '.join(MODELS)}")
     parser.add_argument("--pairs", type=int, default=21, help="interleaved pairs of part cost")
     parser.add_argument("--updates", type=int, default=5, help="of part sync, for each number of sequences")
     kit = Path(os.environ.get("KIT", "/opt/kit"))

@@ -8,6 +8,7 @@ the row alone. Weights keep their Hugging Face layout [outputs, inputs].
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -73,14 +74,14 @@ def swiglu_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
 
 
-@triton.jit(do_not_specialize=["M"])
-def linear_kernel(
-    x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
+@triton.jit
+def linear_tile(
+    number, x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
     HAS_BIAS: tl.constexpr, TILE_MAX: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[M, N] = x[M, K] weight[N, K]^T + bias; with TILE_MAX also the largest entry of each row in each tile."""
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """Tile `number` of `linear_kernel`."""
+    tile_m, tile_n = tile_of(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows and columns past the end repeat the last one: loads need no mask, and the results are not stored.
@@ -99,13 +100,37 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def swiglu_kernel(
-    x, weight, out_ptr, M, N, K,
+def linear_kernel(
+    x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
+    HAS_BIAS: tl.constexpr, TILE_MAX: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[M, N] = x[M, K] weight[N, K]^T + bias; with TILE_MAX also the largest entry of each row in each tile.
+
+    A program computes one tile; with PERSISTENT every so many tiles one, in one loop with the loads.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            linear_tile(
+                number, x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
+                HAS_BIAS, TILE_MAX, EVEN_K, TMA, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        linear_tile(
+            tl.program_id(0), x, weight, bias_ptr, out_ptr, max_ptr, M, N, K,
+            HAS_BIAS, TILE_MAX, EVEN_K, TMA, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def swiglu_tile(
+    number, x, weight, out_ptr, M, N, K,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[M, N / 2] = silu(x gate^T) * (x up^T), the rows of weight [N, K] being those of gate and up in turn."""
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """Tile `number` of `swiglu_kernel`."""
+    tile_m, tile_n = tile_of(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = product(
@@ -116,6 +141,24 @@ def swiglu_kernel(
     f = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     inside = (m < M)[:, None] & (f < N // 2)[None, :]
     tl.store(out_ptr + m.to(tl.int64)[:, None] * (N // 2) + f[None, :], y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def swiglu_kernel(
+    x, weight, out_ptr, M, N, K,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[M, N / 2] = silu(x gate^T) * (x up^T), the rows of weight [N, K] being those of gate and up in turn.
+
+    PERSISTENT is that of `linear_kernel`.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            swiglu_tile(number, x, weight, out_ptr, M, N, K, EVEN_K, TMA, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        swiglu_tile(tl.program_id(0), x, weight, out_ptr, M, N, K, EVEN_K, TMA, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, tile: Tile | None = None) -> None:
@@ -135,13 +178,12 @@ def linear_with_tile_max(x: Tensor, weight: Tensor, out: Tensor, tile_max: Tenso
 
 
 def _launch_linear(x, weight, bias, out, tile_max, rows, n, k, tile):
-    grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
     tma = serves_tma(tile, x, k)
-    linear_kernel[grid](
+    linear_kernel[_grid(tile, rows, n, tma)](
         operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(weight, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
         out if bias is None else bias, out, out if tile_max is None else tile_max, rows, n, k,
         HAS_BIAS=bias is not None, TILE_MAX=tile_max is not None, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma,
-        GROUP_M=_GROUP_M, enable_fp_fusion=False, **tile.options(),
+        GROUP_M=_GROUP_M, PERSISTENT=tma and tile.persistent, enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
 
 
@@ -152,13 +194,26 @@ def swiglu(x: Tensor, gate_up: Tensor, out: Tensor, *, tile: Tile | None = None)
     """
     (rows, k), n = x.shape, gate_up.shape[0]
     tile = tile or tiles.choose(tiles.SWIGLU, rows, n, dtype_of(x))
-    grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N),)
     tma = serves_tma(tile, x, k)
-    swiglu_kernel[grid](
+    swiglu_kernel[_grid(tile, rows, n, tma)](
         operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(gate_up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
-        out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, enable_fp_fusion=False,
-        **tile.options(),
+        out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, PERSISTENT=tma and tile.persistent,
+        enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
+
+
+def _grid(tile: Tile, rows: int, n: int, tma: bool) -> tuple[int]:
+    """Programs for an output of [rows, n]."""
+    count = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N)
+    return (min(count, _multiprocessors()) if tma and tile.persistent else count,)
+
+
+@cache
+def _multiprocessors() -> int:
+    """Of the GPU that this process computes on."""
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return int(properties["multiprocessor_count"])
 
 
 def dtype_of(tensor: Tensor) -> str:

@@ -93,7 +93,7 @@ def rms_norm(
     block = triton.next_power_of_2(width)
     rms_norm_kernel[(rows,)](
         x, x if delta is None else delta, weight, out, eps, WIDTH=width, BLOCK=block,
-        HAS_DELTA=delta is not None, enable_fp_fusion=False, num_warps=num_warps or max(1, block // 2048),
+        HAS_DELTA=delta is not None, enable_fp_fusion=False, num_warps=num_warps or max(1, block // 4096),
     )  # fmt: skip
 
 

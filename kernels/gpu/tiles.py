@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 class Tile:
     """Rows, columns and inputs of a program's block; warps; stages of the load pipeline.
 
-    With `tma` blocks are fetched by the bulk copy engine (where rows start at multiples of 16 bytes).
+    With `tma` blocks are fetched by the bulk copy engine (where rows start at multiples of 16 bytes). With `persistent`
+    too, a program for each multiprocessor takes one block after the other and fetches for the next one while it stores.
     """
 
     BLOCK_M: int
@@ -22,10 +23,11 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool = False
+    persistent: bool = False
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a kernel launch."""
-        return {name: value for name, value in asdict(self).items() if name != "tma"}
+        return {name: value for name, value in asdict(self).items() if name not in ("tma", "persistent")}
 
 
 # (largest number of rows, largest N, tile); the first entry that fits serves. None: no bound.
@@ -42,13 +44,13 @@ LINEAR: _Table = (
     (128, 4096, Tile(64, 64, 128, 4, 4, tma=True)),
     (128, None, Tile(128, 64, 128, 4, 4, tma=True)),
     (256, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
-    (256, 4096, Tile(128, 64, 128, 4, 4, tma=True)),
-    (256, 6144, Tile(64, 128, 64, 4, 4, tma=True)),
-    (256, None, Tile(128, 128, 64, 8, 4, tma=True)),
+    (256, 4096, Tile(64, 128, 64, 4, 6, tma=True)),
+    (256, None, Tile(128, 128, 64, 4, 5, tma=True)),
     (512, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
-    (512, 4096, Tile(128, 128, 64, 8, 4, tma=True)),
-    (None, 1024, Tile(128, 128, 64, 8, 4, tma=True)),
-    (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
+    (512, 4096, Tile(128, 128, 64, 4, 5, tma=True)),
+    (512, None, Tile(256, 128, 64, 8, 4, tma=True)),
+    (4096, 1024, Tile(128, 128, 64, 8, 4, tma=True)),
+    (None, None, Tile(128, 256, 64, 8, 3, tma=True, persistent=True)),
 )
 
 # N counts the columns of gate and up together.
@@ -59,8 +61,11 @@ SWIGLU: _Table = (
     (64, None, Tile(64, 64, 128, 4, 3, tma=True)),
     (128, 8192, Tile(64, 64, 64, 4, 5)),
     (128, None, Tile(128, 64, 64, 8, 4, tma=True)),
-    (256, 8192, Tile(128, 128, 64, 8, 4, tma=True)),
-    (None, None, Tile(256, 128, 64, 8, 4, tma=True)),
+    (256, 8192, Tile(64, 128, 64, 4, 4, tma=True)),
+    (256, None, Tile(128, 256, 64, 8, 4, tma=True)),
+    (512, 8192, Tile(256, 128, 64, 8, 4, tma=True)),
+    (512, None, Tile(128, 128, 64, 8, 5, tma=True, persistent=True)),
+    (None, None, Tile(128, 256, 64, 8, 3, tma=True, persistent=True)),
 )
 
 LM_HEAD: _Table = (

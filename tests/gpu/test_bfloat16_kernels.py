@@ -19,7 +19,7 @@ rig.require_device()
 
 import gpu_sampler  # noqa: E402
 
-from zerokl.kernels.experts import RouterSpec  # noqa: E402
+from zerokl.kernels.experts import Replay, RouterSpec  # noqa: E402
 from zerokl.kernels.gpu import experts, lm_head, matmul, norms, sampling  # noqa: E402
 from zerokl.kernels.gpu.step_arrays import sampling_options  # noqa: E402
 from zerokl.kernels.ops import SamplingBatch, neutral_sampling  # noqa: E402
@@ -271,7 +271,8 @@ def test_mixture_against_the_definition(replayed: bool) -> None:
     chosen = reference_moe.route(logits.astype(np.float64), correction, ROUTER, None)
     if given is not None:
         given[~replaces] = chosen.experts[~replaces]
-    routing = reference_moe.route(logits.astype(np.float64), correction, ROUTER, given)
+    replay = None if given is None else Replay(given, None)
+    routing = reference_moe.route(logits.astype(np.float64), correction, ROUTER, replay)
     np.testing.assert_array_equal(ids, routing.experts)
     np.testing.assert_allclose(weights, routing.weights, rtol=1e-5)
     blocks = [reference_moe.ReferenceExpert(*matrices) for matrices in zip(*expert_matrices(48), strict=True)]

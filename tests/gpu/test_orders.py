@@ -28,9 +28,12 @@ from zerokl.kernels.gpu.tiles import Tile  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 REFERENCE = Tile(16, 16, 16, 1, 1)  # one warp, one step of 16 at a time: the order itself
+IN_TABLES = {tile for table in (tiles.LINEAR, tiles.SWIGLU, tiles.LM_HEAD, tiles.EXPERTS) for _, _, tile in table}
+PERSISTENT = sorted((tile for tile in IN_TABLES if tile.persistent), key=str)  # too large for float32 outputs
 TILES = sorted(
-    {tile for table in (tiles.LINEAR, tiles.SWIGLU, tiles.LM_HEAD, tiles.EXPERTS) for _, _, tile in table}
-    | {Tile(16, 64, 64, 1, 4), Tile(16, 128, 64, 2, 3), Tile(64, 64, 16, 4, 3), Tile(64, 128, 32, 8, 4)},
+    IN_TABLES.difference(PERSISTENT)
+    | {Tile(16, 64, 64, 1, 4), Tile(16, 128, 64, 2, 3), Tile(64, 64, 16, 4, 3), Tile(64, 128, 32, 8, 4)}
+    | {Tile(128, 128, 64, 8, 4, tma=True, persistent=True)},
     key=str,
 )
 # Without tensor cores every step holds whole tiles in registers: smaller ones.
@@ -59,6 +62,21 @@ def test_matrix_products_have_one_order(n: int, k: int) -> None:
     assert rig.relative_error(rig.get(expected), exact) < 2e-9 * k + 1e-6
     for tile in TILES:
         assert differing(product(x, w, tile), expected) == 0, tile
+
+
+@pytest.mark.parametrize("tile", PERSISTENT, ids=str)
+def test_programs_that_take_several_tiles_have_the_same_order(tile: Tile) -> None:
+    rows, n, k = 2100, 4360, 1032  # 18 times 17 of the largest tiles, the last ones cut off
+    x, w = rig.put(rig.normal(1, rows, k, scale=3.0)), rig.put(rig.normal(2, n, k))
+    other = Tile(64, 64, 64, 4, 4)
+    outs = [rig.empty(rows, n) for _ in range(2)]
+    for out, some in zip(outs, (tile, other), strict=True):
+        matmul.linear(x, w, None, out, tile=some)
+    assert differing(*outs) == 0
+    outs = [rig.empty(rows, n // 2) for _ in range(2)]
+    for out, some in zip(outs, (tile, other), strict=True):
+        matmul.swiglu(x, w, out, tile=some)
+    assert differing(*outs) == 0
 
 
 def test_a_split_of_k_is_another_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """A: Qwen3-0.6B, B: Llama-3.1-8B, C: Qwen3-30B-A3B, M: a small mixture."""
+GGUF = Path(os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf")
+"""Real weights: SmolLM2-135M-Instruct."""
 
 
 def model_folder(name: str, folder: Path, **changes: Any) -> Path:
@@ -58,6 +61,16 @@ def model_folder(name: str, folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_COMMON | MODELS[name] | changes))
     return folder
+
+
+def smollm2_folder(folder: Path) -> Path | None:
+    """SmolLM2-135M-Instruct, converted from GGUF into `folder`; None where its weights are not there, which is said."""
+    if not GGUF.is_file():
+        print(f"SmolLM2: no weights at {GGUF}", flush=True)
+        return None
+    from zerokl.integrations.gguf_import import convert_gguf
+
+    return convert_gguf(GGUF, folder / "smollm2")
 
 
 class RandomWeights(LocalWorker):

@@ -7,7 +7,6 @@ and 512, then the engine goes and the trainer's packed forward scores what they 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
-from models import RandomTensors, model_folder
+from models import RandomTensors, model_folder, smollm2_folder
 from zerokl.integrations.batch import pack_rollouts
 from zerokl.integrations.policy_model import PolicyModel
 from zerokl.kernels.gpu import paged_attention
@@ -36,7 +35,6 @@ MakePolicy = Callable[[], PolicyModel]
 
 PROMPT, TOKENS = 256, 64
 BATCHES = (1, 8, 256, 512)
-GGUF = os.environ.get("ZEROKL_SMOLLM2_GGUF") or os.environ.get("KIT", "/opt/kit") + "/smollm2.gguf"
 SEQUENCES_AT_ONCE = {"A": 256, "B": 64, "M": 256, "SmolLM2": 256}
 """Of a packed forward, at most: what fits beside float32 parameters on an 80 GB card."""
 
@@ -56,12 +54,9 @@ def policy_rows(folder: Path, make_engine: MakeEngine, models: Sequence[str]) ->
 
 
 def _smollm2(folder: Path) -> Iterator[dict[str, Any]]:
-    if not Path(GGUF).is_file():
-        print(f"SmolLM2: no weights at {GGUF}", flush=True)
+    path = smollm2_folder(folder)
+    if path is None:
         return
-    from zerokl.integrations.gguf_import import convert_gguf
-
-    path = convert_gguf(Path(GGUF), folder / "smollm2")
     for dtype in ("bfloat16", "float32"):
         options: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 512, "kv_cache_bytes": 4 << 30}
         with RolloutEngine(EngineConfig(model=str(path), device="gpu", dtype=dtype, **options)) as engine:

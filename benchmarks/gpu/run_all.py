@@ -47,30 +47,32 @@ SIZES = {
 }
 """Numbers of sequences by part, where none are given."""
 MODELS = {
+    "exact": ("A", "M", "SmolLM2", "B"),
     "policy": ("A", "M", "SmolLM2", "B"),
     "cost": ("A", "B"),
     "reference": ("smollm2", "A, 4 layers"),
     "sync": ("A", "B"),
 }
 """Models of parts that let one choose."""
-EXACT_KV_BYTES = 10 << 30
+EXACT_KV_BYTES = 7 << 30
 """Of engines whose bits are compared: what 512 sequences need, so that a part can run beside others."""
 
 # Parts are imported when they are run: `sanitize` needs no more than a GPU's tools.
 
 
-def exact(_args: argparse.Namespace, folder: Path) -> list[Row]:
+def exact(args: argparse.Namespace, folder: Path) -> list[Row]:
     from exact import exact_rows
     from workload import make_engine
 
-    return exact_rows(folder, partial(make_engine, kv_cache_bytes=EXACT_KV_BYTES))
+    return exact_rows(folder, partial(make_engine, weight_slots=1, kv_cache_bytes=EXACT_KV_BYTES), args.models)
 
 
 def policy(args: argparse.Namespace, folder: Path) -> list[Row]:
     from exact import policy_exact_rows
     from workload import make_engine
 
-    return policy_exact_rows(folder, partial(make_engine, kv_cache_bytes=EXACT_KV_BYTES), args.models)
+    make = partial(make_engine, weight_slots=1, kv_cache_bytes=EXACT_KV_BYTES)
+    return policy_exact_rows(folder, make, args.models)
 
 
 def speed_a(args: argparse.Namespace, folder: Path) -> list[Row]:

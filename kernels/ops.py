@@ -126,7 +126,7 @@ class StepInputs:
     positions: NDArray[np.int32]
     """[T], absolute positions from 0."""
     slot_mapping: NDArray[np.int32]
-    """[T], block * block_size + offset where the token's key and value go."""
+    """[T], block * block_size + offset where the token's key and value go; -1 where they are there already."""
     seq_starts: NDArray[np.int32]
     """[S + 1], cu_seqlens_q."""
     context_lens: NDArray[np.int32]

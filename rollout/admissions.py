@@ -81,11 +81,11 @@ class Admissions:
                 fitting.append((draft, matched))
         if request.group_id is not None and len(fitting) > 1:
             fitting = self._near_home(fitting)
-        block_size = ranks[0].kv_cache.block_size
+        first_position = ranks[0].kv_cache.first_position
         return min(
             fitting,
             key=lambda place: (
-                place[0].num_tokens + request.compute_target - len(place[1]) * block_size,
+                place[0].num_tokens + request.compute_target - first_position(request, place[1]),
                 place[0].expected_tokens,
                 place[0].rank,
             ),
@@ -103,7 +103,7 @@ class Admissions:
 
     # -- what is decided ---------------------------------------------------------------------------
     def _join(self, request: Request, draft: RankDraft, matched: list[int]) -> None:
-        draft.admit(request, matched, len(matched) * draft.kv_cache.block_size)
+        draft.admit(request, matched, draft.kv_cache.first_position(request, matched))
         self.outcomes.append(Join(request, draft.rank, matched))
         self._blocked.pop(request.request_id, None)
         for request_id, (other, overtaken) in self._blocked.items():

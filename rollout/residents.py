@@ -107,7 +107,7 @@ class Residents:
         self.running[source].remove(request)
         kv_cache = self.kv_caches[target]
         held = kv_cache.take_over(request, matched)
-        request.num_matched_tokens = max(request.num_matched_tokens, len(matched) * kv_cache.block_size)
+        request.num_matched_tokens = max(request.num_matched_tokens, kv_cache.first_position(request, matched))
         self._settle_on(request, target)
         copied = slice(len(matched), kv_cache.blocks_for(request.num_computed_tokens))
         targets = request.block_table[: request.num_blocks].tolist()

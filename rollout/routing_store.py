@@ -51,9 +51,10 @@ class RoutingStore:
 
     def write(self, slot_mapping: NDArray[np.int32], routed: RoutedTokens) -> None:
         """Take a step's result for its T tokens at `slot_mapping` [T], as in `StepInputs`."""
-        blocks, offsets = np.divmod(slot_mapping, self._block_size)
-        self._experts[blocks, offsets] = routed.experts.swapaxes(0, 1)
-        self._weights[blocks, offsets] = routed.weights.swapaxes(0, 1)
+        written = slot_mapping >= 0
+        blocks, offsets = np.divmod(slot_mapping[written], self._block_size)
+        self._experts[blocks, offsets] = routed.experts.swapaxes(0, 1)[written]
+        self._weights[blocks, offsets] = routed.weights.swapaxes(0, 1)[written]
 
     def copy(self, source: RoutingStore, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> None:
         """The entries of blocks of `source`, handed over from its rank: the i-th goes to the i-th target block."""

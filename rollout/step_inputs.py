@@ -64,6 +64,9 @@ def rank_inputs(plan: StepPlan, rank_plan: RankPlan, requests: Mapping[str, Requ
     block_tables = _block_tables(members)
     sequence = np.repeat(np.arange(len(entries)), lengths)
     slots = block_tables[sequence, positions // block_size] * block_size + positions % block_size
+    # Published blocks are read only: what is computed again there, for its row, is there already.
+    published = np.array([request.num_published_blocks for request in members], np.int32) * block_size
+    slots[positions < published[sequence]] = -1
     # The rows of an entry are its last ones: count up to the end of its tokens.
     row_starts = _offsets(row_counts)
     logit_rows = np.repeat(seq_starts[1:] - row_starts[1:], row_counts) + np.arange(rank_plan.num_rows, dtype=np.int32)

@@ -68,7 +68,7 @@ class FakeModel:
 
     def execute(self, inputs: StepInputs) -> SampleResult:
         """Write every token's entry, then read whole pasts for the rows wanted."""
-        slots = inputs.slot_mapping.tolist()
+        slots = [slot for slot in inputs.slot_mapping.tolist() if slot >= 0]
         assert len(set(slots)) == len(slots), "two tokens of a step share a slot"
         pasts: dict[int, int] = {}
         wanted = set(inputs.logit_rows.tolist())
@@ -76,7 +76,7 @@ class FakeModel:
             begin, end = inputs.seq_starts[index : index + 2].tolist()
             assert end > begin and inputs.positions[end - 1] + 1 == inputs.context_lens[index]
             pasts |= self._run_sequence(inputs, table, range(begin, end), wanted)
-        self.num_computed += len(slots)
+        self.num_computed += len(inputs.token_ids)
         batch = inputs.sampling
         tokens, figures = [], []
         for row, index in enumerate(inputs.logit_rows.tolist()):
@@ -106,8 +106,12 @@ class FakeModel:
         for index in span:
             position = int(inputs.positions[index])
             before = self._read(table, position - 1) if position else 0
+            entry = mix(before, int(inputs.token_ids[index]), position, weights)
             block, offset = divmod(int(inputs.slot_mapping[index]), self.block_size)
-            self.pool[block][offset] = mix(before, int(inputs.token_ids[index]), position, weights)
+            if block >= 0:
+                self.pool[block][offset] = entry
+            else:
+                assert self._read(table, position) == entry, "a token that is not written is not there"
         for index in wanted.intersection(span):
             position = int(inputs.positions[index])
             pasts[index] = sum(self._read(table, past) for past in range(position + 1)) & MASK

@@ -25,8 +25,9 @@ class KVCacheManager:
         |-- matched at admission --|-- computed here --|-- allocated, not computed yet --|
         0                    k * B             num_computed_tokens            num_blocks * B
 
-    The first range is shared and read only: computation starts at a block boundary, so no shared block is ever
-    written. Full blocks of the second range are published under their content once a step's result is in.
+    The first range is shared and read only. Computation starts at its end, or where it holds all that the request
+    knows, at the last token in it, whose row is wanted and whose keys are there: a step does not write what lies in
+    published blocks. Full blocks of the second range are published under their content once a step's result is in.
     All tokens known at admission get their blocks at once; afterwards only sampling makes a table grow.
     """
 
@@ -76,15 +77,15 @@ class KVCacheManager:
         request.key_root, request.block_keys = prefix.root, prefix.keys
 
     def match(self, request: Request, prefix: PrefixKeys) -> list[int]:
-        """Published blocks with the request's longest cached prefix, of which no row of results is wanted.
+        """Published blocks with the request's longest cached prefix, up to the first token whose row is wanted.
 
-        So at least one token is left to compute. Of all that exists only `prefix` changes: it grows by the keys made.
+        Of all that exists only `prefix` changes: it grows by the keys made.
         """
         matched: list[int] = []
         if not self._shares(request):
             return matched
         find, (root, keys) = self._prefixes.find, prefix
-        limit = request.next_row // self.block_size
+        limit = (request.next_row + 1) // self.block_size
         for key in keys[:limit]:
             block = find(key)
             if block is None:
@@ -97,6 +98,10 @@ class KVCacheManager:
                 return matched
             matched.append(block)
         return matched
+
+    def first_position(self, request: Request, matched: Sequence[int]) -> int:
+        """Where the request's computation starts behind matched blocks: at least one row is left to give."""
+        return min(len(matched) * self.block_size, request.next_row)
 
     def num_unused(self, blocks: Sequence[int], besides: Set[int]) -> int:
         """How many of the blocks no request holds, those of `besides` left out."""
@@ -120,10 +125,10 @@ class KVCacheManager:
             self._pool.share(block)
 
     def admit(self, request: Request, matched: list[int]) -> None:
-        """Build the table: matched blocks, shared before, then new ones. The matched part counts as computed."""
+        """Build the table: matched blocks, shared before, then new ones. What lies before its start is computed."""
         assert request.num_blocks == 0, f"{request.request_id} holds blocks already"
         self._make_table(request, matched)
-        request.num_computed_tokens = len(matched) * self.block_size
+        request.num_computed_tokens = self.first_position(request, matched)
 
     def take_over(self, request: Request, matched: list[int]) -> list[int]:
         """Replace the request's table, of another pool, by one of this pool; returns the blocks it held there.
@@ -156,7 +161,7 @@ class KVCacheManager:
         belongs to no epoch.
         """
         num_full = request.num_computed_tokens // self.block_size
-        if num_full == request.num_published_blocks or request.has_older_kv or not self._shares(request):
+        if num_full <= request.num_published_blocks or request.has_older_kv or not self._shares(request):
             return
         keys = self._make_keys(request, num_full)
         for index in range(request.num_published_blocks, num_full):
@@ -186,7 +191,7 @@ class KVCacheManager:
         """Tokens of the prompt that samples of the request's group can take from one of them; 0 without a group."""
         if request.group_id is None:
             return 0
-        return (request.num_prompt_tokens - 1) // self.block_size * self.block_size
+        return request.num_prompt_tokens // self.block_size * self.block_size
 
     def reset(self) -> None:
         """Forget all cached prefixes. Requests keep the blocks they hold."""

@@ -34,9 +34,10 @@ def admit(manager: KVCacheManager, request: Request, epoch: int = 1) -> int:
     manager.adopt_keys(request, keys)
     manager.share(matched)
     manager.admit(request, matched)
+    start = request.num_computed_tokens
     request.num_computed_tokens = request.compute_target
     manager.publish(request)
-    return len(matched) * manager.block_size
+    return start
 
 
 def test_pool_hands_out_free_blocks_before_idle_ones_and_the_longest_idle_first():
@@ -87,11 +88,13 @@ def test_prefix_cache_compares_tokens_and_keys_depend_on_everything_before():
     assert cache.find(key) is None and len(cache) == 0
 
 
-def test_the_longest_prefix_is_matched_but_never_the_whole_prompt():
+def test_the_longest_prefix_is_matched_and_a_row_is_left_to_compute():
     manager = KVCacheManager(16, 8)
     admit(manager, make("a", range(24)))
     assert admit(manager, make("b", [*range(16), 99, 98])) == 16
-    assert admit(manager, make("c", range(24))) == 16  # the third block holds the last token
+    third = make("c", range(24))
+    assert admit(manager, third) == 23  # all blocks are there: the last token alone is computed again, for its row
+    assert third.num_published_blocks == 3
     assert admit(manager, make("d", range(25))) == 24
     assert len(match(manager, make("e", [7, *range(1, 24)]), 1)) == 0
 
@@ -112,7 +115,7 @@ def test_shared_blocks_are_the_same_ids():
 def test_a_score_request_takes_from_the_cache_only_what_comes_before_its_rows():
     manager = KVCacheManager(16, 8)
     admit(manager, make("a", range(32)))
-    for start, blocks in ((1, 0), (8, 0), (9, 1), (24, 2), (25, 3)):
+    for start, blocks in ((1, 0), (7, 0), (8, 1), (9, 1), (23, 2), (24, 3), (25, 3)):
         assert len(match(manager, Request.score("s", list(range(32)), score_start=start), 1)) == blocks, start
 
 
@@ -120,9 +123,9 @@ def test_blocks_of_another_epoch_are_never_matched():
     manager = KVCacheManager(16, 8)
     admit(manager, make("a", range(24)), epoch=1)
     request = make("b", range(24))
-    assert len(match(manager, request, 1)) == 2
+    assert len(match(manager, request, 1)) == 3
     assert len(match(manager, request, 2)) == 0
-    assert len(match(manager, request, 1)) == 2
+    assert len(match(manager, request, 1)) == 3
 
 
 def test_without_caching_only_a_group_shares():
@@ -130,7 +133,7 @@ def test_without_caching_only_a_group_shares():
     assert admit(manager, make("a", range(24))) == 0 == admit(manager, make("b", range(24)))
     assert manager.num_cached_blocks == 0
     assert admit(manager, make("g0", range(24), "g")) == 0
-    assert admit(manager, make("g1", range(24), "g")) == 16
+    assert admit(manager, make("g1", range(24), "g")) == 23
     assert admit(manager, make("h0", range(24), "h")) == 0
 
 

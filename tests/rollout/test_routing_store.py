@@ -73,6 +73,14 @@ def test_a_request_gets_its_positions_in_order(returned: str, start: int) -> Non
     assert marks(request.routing) == [*range(32, 40), *range(8), 40, 41, 42][start:]
 
 
+def test_a_token_without_a_slot_leaves_every_entry_as_it_was() -> None:
+    store, expected = filled(), filled()
+    store.write(np.array([-1, 3, -1], np.int32), routed([70, 71, 72]))
+    expected.write(np.array([3], np.int32), routed([71]))
+    np.testing.assert_array_equal(store._experts, expected._experts)
+    np.testing.assert_array_equal(store._weights, expected._weights)
+
+
 def test_a_score_request_keeps_nothing() -> None:
     request = running(Request.score("s", list(range(9))), [1, 2], 8)
     filled().keep(request)

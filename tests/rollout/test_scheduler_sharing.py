@@ -34,8 +34,18 @@ def test_parked_siblings_do_not_stand_in_the_way_and_keep_their_order():
 def test_a_short_prompt_has_nothing_to_share_and_parks_nobody():
     rig = Rig()
     for i in range(3):
-        rig.add(generate(f"p{i}", 8, group_id="p", sample_index=i))
+        rig.add(generate(f"p{i}", 7, group_id="p", sample_index=i))
     assert len(entries(rig.step())) == 3
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_samples_of_a_prompt_of_whole_blocks_compute_its_last_token_alone(caching):
+    rig = Rig(enable_prefix_caching=caching)
+    group = [generate(f"p{i}", 32, max_tokens=5, group_id="p", seed=3, sample_index=i) for i in range(4)]
+    rig.run(group)
+    assert rig.num_computed == 32 + 3 + 4 * 4
+    assert [request.num_cached_tokens for request in group] == [0, 31, 31, 31]
+    assert_as_expected(group, rig.weights)
 
 
 def test_the_next_sibling_leads_when_the_leader_is_aborted():
@@ -49,7 +59,7 @@ def test_the_next_sibling_leads_when_the_leader_is_aborted():
     assert table(rig.step()) == [("p1", 8, 10, 0)]  # the first block had been published
     rig.run()
     assert_as_expected([group[1], group[3]], rig.weights)
-    assert group[3].num_cached_tokens == 32
+    assert group[3].num_cached_tokens == 39
 
 
 def test_a_preempted_leader_still_leads():
@@ -61,7 +71,7 @@ def test_a_preempted_leader_still_leads():
     rig.step()
     assert rig.scheduler.num_running == 1
     rig.run()
-    assert rig.num_computed == 40 + 4 + 2 * 8 + 3 * 3  # four tokens of the leader's third block are computed twice
+    assert rig.num_computed == 40 + 4 + 2 + 3 * 3  # four tokens of the leader's third block are computed twice
     assert_as_expected(rig.finished.values(), rig.weights)
 
 

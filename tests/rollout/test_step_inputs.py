@@ -52,7 +52,8 @@ def check_against_loops(plan: StepPlan, requests: dict[str, Request], inputs: St
         for position in range(entry.start, entry.start + entry.num_tokens):
             tokens.append(int(request.token_ids[position]))
             positions.append(position)
-            slots.append(table[position // block_size] * block_size + position % block_size)
+            slot = table[position // block_size] * block_size + position % block_size
+            slots.append(-1 if position < request.num_published_blocks * block_size else slot)
             if position >= request.num_prompt_tokens - 1 + request.num_output_tokens:
                 check_row(request, position, len(rows), batch)
                 rows.append(len(tokens) - 1)
@@ -139,3 +140,15 @@ def test_building_twice_gives_the_same_arrays():
     first, second = (rig.orders(plan)[0].inputs for _ in range(2))
     assert first.token_ids.tolist() == second.token_ids.tolist()
     assert first.sampling.history_token.tolist() == second.sampling.history_token.tolist()
+
+
+def test_a_token_in_published_blocks_is_computed_but_not_written():
+    rig = Rig(block_size=8)
+    for name in "ab":
+        rig.add(Request.generate(name, list(range(16)), SamplingParams(max_tokens=4), seed=0))
+        plan = rig.plan()
+        slots = rig.orders(plan)[0].inputs.slot_mapping.tolist()
+        rig.scheduler.update(plan, rig.execute(rig.orders(plan)))
+    (entry,) = [entry for entry in plan.ranks[0].entries if entry.request_id == "b"]
+    assert (entry.start, entry.num_tokens, entry.num_rows) == (15, 1, 1)
+    assert sorted(slots)[0] == -1 and sorted(slots)[1] >= 0, "of b's token and a's next one"

@@ -239,7 +239,7 @@ def test_a_killed_trainer_leaves_the_old_version(
 def test_a_false_handle_is_refused(
     tmp_path: Path, start_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, read = start_trainer("dense"), Descriptor.read
+    trainer, read = start_trainer("dense"), Descriptor.from_bytes
 
     def false(*given: Any) -> Descriptor:
         descriptor = read(*given)
@@ -248,7 +248,7 @@ def test_a_false_handle_is_refused(
     with engine_on(folder_of(tmp_path, "dense", 0)) as engine:
         before, published = bits(engine), trainer.publish(1, 1)
         with monkeypatch.context() as patch, pytest.raises(DeviceHandleError):
-            patch.setattr(Descriptor, "read", false)
+            patch.setattr(Descriptor, "from_bytes", false)
             engine.update_weights(published)
         assert num_differing(before, bits(engine)) == 0
         assert engine.update_weights(published) == 1

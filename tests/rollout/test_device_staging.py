@@ -217,9 +217,9 @@ def test_a_flipped_bit_is_found_and_the_old_set_stays(rig: Any, where: str) -> N
         placed: list[Any] = []
         place_all = one.gpu.place
 
-        def keep(placements: Any, bucket_bytes: int) -> Any:
-            placed[:] = placements
-            return place_all(placements, bucket_bytes)
+        def keep(plan: Any, bucket_bytes: int) -> Any:
+            placed[:] = plan.placements
+            return place_all(plan, bucket_bytes)
 
         def damage() -> None:
             target = FakeTensor(placed[-1].target, (placed[-1].columns,), "bfloat16")

@@ -22,6 +22,12 @@ from zerokl.kernels.device_tensors import Placement
 from zerokl.kernels.gpu.copy_plan import CopyPlan
 from zerokl.weight_sync.device_checksums import device_checksum
 
+_FIXED = 0x10
+"""MAP_FIXED: what is mapped there already makes way."""
+_LIBC = ctypes.CDLL(None)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
+
 _STORED: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.uint32}
 _EXPONENT = {"bfloat16": 0x7F80, "float32": 0x7F800000}
 
@@ -61,6 +67,19 @@ class FakeGpu:
     def empty(self, shape: Sequence[int], dtype: str) -> FakeTensor:
         size = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
         return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
+
+    def replace(self, tensor: FakeTensor) -> None:
+        """Free the allocation of a tensor, and have another one at the same address, which is all zeros."""
+        base, size = self.allocation_of(tensor.data_ptr())
+        memory, old, _ = self._maps[base]
+        name = secrets.token_hex(16)
+        (self.folder / name).write_bytes(bytes(size))
+        (self.folder / old).unlink()
+        with (self.folder / name).open("r+b") as stream:
+            access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED
+            there = _LIBC.mmap(base, size, access, kind, stream.fileno(), 0)
+        assert there == base, "it replaces the pages that were there"
+        self._maps[base] = memory, name, size
 
     # -- DeviceMemory --------------------------------------------------------------------------------------------------
     def allocation_of(self, address: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class WeightSlot:
         self._next = 0
         self._use: weakref.ref[SlotUse] | None = None
         self.filling: Any = None
-        """What whoever fills the slot keeps for the next time; it may refer to the slot's tensors."""
+        """What `DevicePacker` keeps for the next set from the same place; it may refer to the slot's tensors."""
 
     @property
     def is_free(self) -> bool:

@@ -117,6 +117,31 @@ def test_checksums_alone(bench: Bench) -> None:
     assert bench.memory.checksums(bench.memory.plan([])).tolist() == []
 
 
+def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
+    memory = shared_memory()
+    calls, sources, plans = memory._calls, [], []
+    for number in range(11):
+        source = np.random.default_rng(number).integers(0, 1 << 16, (1 + number % 3, 24)).astype(np.uint16)
+        address = calls.allocate(source.nbytes)
+        calls.upload(address, source.ctypes.data, source.nbytes)
+        sources.append(source)
+        stored = [(address, *source.shape, "bfloat16")] * (1 + number % 4)
+        plans.append(memory.plan(stored))
+    loaded = []
+    upload = calls.upload
+
+    def counted(*given: Any) -> None:
+        loaded.append(given[0])
+        upload(*given)
+
+    calls.upload = counted
+    for number in (0, 1, 0, 1, *range(11), *range(11), 10, 9, 3):
+        found = memory.checksums(plans[number]).tolist()
+        assert found == [device_checksum(sources[number])] * len(plans[number].placements)
+    assert len(loaded) == 2 + 9 + 11, "those of the last eight are there"
+    assert len(set(loaded)) <= 2 * 8
+
+
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_what_is_not_finite_is_found_and_a_flipped_bit_changes_one_checksum(bench: Bench, case: int) -> None:
     source, placement = bench.sources[case], bench.placements[case]

@@ -42,7 +42,7 @@ class DeviceStaging:
         session = UpdateSession(self._expected, optional={LM_HEAD: self._expected[EMBED]})
         with self._mappings.lease(source.published) as lease:
             tensors = self._tensors_of(lease.mapped, session)
-            session.begin_placed(lease.mapped.layout.with_version(lease.version))
+            session.begin_placed(lease.mapped.layout.with_version(source.published.version))
             check_tied(lease.contents(EMBED, LM_HEAD), self._expected)
             try:
                 placed = runner.stage_device(tensors, self._memory, version, source.bucket_bytes)

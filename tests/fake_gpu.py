@@ -64,10 +64,6 @@ class FakeGpu:
         tensor.values[...] = values.view(_STORED[dtype])
         return tensor
 
-    def empty(self, shape: Sequence[int], dtype: str) -> FakeTensor:
-        size = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
-        return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
-
     def replace(self, tensor: FakeTensor) -> None:
         """Free the allocation of a tensor, and have another one at the same address, which is all zeros."""
         base, size = self.allocation_of(tensor.data_ptr())
@@ -80,6 +76,10 @@ class FakeGpu:
             there = _LIBC.mmap(base, size, access, kind, stream.fileno(), 0)
         assert there == base, "it replaces the pages that were there"
         self._maps[base] = memory, name, size
+
+    def empty(self, shape: Sequence[int], dtype: str) -> FakeTensor:
+        size = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
+        return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
 
     # -- DeviceMemory --------------------------------------------------------------------------------------------------
     def allocation_of(self, address: int) -> tuple[int, int]:

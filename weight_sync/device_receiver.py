@@ -39,12 +39,22 @@ class DeviceLease:
     """The right to read one publication; ends with the context that gave it."""
 
     def __init__(self, published: PublishedDeviceWeights, mapped: MappedTensors, owner: Owner) -> None:
-        self.version = published.version
+        self.published = published
         self.mapped = mapped
         values = published.checksums_of(mapped.layout)
         self.checksums = dict(zip(mapped.addresses, values, strict=True))
         """As published, by name."""
         self._owner = owner
+
+    @property
+    def manifest(self) -> Manifest:
+        """All that is known of the publication, made anew: see `PublishedDeviceWeights.manifest`."""
+        return self.published.manifest
+
+    @property
+    def addresses(self) -> Mapping[str, int]:
+        """Of the tensors, by name, in this process."""
+        return self.mapped.addresses
 
     def contents(self, *names: str) -> dict[str, tuple[str, int]]:
         """Dtype and checksum of those that are there of some tensors."""
@@ -52,7 +62,7 @@ class DeviceLease:
 
     def check_owner(self) -> None:
         """Raise PublisherDiedError if the publisher is gone: what was read may not have been the publication."""
-        _check_owner(self._owner, self.version)
+        _check_owner(self._owner, self.published.version)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ def copies_of(tensors: dict[str, FakeTensor]) -> Copies:
 
 
 def seen(lease: DeviceLease) -> Copies:
-    specs, addresses = lease.mapped.layout.tensors, lease.mapped.addresses
-    return {spec.name: elements(addresses[spec.name], spec.shape, spec.dtype).copy() for spec in specs}
+    return {
+        spec.name: elements(lease.addresses[spec.name], spec.shape, spec.dtype).copy()
+        for spec in lease.manifest.tensors
+    }
 
 
 def assert_equal(actual: Copies, expected: Copies) -> None:

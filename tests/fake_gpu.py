@@ -150,9 +150,7 @@ class FakeGpu:
 
     def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
         self.done["plan"] += 1
-        places = [tensor[0] for tensor in tensors] if targets is None else targets
-        placements = [Placement(*one, at, one[3], one[2]) for one, at in zip(tensors, places, strict=True)]
-        return CopyPlan(placements, copies=targets is not None)
+        return CopyPlan.of_tensors(tensors, targets)
 
     def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
         return self.place(plan)[0]

@@ -100,6 +100,13 @@ class CopyPlan:
         self.placements = tuple(placements)
         self.copies = copies
 
+    @staticmethod
+    def of_tensors(tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
+        """Tensors, by address, rows, columns and type, that are read or, with `targets`, copied to other addresses."""
+        places = [tensor[0] for tensor in tensors] if targets is None else targets
+        placements = [Placement(*one, at, one[3], one[2]) for one, at in zip(tensors, places, strict=True)]
+        return CopyPlan(placements, copies=targets is not None)
+
     @cached_property
     def groups(self) -> list[Group]:
         """`plan_groups` of the placements."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.device_tensors import Placement
 from zerokl.kernels.gpu.copies import launch
 from zerokl.kernels.gpu.copy_plan import CopyPlan, Group, Tables, buckets
 
@@ -80,9 +79,7 @@ class SharedGpuMemory:
 
     def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
         """See `DeviceMemory.plan`."""
-        places = [tensor[0] for tensor in tensors] if targets is None else targets
-        placements = [Placement(*one, at, one[3], one[2]) for one, at in zip(tensors, places, strict=True)]
-        return CopyPlan(placements, copies=targets is not None)
+        return CopyPlan.of_tensors(tensors, targets)
 
     def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
         """See `DeviceMemory.checksums`."""

@@ -208,14 +208,18 @@ class ModelRunner:
     ) -> dict[str, int]:
         """`stage` of a complete set in a GPU's memory, by copies on the device; otherwise as it.
 
-        Returns, once all are done, the checksums of what came to its place, by name, for the caller to compare.
+        Returns, once all are done, the checksums of what came to its place, by name, for the caller to compare. The
+        same object as the last time stands for the same tensors at the same addresses.
         """
         self._staged = None
-        check_tensors(tensors, self._config)
         packer = device_packer(self._ops, memory)
+
+        def pack() -> DecoderParams[Any]:
+            check_tensors(tensors, self._config)
+            return build_params(packer, self._config, tensors, self._rope, keep=packer.tensor)
+
         try:
-            params: DecoderParams[Any] = build_params(packer, self._config, tensors, self._rope, keep=packer.tensor)
-            checksums = packer.finish(bucket_bytes)
+            params, checksums = packer.fill(tensors, pack, bucket_bytes)
         except BaseException:
             packer.abandon()
             raise

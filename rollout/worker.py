@@ -278,7 +278,8 @@ class LocalWorker:
         read = {*runner.held_tensors(), LM_HEAD}
         session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]}, read=read)
         session.begin(version, lease.manifest)
-        check_tied(lease.manifest, expected)
+        ends = [spec for spec in lease.manifest.tensors if spec.name in (EMBED, LM_HEAD)]
+        check_tied({spec.name: (spec.dtype, spec.checksum) for spec in ends}, expected)
         try:
             runner.stage(session.arriving(lease.buckets(bucket_bytes)), version)
             session.verify_read()

@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.device_tensors import Placement
+from zerokl.kernels.gpu.copy_plan import CopyPlan
 from zerokl.weight_sync.device_checksums import device_checksum
+
+_FIXED = 0x10
+"""MAP_FIXED: what is mapped there already makes way."""
+_LIBC = ctypes.CDLL(None)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
 
 _STORED: dict[str, Any] = {"bfloat16": np.uint16, "float32": np.uint32}
 _EXPONENT = {"bfloat16": 0x7F80, "float32": 0x7F800000}
@@ -57,6 +64,19 @@ class FakeGpu:
         tensor.values[...] = values.view(_STORED[dtype])
         return tensor
 
+    def replace(self, tensor: FakeTensor) -> None:
+        """Free the allocation of a tensor, and have another one at the same address, which is all zeros."""
+        base, size = self.allocation_of(tensor.data_ptr())
+        memory, old, _ = self._maps[base]
+        name = secrets.token_hex(16)
+        (self.folder / name).write_bytes(bytes(size))
+        (self.folder / old).unlink()
+        with (self.folder / name).open("r+b") as stream:
+            access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED
+            there = _LIBC.mmap(base, size, access, kind, stream.fileno(), 0)
+        assert there == base, "it replaces the pages that were there"
+        self._maps[base] = memory, name, size
+
     def empty(self, shape: Sequence[int], dtype: str) -> FakeTensor:
         size = int(np.prod(shape)) * np.dtype(_STORED[dtype]).itemsize
         return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
@@ -68,8 +88,11 @@ class FakeGpu:
                 return base, len(memory)
         raise RuntimeError("CUDA: CUDA_ERROR_INVALID_VALUE")
 
-    def allocation_id(self, base: int) -> int:
-        return int(self._maps[base][1], 16)
+    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
+        self.done["allocation_ids"] += 1
+        if not self._maps.keys() >= set(bases):
+            raise RuntimeError("CUDA: CUDA_ERROR_INVALID_VALUE")
+        return [int(self._maps[base][1], 16) for base in bases]
 
     def allocate(self, size: int) -> int:
         self.done["allocate"] += 1
@@ -125,24 +148,25 @@ class FakeGpu:
     def follow(self, stream: int | None) -> None:
         self.done["follow"] += 1
 
-    def checksums(self, tensors: Sequence[tuple[int, int, int, str]]) -> list[int]:
-        return [device_checksum(elements(at, (rows, columns), dtype)) for at, rows, columns, dtype in tensors]
+    def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
+        self.done["plan"] += 1
+        return CopyPlan.of_tensors(tensors, targets)
 
-    def copy(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int]) -> list[int]:
-        pairs = zip(tensors, targets, strict=True)
-        return self.place([Placement(*tensor, target, tensor[3], tensor[2]) for tensor, target in pairs])[0]
+    def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
+        return self.place(plan)[0]
 
-    def place(self, placements: Sequence[Placement], bucket_bytes: int = 0) -> tuple[list[int], list[int]]:
-        for placement in placements:
-            _target(placement)[...] = converted(_source(placement), placement.dtype, placement.target_dtype)
-        self.after_copy()
+    def place(self, plan: CopyPlan, bucket_bytes: int = 0) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+        if plan.copies:
+            for placement in plan.placements:
+                _target(placement)[...] = converted(_source(placement), placement.dtype, placement.target_dtype)
+            self.after_copy()
         sums, broken = [], []
-        for placement in placements:
+        for placement in plan.placements:
             told = _told(placement)
             sums.append(device_checksum(np.ascontiguousarray(told)))
             exponent = _EXPONENT[placement.dtype]
             broken.append(int(((told & exponent) == exponent).any()))
-        return sums, broken
+        return np.array(sums, np.uint64), np.array(broken, np.int32)
 
     def _map(self, name: str) -> int:
         with (self.folder / name).open("r+b") as stream:

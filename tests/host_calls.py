@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ class HostCalls:
         """The page, as if all that follows belonged to it."""
         return address & ~0xFFF, 1 << 30
 
-    def allocation_id(self, base: int) -> int:
-        return base
+    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
+        return list(bases)
 
     def export_memory(self, base: int) -> bytes:
         return bytes(64)

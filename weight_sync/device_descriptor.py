@@ -1,7 +1,9 @@
 """What a trainer says of weights in a GPU's memory: the publication that is passed on, and the descriptor behind it.
 
-The publication (segment, key, manifest) may travel anywhere. Where the bytes are, and the handles that open them, stand
-in the shared memory segment, which is for this user's processes alone and whose lease is the lease of the memory.
+The publication (segment, key, version, layout, checksums) may travel anywhere. Where the tensors are, and the handles
+that open them, stand in the shared memory segment, which is for this user's processes alone and whose lease is the
+lease of the memory. What stays as it is from one publication to the next, layout and descriptor, is encoded apart: a
+receiver that sees the same bytes again keeps what it made of them.
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
+import numpy as np
 
 from zerokl.weight_sync.device_checksums import CHECKSUM_KIND
 from zerokl.weight_sync.errors import ManifestError, SegmentBusyError
-from zerokl.weight_sync.manifest import FORMAT_VERSION, Manifest, unpack
-from zerokl.weight_sync.tensor_spec import MAX_INT, is_integer
+from zerokl.weight_sync.manifest import FORMAT_VERSION, Manifest, require_version, unpack
+from zerokl.weight_sync.tensor_spec import MAX_INT, TensorSpec, is_integer
 
-_HEAD = 8
-"""Bytes before the encoded descriptor: its size, 0 where nothing is published."""
+_WORD = 8
+_HEAD = 2 * _WORD
+"""Bytes before the encoded descriptor: its size, 0 where nothing is published, and the publication's key."""
 _HANDLE = 64
 """Bytes of a handle of the CUDA runtime."""
 
@@ -27,39 +31,101 @@ _HANDLE = 64
 class PublishedDeviceWeights:
     """A set of weights in a GPU's memory: all that a receiver on this machine needs to open it.
 
-    Raises ManifestError for a delta, and for checksums that no device makes.
+    Raises ManifestError for fields of another kind. What `layout` says is checked by whoever reads it.
     """
 
     segment: str
     """Name of the POSIX shared memory segment with the descriptor."""
     key: int
-    """The descriptor's; a later one in the same segment has another."""
-    manifest: Manifest
-    """Offsets say where tensors lie in a publisher's buffer; those of a trainer's own memory lie anywhere."""
+    """The publication's; a later one in the same segment has another."""
+    version: int
+    """Policy version, from 0."""
+    layout: bytes
+    """What `encode_layout` made of the tensors."""
+    checksums: bytes
+    """Of the tensors in their order, 8 bytes each, little-endian."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.segment, str) or not is_integer(self.key, MAX_INT):
             raise ManifestError(f"device weights: segment {self.segment!r:.200}, key {self.key!r} are none")
-        if self.manifest.parent is not None or self.manifest.checksum_kind != CHECKSUM_KIND:
-            raise ManifestError(f"device weights: must be complete, with checksums of kind {CHECKSUM_KIND!r}")
+        require_version(self.version)
+        if not isinstance(self.layout, bytes) or not isinstance(self.checksums, bytes):
+            raise ManifestError("device weights: expected an encoded layout and the bytes of checksums")
 
     @property
-    def version(self) -> int:
-        """The manifest's policy version."""
-        return self.manifest.version
+    def manifest(self) -> Manifest:
+        """All that is known of the set. Raises ManifestError as `decode_layout`, and where checksums do not fit."""
+        layout = decode_layout(self.layout).with_version(self.version)
+        specs = zip(layout.tensors, self.checksums_of(layout), strict=True)
+        return layout.with_checksums(tuple(spec.with_checksum(value) for spec, value in specs))
+
+    def checksums_of(self, layout: Manifest) -> list[int]:
+        """Those of a layout's tensors, in its order. Raises ManifestError where there are more or fewer."""
+        if len(self.checksums) != _WORD * len(layout.tensors):
+            raise ManifestError(
+                f"device weights: {len(self.checksums)} bytes of checksums for {len(layout.tensors)} tensors"
+            )
+        values: list[int] = np.frombuffer(self.checksums, "<u8").tolist()
+        return values
 
     def to_bytes(self) -> bytes:
-        """Encode as msgpack [format version, segment, key, encoded manifest]."""
-        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.segment, self.key, self.manifest.to_bytes()))
+        """Encode as msgpack [format version, segment, key, version, layout, checksums]."""
+        fields = (self.segment, self.key, self.version, self.layout, self.checksums)
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes) -> PublishedDeviceWeights:
-        """Inverse of `to_bytes`. Raises ManifestError for anything else than its output."""
-        segment, key, manifest = unpack(encoded, "device weights", 3)
-        if not isinstance(manifest, bytes):
-            raise ManifestError("device weights: expected an encoded manifest")
-        return PublishedDeviceWeights(segment=segment, key=key, manifest=Manifest.from_bytes(manifest))
+        """Inverse of `to_bytes`. Raises ManifestError for bytes of another form; see the class for the layout's."""
+        segment, key, version, layout, checksums = unpack(encoded, "device weights", 5)
+        return PublishedDeviceWeights(segment=segment, key=key, version=version, layout=layout, checksums=checksums)
+
+
+def encode_layout(tensors: tuple[TensorSpec, ...], total_bytes: int) -> bytes:
+    """A set without what changes with each publication: its manifest, of version 0 and without checksums.
+
+    Offsets say where tensors lie in a publisher's buffer; those of a trainer's own memory lie anywhere. Raises
+    ManifestError for tensors that make no manifest.
+    """
+    return Manifest(version=0, tensors=tensors, total_bytes=total_bytes, checksum_kind=CHECKSUM_KIND).to_bytes()
+
+
+def decode_layout(layout: bytes) -> Manifest:
+    """Inverse of `encode_layout`. Raises ManifestError for a delta, for checksums that no device makes, and for bytes
+    that are no manifest.
+    """
+    manifest = Manifest.from_bytes(layout)
+    if manifest.parent is not None or manifest.checksum_kind != CHECKSUM_KIND:
+        raise ManifestError(f"device weights: must be complete, with checksums of kind {CHECKSUM_KIND!r}")
+    return manifest
+
+
+def write(memory: mmap.mmap, key: int, descriptor: bytes) -> None:
+    """Publish an encoded descriptor in a segment, which is held against readers and large enough."""
+    assert _HEAD + len(descriptor) <= len(memory), f"a descriptor of {len(descriptor)} bytes"
+    memory[_HEAD : _HEAD + len(descriptor)] = descriptor
+    memory[_WORD:_HEAD] = key.to_bytes(_WORD, "little")
+    memory[:_WORD] = len(descriptor).to_bytes(_WORD, "little")
+
+
+def withdraw(memory: mmap.mmap) -> None:
+    """Have a segment, which is held against readers, publish nothing."""
+    memory[:_WORD] = bytes(_WORD)
+
+
+def read(memory: mmap.mmap, published: PublishedDeviceWeights) -> bytes:
+    """The encoded descriptor of a publication in its segment, which is leased.
+
+    Raises SegmentBusyError where it is there no more, ManifestError for one that the segment has no room for.
+    """
+    size = int.from_bytes(memory[:_WORD], "little")
+    if size > len(memory) - _HEAD:
+        raise ManifestError(f"segment {published.segment}: descriptor of {size} bytes in {len(memory)}")
+    if not size:
+        raise SegmentBusyError(f"version {published.version} was withdrawn: its publisher writes to that memory")
+    if int.from_bytes(memory[_WORD:_HEAD], "little") != published.key:
+        raise SegmentBusyError(f"segment {published.segment} holds a later publication than {published.version}")
+    return memory[_HEAD : _HEAD + size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,67 +139,43 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
-    """Where the tensors of one publication are."""
+    """Where the tensors of a publication are."""
 
-    key: int
     event: bytes
     """Handle of the event that is reached once the tensors have been written."""
     local_event: int
     """The event in the publisher's process."""
     allocations: tuple[Allocation, ...]
     places: tuple[tuple[int, int], ...]
-    """In the manifest's order: which allocation, and bytes from its first address."""
+    """In the layout's order: which allocation, and bytes from its first address."""
 
-    def write(self, memory: mmap.mmap) -> None:
-        """Put it into a segment, which is held against readers and large enough."""
-        encoded = self._encoded()
-        assert _HEAD + len(encoded) <= len(memory), f"a descriptor of {len(encoded)} bytes"
-        memory[_HEAD : _HEAD + len(encoded)] = encoded
-        memory[:_HEAD] = len(encoded).to_bytes(_HEAD, "little")
-
-    def _encoded(self) -> bytes:
+    def to_bytes(self) -> bytes:
+        """Encode as msgpack [format version, event, local event, rows of allocations, places]."""
         allocations = [(allocation.handle, allocation.base) for allocation in self.allocations]
-        fields = (self.key, self.event, self.local_event, allocations, self.places)
-        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.event, self.local_event, allocations, self.places))
         return encoded
 
     @staticmethod
-    def read(memory: mmap.mmap, published: PublishedDeviceWeights) -> Descriptor:
-        """The descriptor of a publication in its segment, which is leased.
-
-        Raises SegmentBusyError where it is there no more, ManifestError for one that does not fit.
-        """
-        size = int.from_bytes(memory[:_HEAD], "little")
-        if size > len(memory) - _HEAD:
-            raise ManifestError(f"segment {published.segment}: descriptor of {size} bytes in {len(memory)}")
-        if not size:
-            raise SegmentBusyError(f"version {published.version} was withdrawn: its publisher writes to that memory")
-        key, event, local_event, allocations, places = unpack(memory[_HEAD : _HEAD + size], "descriptor", 5)
-        if key != published.key:
-            raise SegmentBusyError(f"segment {published.segment} holds a later publication than {published.version}")
+    def from_bytes(encoded: bytes, layout: Manifest) -> Descriptor:
+        """Inverse of `to_bytes`. Raises ManifestError for anything else, and where it does not fit the layout."""
+        event, local_event, allocations, places = unpack(encoded, "descriptor", 4)
         if not _is_handle(event) or not is_integer(local_event, MAX_INT):
             raise ManifestError("descriptor: the event is no handle and number")
-        read = Descriptor(
-            key=key,
+        made = Descriptor(
             event=event,
             local_event=local_event,
             allocations=tuple(_allocation(row) for row in _rows("allocations", allocations)),
             places=tuple((index, offset) for index, offset in _rows("places", places)),
         )
-        read._check_places(published.manifest)
-        return read
+        made._check_places(layout)
+        return made
 
-    def _check_places(self, manifest: Manifest) -> None:
-        if len(self.places) != len(manifest.tensors):
-            raise ManifestError(f"descriptor: {len(self.places)} places for {len(manifest.tensors)} tensors")
+    def _check_places(self, layout: Manifest) -> None:
+        if len(self.places) != len(layout.tensors):
+            raise ManifestError(f"descriptor: {len(self.places)} places for {len(layout.tensors)} tensors")
         for index, offset in self.places:
             if not is_integer(index, max(0, len(self.allocations) - 1)) or not is_integer(offset, MAX_INT):
                 raise ManifestError(f"descriptor: place ({index!r}, {offset!r}) is in none of its allocations")
-
-
-def withdraw(memory: mmap.mmap) -> None:
-    """Have a segment, which is held against readers, publish nothing."""
-    memory[:_HEAD] = bytes(_HEAD)
 
 
 def _rows(what: str, rows: Any) -> list[tuple[Any, Any]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 DEVICE_DTYPES = ("bfloat16", "float32")
 """Element types of tensors in device memory."""
@@ -38,8 +41,8 @@ class DeviceMemory(Protocol):
         """First address and size in bytes of the allocation that holds this one."""
         ...
 
-    def allocation_id(self, base: int) -> int:
-        """A number of the allocation that begins at `base`, which no other of this process ever has."""
+    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
+        """A number of each allocation, by its first address, which no other of this process ever has."""
         ...
 
     def export_memory(self, base: int) -> bytes:
@@ -90,10 +93,12 @@ class DeviceMemory(Protocol):
         """Have it wait for what was launched on a stream of this process so far; None: the framework's current one."""
         ...
 
-    def checksums(self, tensors: Sequence[StoredTensor]) -> list[int]:
-        """`device_checksum` of each tensor, once all that was asked for before is done."""
+    def plan(self, tensors: Sequence[StoredTensor], targets: Sequence[int] | None = None) -> Any:
+        """How to read these tensors, and with `targets` copy each to an address: for any number of `checksums`."""
         ...
 
-    def copy(self, tensors: Sequence[StoredTensor], targets: Sequence[int]) -> list[int]:
-        """Copy each tensor to an address; returns the checksums of what is there then."""
+    def checksums(self, plan: Any) -> NDArray[np.uint64]:
+        """Carry a plan out, once all that was asked for before is done: `device_checksum` of each tensor, of a copy as
+        it is where it was copied to.
+        """
         ...

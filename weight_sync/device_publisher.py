@@ -8,21 +8,31 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from zerokl.weight_sync.device_checksums import CHECKSUM_KIND
-from zerokl.weight_sync.device_descriptor import Allocation, Descriptor, PublishedDeviceWeights, withdraw
-from zerokl.weight_sync.device_memory import DEVICE_DTYPES, DeviceMemory, StoredTensor, as_rows
-from zerokl.weight_sync.errors import DeviceHandleError, ManifestError
-from zerokl.weight_sync.manifest import Manifest, plan_layout
+from zerokl.weight_sync.device_descriptor import (
+    Allocation,
+    Descriptor,
+    PublishedDeviceWeights,
+    withdraw,
+    write,
+)
+from zerokl.weight_sync.device_memory import DeviceMemory
+from zerokl.weight_sync.errors import DeviceHandleError
+from zerokl.weight_sync.known_tensors import KnownTensors, Located, look_at
+from zerokl.weight_sync.manifest import require_version
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
-from zerokl.weight_sync.tensor_spec import TensorSpec
-
-_Described = tuple[str, str, tuple[int, ...]]
-"""Name, dtype and shape."""
-_Located = tuple[int, int]
-"""First address of an allocation, and bytes from there."""
 
 _SEGMENT_BYTES = 1 << 16
 """For the descriptor of each 256 tensors, which takes some 110 bytes of one."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How a known set is read for a publication, and what receivers are told of where it then is."""
+
+    known: KnownTensors
+    plan: Any
+    """Of the device's memory: for its checksums, and into a buffer for the copy."""
+    descriptor: bytes
 
 
 @dataclass(eq=False)
@@ -32,6 +42,8 @@ class _Turn:
     segment: OwnedSegment
     buffer: int = 0
     size: int = 0
+    reading: _Reading | None = None
+    """Of the last set that was copied to the buffer."""
 
 
 class DevicePublisher:
@@ -67,10 +79,9 @@ class DevicePublisher:
         self._event = memory.new_event()
         self._event_handle = memory.export_event(self._event)
         self._handles: dict[tuple[int, int], bytes] = {}
-        """Of the allocations of the last publication, by address and number."""
-        self._described: list[_Described] = []
-        self._planned: tuple[tuple[TensorSpec, ...], int] = ((), 0)
-        """The layout of the set that is described so: a trainer's next one is laid out alike."""
+        """Of the allocations that were described last, by address and number."""
+        self._known: KnownTensors | None = None
+        self._in_place: _Reading | None = None
         self._held: list[Any] = []
         """The tensors that are read in place: their memory must not be given to others."""
 
@@ -88,29 +99,30 @@ class DevicePublisher:
         """
         if self._closed:
             raise ValueError(f"publisher {self._name!r} is closed")
+        require_version(version)
         named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-        described, addresses = _described(named)
-        specs, total_bytes = self._layout(described)
-        stored = [as_rows(at, shape, dtype) for at, (_, dtype, shape) in zip(addresses, described, strict=True)]
-        planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes, checksum_kind=CHECKSUM_KIND)
-        located = self._locate(stored, specs)  # a kernel that reads elsewhere would end the process
-        descriptor = None if self._copies else self._describe(located)
+        # A kernel that reads elsewhere would end the process.
+        known = self._known = look_at(self._memory, named, self._known)
+        reading = None if self._copies else self._read_in_place(known)
         turn = self._next_turn(_SEGMENT_BYTES * (1 + len(named) // 256))
         with turn.segment.writing() as shared:
             withdraw(shared)
             self._memory.follow(stream)
-            if descriptor is None:
-                checksums = self._into_buffer(turn, planned, stored)
-                descriptor = self._describe([(turn.buffer, spec.offset) for spec in specs])
+            if reading is None:
+                reading = self._read_into_buffer(turn, known)
             else:
-                checksums = self._memory.checksums(stored)
                 self._held = [tensor for _, tensor in named]
+            checksums = self._memory.checksums(reading.plan)
             self._memory.record(self._event)
-            descriptor.write(shared)
+            key = secrets.randbits(63)
+            write(shared, key, reading.descriptor)
         self._next = (self._next + 1) % len(self._turns)
-        found = tuple(spec.with_checksum(value) for spec, value in zip(specs, checksums, strict=True))
         return PublishedDeviceWeights(
-            segment=turn.segment.name, key=descriptor.key, manifest=planned.with_checksums(found)
+            segment=turn.segment.name,
+            key=key,
+            version=version,
+            layout=known.layout,
+            checksums=checksums.astype("<u8").tobytes(),
         )
 
     def withdraw(self, *, wait: bool = True) -> None:
@@ -142,10 +154,28 @@ class DevicePublisher:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------------
-    def _layout(self, described: list[_Described]) -> tuple[tuple[TensorSpec, ...], int]:
-        if described != self._described:
-            self._planned, self._described = plan_layout(described), described
-        return self._planned
+    def _read_in_place(self, known: KnownTensors) -> _Reading:
+        if self._in_place is None or self._in_place.known is not known:
+            plan = self._memory.plan(known.stored)
+            self._in_place = _Reading(known, plan, self._describe(known.located, known.bases, known.ids))
+        return self._in_place
+
+    def _read_into_buffer(self, turn: _Turn, known: KnownTensors) -> _Reading:
+        """Make the turn's buffer large enough, too."""
+        if turn.reading is None or turn.reading.known is not known:
+            turn.reading = None
+            if turn.size < known.total_bytes:
+                if turn.buffer:
+                    self._memory.free(turn.buffer)
+                    turn.buffer = turn.size = 0
+                turn.buffer = self._memory.allocate(known.total_bytes)
+                turn.size = known.total_bytes
+            places = [turn.buffer + spec.offset for spec in known.specs]
+            located = [(turn.buffer, spec.offset) for spec in known.specs]
+            bases = [turn.buffer] if turn.buffer else []
+            descriptor = self._describe(located, bases, self._memory.allocation_ids(bases))
+            turn.reading = _Reading(known, self._memory.plan(known.stored, places), descriptor)
+        return turn.reading
 
     def _next_turn(self, size: int) -> _Turn:
         """The turn to publish in, with a segment of at least this size."""
@@ -165,46 +195,16 @@ class DevicePublisher:
         if turn.buffer:
             self._memory.free(turn.buffer)
 
-    def _into_buffer(self, turn: _Turn, planned: Manifest, stored: Sequence[StoredTensor]) -> list[int]:
-        """Copy the tensors; returns their checksums."""
-        if turn.size < planned.total_bytes:
-            if turn.buffer:
-                self._memory.free(turn.buffer)
-                turn.buffer = turn.size = 0
-            turn.buffer = self._memory.allocate(planned.total_bytes)
-            turn.size = planned.total_bytes
-        return self._memory.copy(stored, [turn.buffer + spec.offset for spec in planned.tensors])
-
-    def _describe(self, located: Sequence[_Located]) -> Descriptor:
-        numbers = {base: number for number, base in enumerate(dict.fromkeys(base for base, _ in located if base))}
-        keys = [(base, self._memory.allocation_id(base)) for base in numbers]
+    def _describe(self, located: Sequence[Located], bases: list[int], ids: list[int]) -> bytes:
+        numbers = {base: number for number, base in enumerate(bases)}
+        keys = list(zip(bases, ids, strict=True))
         self._handles = {key: self._handles.get(key) or self._export(key[0]) for key in keys}
         return Descriptor(
-            key=secrets.randbits(63),
             event=self._event_handle,
             local_event=self._event,
             allocations=tuple(Allocation(handle=self._handles[key], base=key[0]) for key in keys),
             places=tuple((numbers.get(base, 0), offset) for base, offset in located),
-        )
-
-    def _locate(self, stored: Sequence[StoredTensor], specs: Sequence[TensorSpec]) -> list[_Located]:
-        """First address of the allocation of each tensor, and the tensor's place in it; of an empty one zeros."""
-        found = []
-        for tensor, spec in zip(stored, specs, strict=True):
-            if not spec.nbytes:
-                found.append((0, 0))
-                continue
-            base, size = self._allocation_of(spec, tensor.address)
-            if tensor.address + spec.nbytes > base + size:
-                raise DeviceHandleError(f"tensor {spec.name!r} does not lie in one allocation")
-            found.append((base, tensor.address - base))
-        return found
-
-    def _allocation_of(self, spec: TensorSpec, address: int) -> tuple[int, int]:
-        try:
-            return self._memory.allocation_of(address)
-        except RuntimeError as error:
-            raise DeviceHandleError(f"tensor {spec.name!r} is not in a GPU's memory: {error}") from error
+        ).to_bytes()
 
     def _export(self, base: int) -> bytes:
         try:
@@ -213,19 +213,3 @@ class DevicePublisher:
             raise DeviceHandleError(
                 f"memory at {base:#x} cannot be exported, as allocators other than cudaMalloc's cannot: {error}"
             ) from error
-
-
-def _described(named: list[tuple[str, Any]]) -> tuple[list[_Described], list[int]]:
-    """Name, dtype and shape of each tensor, and its address."""
-    described, addresses = [], []
-    for name, tensor in named:
-        if not hasattr(tensor, "data_ptr"):
-            raise ManifestError(f"tensor {name!r} is a {type(tensor).__name__}, not a tensor on a GPU")
-        dtype = str(tensor.dtype).rpartition(".")[2]  # "paddle.bfloat16"
-        if dtype not in DEVICE_DTYPES:
-            raise ManifestError(f"tensor {name!r} has dtype {dtype}; must be one of {DEVICE_DTYPES}")
-        if hasattr(tensor, "is_contiguous") and not tensor.is_contiguous():
-            raise ManifestError(f"tensor {name!r} is not contiguous")
-        described.append((name, dtype, tuple(tensor.shape)))
-        addresses.append(int(tensor.data_ptr()))
-    return described, addresses

@@ -6,32 +6,75 @@ let go once the publisher has closed, died, or published other memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from zerokl.weight_sync.device_descriptor import Descriptor, PublishedDeviceWeights
+from zerokl.weight_sync.device_descriptor import Descriptor, PublishedDeviceWeights, decode_layout, read
 from zerokl.weight_sync.device_memory import DEVICE_DTYPES, DeviceMemory
 from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.segments import Attachment, Owner, current_owner, is_dead, owner_of, reap_if_dead
 
 
+@dataclass(frozen=True, eq=False)
+class MappedTensors:
+    """The tensors of publications as they are mapped here: one object while neither their layout nor their place
+    changes.
+    """
+
+    layout: Manifest
+    """Names, shapes and dtypes; what `decode_layout` gives."""
+    addresses: Mapping[str, int]
+    """In this process, by name."""
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, str]:
+        """By name."""
+        return {spec.name: spec.dtype for spec in self.layout.tensors}
+
+
 class DeviceLease:
     """The right to read one publication; ends with the context that gave it."""
 
-    def __init__(self, manifest: Manifest, addresses: Mapping[str, int], owner: Owner) -> None:
-        self.manifest = manifest
-        self.addresses = addresses
-        """Of the tensors, by name, in this process."""
+    def __init__(self, published: PublishedDeviceWeights, mapped: MappedTensors, owner: Owner) -> None:
+        self.published = published
+        self.mapped = mapped
+        values = published.checksums_of(mapped.layout)
+        self.checksums = dict(zip(mapped.addresses, values, strict=True))
+        """As published, by name."""
         self._owner = owner
+
+    @property
+    def manifest(self) -> Manifest:
+        """All that is known of the publication, made anew: see `PublishedDeviceWeights.manifest`."""
+        return self.published.manifest
+
+    @property
+    def addresses(self) -> Mapping[str, int]:
+        """Of the tensors, by name, in this process."""
+        return self.mapped.addresses
+
+    def contents(self, *names: str) -> dict[str, tuple[str, int]]:
+        """Dtype and checksum of those that are there of some tensors."""
+        return {name: (self.mapped.dtypes[name], self.checksums[name]) for name in names if name in self.checksums}
 
     def check_owner(self) -> None:
         """Raise PublisherDiedError if the publisher is gone: what was read may not have been the publication."""
-        if is_dead(self._owner):
-            raise PublisherDiedError(
-                f"version {self.manifest.version}: its publisher, process {self._owner.pid}, ended while it was read"
-            )
+        _check_owner(self._owner, self.published.version)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What was made of a publication's bytes, and what they were."""
+
+    layout: bytes
+    descriptor: bytes
+    event: int
+    extents: list[tuple[int, int]]
+    """First address of each allocation, and bytes from there."""
+    mapped: MappedTensors
 
 
 @dataclass
@@ -39,9 +82,14 @@ class _Publisher:
     """What is open of one segment's publisher."""
 
     attachment: Attachment
+    owner: Owner
+    is_local: bool
+    """Whether it is in this process, which cannot open its own handles."""
     handles: set[bytes] = field(default_factory=set)
     """Of its mapped allocations."""
     events: dict[bytes, int] = field(default_factory=dict)
+    opened: _Opened | None = None
+    """The last publication, whose allocations are mapped."""
 
 
 class DeviceMappings:
@@ -62,17 +110,14 @@ class DeviceMappings:
         """
         name = published.segment
         self.drop_gone()
-        if name not in self._publishers:
-            self._publishers[name] = _Publisher(Attachment(name))
-        publisher = self._publishers[name]
+        publisher = self._attached(name)
         memory = publisher.attachment.lock(0)
         try:
-            owner = owner_of(name)
-            assert owner is not None, "attached"
-            descriptor = Descriptor.read(memory, published)
-            lease = DeviceLease(published.manifest, {}, owner)
-            lease.check_owner()
-            lease.addresses = self._map(publisher, descriptor, published.manifest, is_local=owner == current_owner())
+            descriptor = read(memory, published)
+            _check_owner(publisher.owner, published.version)
+            opened = self._open(publisher, descriptor, published.layout)
+            lease = DeviceLease(published, opened.mapped, publisher.owner)
+            self._wait_for(opened.event)
             yield lease
         finally:
             del memory
@@ -91,28 +136,42 @@ class DeviceMappings:
             self._close(self._publishers.popitem()[1])
 
     # -- inside --------------------------------------------------------------------------------------------------------
-    def _map(
-        self, publisher: _Publisher, descriptor: Descriptor, manifest: Manifest, *, is_local: bool
-    ) -> dict[str, int]:
-        if is_local:  # a process cannot open its own handles
-            bases = [allocation.base for allocation in descriptor.allocations]
-            self._wait_for(descriptor.local_event)
-        else:
-            handles = [allocation.handle for allocation in descriptor.allocations]
-            self._unmap(publisher, publisher.handles.difference(handles))
-            bases = [self._open(publisher, handle) for handle in handles]
-            self._wait_for(self._open_event(publisher, descriptor.event))
-        ends = [sum(self._extent(base)) for base in bases]
-        addresses = {}
-        for spec, (index, offset) in zip(manifest.tensors, descriptor.places, strict=True):
-            if spec.dtype not in DEVICE_DTYPES:
-                raise ManifestError(f"tensor {spec.name!r} has dtype {spec.dtype}; must be one of {DEVICE_DTYPES}")
-            addresses[spec.name] = bases[index] + offset if spec.nbytes else 0
-            if spec.nbytes and addresses[spec.name] + spec.nbytes > ends[index]:
-                raise DeviceHandleError(f"tensor {spec.name!r} ends beyond the memory that was opened for it")
-        return addresses
+    def _attached(self, name: str) -> _Publisher:
+        if name not in self._publishers:
+            attachment, owner = Attachment(name), owner_of(name)
+            assert owner is not None, "attached"
+            self._publishers[name] = _Publisher(attachment, owner, owner == current_owner())
+        return self._publishers[name]
 
-    def _open(self, publisher: _Publisher, handle: bytes) -> int:
+    def _open(self, publisher: _Publisher, descriptor: bytes, layout: bytes) -> _Opened:
+        """What the last publication was opened to, where this one is the same but for its values."""
+        last = publisher.opened
+        known = last is not None and last.layout == layout
+        if last is not None and known and last.descriptor == descriptor and self._is_there(publisher, last):
+            return last
+        publisher.opened = None  # of what it has mapped, some may be unmapped now
+        decoded = last.mapped.layout if last is not None and known else decode_layout(layout)
+        told = Descriptor.from_bytes(descriptor, decoded)
+        event, bases = self._open_all(publisher, told)
+        extents = [self._extent(base) for base in bases]
+        mapped = MappedTensors(decoded, _addresses(decoded, told, extents))
+        publisher.opened = _Opened(layout, descriptor, event, extents, mapped)
+        return publisher.opened
+
+    def _is_there(self, publisher: _Publisher, opened: _Opened) -> bool:
+        """Whether the allocations are as they were: what is mapped stays until we unmap it, our own may be freed."""
+        return not publisher.is_local or [self._extent(base) for base, _ in opened.extents] == opened.extents
+
+    def _open_all(self, publisher: _Publisher, told: Descriptor) -> tuple[int, list[int]]:
+        """The event, and where each allocation begins here."""
+        if publisher.is_local:
+            return told.local_event, [allocation.base for allocation in told.allocations]
+        handles = [allocation.handle for allocation in told.allocations]
+        self._unmap(publisher, publisher.handles.difference(handles))
+        bases = [self._open_memory(publisher, handle) for handle in handles]
+        return self._open_event(publisher, told.event), bases
+
+    def _open_memory(self, publisher: _Publisher, handle: bytes) -> int:
         if handle not in self._bases:
             try:
                 self._bases[handle] = self._memory.open_memory(handle)
@@ -136,10 +195,12 @@ class DeviceMappings:
             raise DeviceHandleError(f"the publisher's event cannot be waited for: {error}") from error
 
     def _extent(self, base: int) -> tuple[int, int]:
+        """An address where an allocation begins, and bytes from there to its end."""
         try:
-            return self._memory.allocation_of(base)
+            first, size = self._memory.allocation_of(base)
         except RuntimeError as error:
             raise DeviceHandleError(f"the publisher's memory is not there: {error}") from error
+        return base, first + size - base
 
     def _unmap(self, publisher: _Publisher, handles: set[bytes]) -> None:
         """Unmap what this publisher had published and does no more, unless another has."""
@@ -152,3 +213,23 @@ class DeviceMappings:
         for event in publisher.events.values():
             self._memory.close_event(event)
         publisher.attachment.close()
+
+
+def _check_owner(owner: Owner, version: int) -> None:
+    if is_dead(owner):
+        raise PublisherDiedError(f"version {version}: its publisher, process {owner.pid}, ended while it was read")
+
+
+def _addresses(layout: Manifest, told: Descriptor, extents: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Of each tensor by name, which lies within its allocation; of an empty one 0."""
+    addresses = {}
+    for spec, (index, offset) in zip(layout.tensors, told.places, strict=True):
+        if spec.dtype not in DEVICE_DTYPES:
+            raise ManifestError(f"tensor {spec.name!r} has dtype {spec.dtype}; must be one of {DEVICE_DTYPES}")
+        addresses[spec.name] = 0
+        if spec.nbytes:
+            base, size = extents[index]
+            addresses[spec.name] = base + offset
+            if offset + spec.nbytes > size:
+                raise DeviceHandleError(f"tensor {spec.name!r} ends beyond the memory that was opened for it")
+    return addresses

@@ -22,7 +22,7 @@ from zerokl.weight_sync.tensor_spec import ALIGNMENT, MAX_INT, Spans, TensorSpec
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
 XXH3 = "xxh3_64"
@@ -81,8 +81,7 @@ class Manifest:
     """How checksums are made: one of CHECKSUM_KINDS."""
 
     def __post_init__(self) -> None:
-        if not is_integer(self.version, MAX_INT):
-            raise ManifestError(f"version {self.version!r} is not an integer from 0 to 2**63 - 1")
+        require_version(self.version)
         if not is_integer(self.total_bytes, MAX_INT):
             raise ManifestError(f"total_bytes {self.total_bytes!r} is not an integer from 0 to 2**63 - 1")
         if (self.parent is None) != (self.result is None):
@@ -115,6 +114,13 @@ class Manifest:
         """The same with these tensors, which differ from its own in their checksums alone."""
         made = copy.copy(self)
         object.__setattr__(made, "tensors", tensors)  # their places have been checked
+        return made
+
+    def with_version(self, version: int) -> Manifest:
+        """The same of another version. Raises ManifestError for one that is none."""
+        require_version(version)
+        made = copy.copy(self)
+        object.__setattr__(made, "version", version)  # all else has been checked
         return made
 
     def diff(self, expected: Mapping[str, tuple[int, ...]]) -> ManifestDiff:
@@ -195,6 +201,12 @@ class PublishedWeights:
         if not isinstance(segment, str) or not isinstance(manifest, bytes):
             raise ManifestError("published weights: expected a segment name and an encoded manifest")
         return PublishedWeights(segment=segment, manifest=Manifest.from_bytes(manifest))
+
+
+def require_version(version: object) -> None:
+    """Raise ManifestError unless it is a policy version."""
+    if not is_integer(version, MAX_INT):
+        raise ManifestError(f"version {version!r} is not an integer from 0 to 2**63 - 1")
 
 
 def result_checksum(checksums: Mapping[str, int]) -> int:

@@ -1,7 +1,7 @@
 """The receiving half of an update: begin(version, manifest) -> stage(bucket)* -> verify -> commit -> publish, or abort.
 
 A complete set may be packed while it arrives: `arriving` and `verify_read` take the places of `stage` and `verify`. One
-that a device copies by itself is told by its checksums: `verify_placed`.
+that a device copies by itself is told by its checksums: `begin_placed`, `verify_placed`.
 
 A session is one update. Nothing that it does before `commit` can be seen from outside, and whatever raises before has
 aborted it: there is no state in which a part of an update serves.
@@ -10,7 +10,7 @@ aborted it: there is no state in which a part of an update serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import xxhash
@@ -32,7 +32,7 @@ from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
 from zerokl.weight_sync.views import WideTensors, widen
 
-State = Literal["idle", "staging", "arriving", "verified", "committed", "published", "aborted"]
+State = Literal["idle", "staging", "arriving", "placing", "verified", "committed", "published", "aborted"]
 
 
 class UpdateSession:
@@ -84,12 +84,26 @@ class UpdateSession:
             if type(version) is not int or version < 0:
                 raise VersionOrderError(f"version must be an integer from 0, got {version!r}")
             self._check_parent(manifest)
-            names = {spec.name for spec in manifest.tensors}
-            manifest.require({**self._expected, **{k: v for k, v in self._optional.items() if k in names}})
+            self.check_fit(manifest)
             self._manifest = manifest
             self._specs = {spec.name: spec for spec in manifest.tensors}
             self._missing = {spec.name: spec.nbytes for spec in manifest.tensors}
             self.state = "staging"
+
+    def check_fit(self, manifest: Manifest) -> None:
+        """Raise ManifestError unless the model's tensors are there, and no others, each in its shape."""
+        names = {spec.name for spec in manifest.tensors}
+        manifest.require({**self._expected, **{k: v for k, v in self._optional.items() if k in names}})
+
+    def begin_placed(self, manifest: Manifest) -> None:
+        """In place of `begin` and `stage`, for a complete set that a device copies by itself.
+
+        That it fits the model was checked, by `check_fit`, when its tensors were first met.
+        """
+        self._enter("begin_placed", "idle")
+        assert manifest.parent is None, "a delta is staged"
+        self._manifest = manifest
+        self.state = "placing"
 
     def stage(self, bucket: Bucket) -> None:
         """Take pieces of tensors. Raises ManifestError for a piece that is nowhere in the manifest or came before."""
@@ -135,20 +149,19 @@ class UpdateSession:
             self._note_checksums()
             self.state = "verified"
 
-    def verify_placed(self, checksums: Mapping[str, int]) -> None:
-        """In place of `stage` and `verify`, for a complete set: the checksums, by name, of what came to its place.
+    def verify_placed(self, published: Mapping[str, int], placed: Mapping[str, int]) -> None:
+        """After `begin_placed`: compare checksums, by name, with those of what came to its place.
 
         Raises IncompleteUpdateError, ChecksumError.
         """
-        self._enter("verify_placed", "staging")
-        assert self.manifest.parent is None, "a delta is staged"
+        self._enter("verify_placed", "placing")
         with _aborting(self):
-            for spec in self.manifest.tensors:
-                if spec.name not in checksums and spec.name in self._expected:
-                    raise IncompleteUpdateError(f"version {self.manifest.version}: tensor {spec.name!r} did not arrive")
-                if spec.name in checksums:
-                    self._compare(spec, checksums[spec.name])
-            self._note_checksums()
+            for name in self._expected:
+                if name not in placed:
+                    raise IncompleteUpdateError(f"version {self.manifest.version}: tensor {name!r} did not arrive")
+            for name, actual in placed.items():
+                if actual != published[name]:
+                    self._refuse(name, actual, published[name])
             self.state = "verified"
 
     def commit(self, flip: Callable[[], None]) -> None:
@@ -232,10 +245,13 @@ class UpdateSession:
     def _compare(self, spec: TensorSpec, actual: int) -> None:
         if actual != spec.checksum:
             self._stored.clear()
-            raise ChecksumError(
-                f"tensor {spec.name!r} of version {self.manifest.version}: checksum {actual:016x} is not the "
-                f"manifest's {spec.checksum:016x}; it was damaged or overwritten by a later publication"
-            )
+            self._refuse(spec.name, actual, spec.checksum)
+
+    def _refuse(self, name: str, actual: int, published: int) -> NoReturn:
+        raise ChecksumError(
+            f"tensor {name!r} of version {self.manifest.version}: checksum {actual:016x} is not the "
+            f"manifest's {published:016x}; it was damaged or overwritten by a later publication"
+        )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {spec.name: self._array(spec) for spec in self.manifest.tensors if not self._is_elsewhere(spec)}

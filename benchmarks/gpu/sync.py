@@ -1,6 +1,7 @@
 """Part `sync` of run_all.py: weights of a trainer's process through the GPU's memory into an engine that generates.
 
-An update takes from the trainer's call of `publish`, its values being written, to the end of `update_weights`. While
+An update takes from the trainer's call of `publish`, its values being written, to the end of `update_weights`: publish,
+transfer (encoded, through a pipe, decoded), stage (opened, copied, checked) and commit (between two steps). While
 sequences run, what generation loses is told by the device: the longest time between two steps around the commit, over
 the usual one. The floor is the bytes that have to move at the datasheet's bandwidth: published in place they are read
 by the trainer's checksum, read and written by the copy, and read by the engine's checksum; buffers add a copy.
@@ -44,9 +45,13 @@ PROMPT, OUTPUT = 64, 1500
 class SyncedWorker(TimedWorker):
     """Weights of its own at first, then those that a trainer publishes."""
 
+    staged = 0.0
+    """When the last of these were, on the monotonic clock."""
+
     def stage_weights(self, source: WeightSource, version: int) -> None:
         if isinstance(source, DeviceWeights):
             LocalWorker.stage_weights(self, source, version)
+            SyncedWorker.staged = time.monotonic()
         else:
             super().stage_weights(source, version)
 
@@ -57,16 +62,18 @@ class Trainer:
     def __init__(self, model: str, buffers: int) -> None:
         script = str(Path(__file__).with_name("sync_trainer.py"))
         self._process = subprocess.Popen(
-            [sys.executable, script, model, str(buffers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, script, model, str(buffers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.facts = self._answer()
 
     def publish(self, version: int) -> tuple[PublishedDeviceWeights, Row]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{version}\n")
+        """The publication, and the clock when it was begun, published and received."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(b"%d\n" % version)
         self._process.stdin.flush()
         answer = self._answer()
-        return PublishedDeviceWeights.from_bytes(bytes.fromhex(answer.pop("published"))), answer
+        published = PublishedDeviceWeights.from_bytes(self._process.stdout.read(answer.pop("size")))
+        return published, answer | {"received": time.monotonic()}
 
     def close(self) -> None:
         self._process.communicate()
@@ -74,7 +81,7 @@ class Trainer:
     def _answer(self) -> Row:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):
+            if line.startswith(b"{"):
                 answer: Row = json.loads(line)
                 return answer
         raise RuntimeError("the trainer has ended")
@@ -101,16 +108,14 @@ def update(engine: RolloutEngine, trainer: Trainer, version: int, sequences: int
     worker = TimedWorker.latest
     calm = len(worker.log)  # before the trainer uses the GPU
     published, answer = trainer.publish(version)
-    received = time.monotonic()
     engine.update_weights(published, mode="keep", kv="keep")
     done = time.monotonic()
     if sequences:
         wait_for_steps(engine, 12)
-    return {
-        "publish_ms": answer["publish_ms"],
-        "update_ms": 1e3 * (done - received),
-        "total_ms": 1e3 * (done - answer["begun"]),
-    } | pauses(worker.log, calm, answer["begun"])
+    clock = [answer["begun"], answer["published"], answer["received"], SyncedWorker.staged, done]
+    spans = [1e3 * (end - begin) for begin, end in itertools.pairwise(clock)]
+    row = dict(zip(("publish_ms", "transfer_ms", "stage_ms", "commit_ms"), spans, strict=True))
+    return row | {"total_ms": sum(spans)} | pauses(worker.log, calm, answer["begun"])
 
 
 def pauses(log: list[Any], calm: int, begun: float) -> Row:

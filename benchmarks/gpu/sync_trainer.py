@@ -1,7 +1,8 @@
 """The trainer of part `sync`: random weights of a model on the GPU. python sync_trainer.py MODEL BUFFERS
 
 Says {"bytes", "tensors"}, then for each line "VERSION" on its input writes new values, publishes them and says
-{"published", "begun", "publish_ms"}: `begun` is the system's monotonic clock when it began to publish, in seconds.
+{"begun", "published", "size"}, and as many bytes: the encoded publication. `begun` and `published` are the system's
+monotonic clock when it began to publish and when it had, in seconds.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ def main() -> None:
             paddle.device.cuda.current_stream().synchronize()
             begun = time.monotonic()
             published = publisher.publish(parameters, int(line))
-            answer = {"begun": begun, "publish_ms": 1e3 * (time.monotonic() - begun)}
-            print(json.dumps(answer | {"published": published.to_bytes().hex()}), flush=True)
+            ended = time.monotonic()
+            encoded = published.to_bytes()
+            answer = json.dumps({"begun": begun, "published": ended, "size": len(encoded)})
+            sys.stdout.buffer.write(b"%s\n%s" % (answer.encode(), encoded))
+            sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

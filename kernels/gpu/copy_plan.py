@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +48,19 @@ class Variant(NamedTuple):
     """Bytes of one where it goes."""
 
 
+class Tables(NamedTuple):
+    """Where the tables of a group begin, and its number of pieces."""
+
+    copy_jobs: int
+    check_jobs: int
+    pieces: int
+    num_pieces: int
+
+    def at(self, address: int) -> Tables:
+        """Those counted from an address, as addresses."""
+        return Tables(address + self.copy_jobs, address + self.check_jobs, address + self.pieces, self.num_pieces)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Placements of one variant."""
@@ -75,6 +90,38 @@ class Group:
     def piece_extent(self) -> int:
         """Lines (of elements: words) of a piece."""
         return PIECE_WORDS // max(1, self.variant.line)
+
+
+class CopyPlan:
+    """Placements that are made ready once and carried out any number of times. Each is equal to itself alone."""
+
+    def __init__(self, placements: Sequence[Placement], *, copies: bool = True) -> None:
+        """Without `copies` the sources are read, and nothing is written."""
+        self.placements = tuple(placements)
+        self.copies = copies
+
+    @staticmethod
+    def of_tensors(tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
+        """Tensors, by address, rows, columns and type, that are read or, with `targets`, copied to other addresses."""
+        places = [tensor[0] for tensor in tensors] if targets is None else targets
+        placements = [Placement(*one, at, one[3], one[2]) for one, at in zip(tensors, places, strict=True)]
+        return CopyPlan(placements, copies=targets is not None)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """`plan_groups` of the placements."""
+        return plan_groups(self.placements)
+
+    def tables(self) -> tuple[NDArray[np.uint8], list[Tables]]:
+        """All tables as bytes of one array, and where in it, at multiples of 8, those of each group are."""
+        parts, found, size = [], [], 0
+        for group in self.groups:
+            pieces = group.pieces()
+            starts = list(accumulate((group.copy_jobs.nbytes, group.check_jobs.nbytes, pieces.nbytes), initial=size))
+            found.append(Tables(starts[0], starts[1], starts[2], len(pieces)))
+            size = starts[3]
+            parts += [part.reshape(-1).view(np.uint8) for part in (group.copy_jobs, group.check_jobs, pieces)]
+        return np.concatenate(parts), found
 
 
 def buckets(num_pieces: int, bucket_bytes: int) -> Iterator[tuple[int, int]]:

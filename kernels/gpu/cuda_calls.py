@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from cuda.bindings import driver, runtime
@@ -42,10 +43,11 @@ class CudaCalls:
         base, size = _two(driver.cuMemGetAddressRange(address))
         return int(base), int(size)
 
-    def allocation_id(self, base: int) -> int:
-        """A number that no other allocation of this process has had."""
+    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
+        """Of each allocation a number that no other of this process has had."""
         self._enter()
-        return int(check(driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID, base)))
+        kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
+        return [int(check(driver.cuPointerGetAttribute(kind, base))) for base in bases]
 
     def export_memory(self, base: int) -> bytes:
         """A handle for other processes."""

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from zerokl.kernels.device_tensors import DeviceTensor, Placement, rows_of
+from zerokl.kernels.gpu.copy_plan import CopyPlan
 from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear, Tensor
 from zerokl.kernels.row_stream import NonFiniteWeightsError
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.weight_slots import SlotUse, WeightSlots
 
-Place = Callable[[Sequence[Placement], int], tuple[list[int], list[int]]]
-"""Carries placements out, in pieces of some bytes; gives each source's checksum, as of what came to its place, and how
+Place = Callable[[CopyPlan, int], tuple[NDArray[np.uint64], NDArray[np.int32]]]
+"""Carries a plan out, in pieces of some bytes; gives each source's checksum, as of what came to its place, and how
 often it holds a NaN or an infinity."""
 
 _SIZES = {"bfloat16": 2, "float32": 4}
 
 
+@dataclass(frozen=True)
+class _Filling:
+    """How a slot is filled from some tensors."""
+
+    tensors: object
+    packed: Any
+    names: tuple[str, ...]
+    """Of the plan's placements."""
+    plan: CopyPlan
+
+
 class DevicePacker:
-    """A `zerokl.kernels.dispatch.WeightPacker` of DeviceTensors into a free slot; `finish` does the copying.
+    """A `zerokl.kernels.dispatch.WeightPacker` of DeviceTensors into a free slot; `fill` does the copying.
 
     Matrices get the table's type, vectors float32, as `GpuOps` has them.
     """
@@ -73,16 +89,22 @@ class DevicePacker:
             self._add(out, down, self._dtype, first=expert * rows * columns)
         return PackedExperts(gate_up, down)
 
-    def finish(self, bucket_bytes: int) -> dict[str, int]:
-        """Copy all that was packed, `bucket_bytes` at a time, and wait; checksums of what came to its place, by name.
+    def fill(self, tensors: object, pack: Callable[[], Any], bucket_bytes: int) -> tuple[Any, dict[str, int]]:
+        """Copy all that `pack` packs here of these tensors, `bucket_bytes` at a time, and wait.
 
-        Raises NonFiniteWeightsError naming a tensor that holds a NaN or an infinity.
+        Returns what `pack` returns, and the checksums of what came to its place, by name. Where the tensors that filled
+        this slot last were the same object, `pack` is not called: its result, and what goes where, were kept. Raises
+        NonFiniteWeightsError naming a tensor that holds a NaN or an infinity.
         """
-        checksums, broken = self._place(self._placements, bucket_bytes)
-        for name, count in zip(self._names, broken, strict=True):
-            if count:
-                raise NonFiniteWeightsError(name)
-        return dict(zip(self._names, checksums, strict=True))
+        filling: _Filling | None = self._slot.filling
+        if filling is None or filling.tensors is not tensors:
+            packed = pack()
+            filling = _Filling(tensors, packed, tuple(self._names), CopyPlan(self._placements))
+            self._slot.filling = filling
+        checksums, broken = self._place(filling.plan, bucket_bytes)
+        if broken.any():
+            raise NonFiniteWeightsError(filling.names[int(broken.argmax())])
+        return filling.packed, dict(zip(filling.names, checksums.tolist(), strict=True))
 
     def abandon(self) -> None:
         """Give the slot back: there will be no set. An error that is kept somewhere would hold it."""

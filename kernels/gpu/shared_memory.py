@@ -7,24 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.device_tensors import Placement
 from zerokl.kernels.gpu.copies import launch
-from zerokl.kernels.gpu.copy_plan import JOB_COLUMNS, Group, buckets, plan_groups
+from zerokl.kernels.gpu.copy_plan import CopyPlan, Group, Tables, buckets
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.cuda_calls import CudaCalls
 
-_BUCKET_BYTES = 64 << 20
-_PIECES_KEPT = 32
-"""Tables of pieces: those of a layout come again with each of its publications."""
+_BUCKET_BYTES = 256 << 20
+"""Of a trainer's launches, which wait for it and have no step of its own to let through."""
 _PLANS_KEPT = 8
-"""Plans: the same memory is published again, into one of two slots."""
-_JOB_BYTES = 8 * JOB_COLUMNS
+"""Plans whose tables stay on the device: the same memory is read again, and copied into one of two places."""
+
+
+class _Loaded(NamedTuple):
+    """A plan's tables on the device."""
+
+    address: int
+    size: int
+    tables: list[Tables]
+    """By group, counted from the address."""
 
 
 class SharedGpuMemory:
@@ -41,15 +47,14 @@ class SharedGpuMemory:
         self._launching_on = launching_on
         self._written_on = written_on
         self._follows: list[int] = []
-        self._tables: dict[str, tuple[int, int]] = {}
-        """Address and size of memory that grows as it is asked for."""
-        self._pieces: dict[Any, tuple[int, int]] = {}
-        """Address and number of pieces, by what they depend on."""
-        self._plans: dict[tuple[Placement, ...], list[Group]] = {}
+        self._loaded: dict[CopyPlan, _Loaded] = {}
+        """The oldest first."""
+        self._results = 0, 0
+        """Address and size of memory for results."""
         self.allocate = calls.allocate
         self.free = calls.free
         self.allocation_of = calls.allocation_of
-        self.allocation_id = calls.allocation_id
+        self.allocation_ids = calls.allocation_ids
         self.export_memory = calls.export_memory
         self.open_memory = calls.open_memory
         self.close_memory = calls.close_memory
@@ -72,91 +77,76 @@ class SharedGpuMemory:
             self._calls.record(event, written_on)
             self._calls.wait(event)
 
-    def checksums(self, tensors: Sequence[tuple[int, int, int, str]]) -> list[int]:
+    def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
+        """See `DeviceMemory.plan`."""
+        return CopyPlan.of_tensors(tensors, targets)
+
+    def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
         """See `DeviceMemory.checksums`."""
-        there = [Placement(*tensor, tensor[0], tensor[3], tensor[2]) for tensor in tensors]
-        return self._run(there, _BUCKET_BYTES, copies=False)[0]
+        return self.place(plan, _BUCKET_BYTES)[0]
 
-    def copy(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int]) -> list[int]:
-        """See `DeviceMemory.copy`."""
-        pairs = zip(tensors, targets, strict=True)
-        return self.place([Placement(*tensor, target, tensor[3], tensor[2]) for tensor, target in pairs])[0]
-
-    def place(self, placements: Sequence[Placement], bucket_bytes: int = _BUCKET_BYTES) -> tuple[list[int], list[int]]:
+    def place(self, plan: CopyPlan, bucket_bytes: int) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
         """Copy tensors to their places, `bucket_bytes` at a time, and wait.
 
         Returns, for each, the checksum of its source as the place now tells it (of one that was rounded: of what was
         read), and whether there is a NaN or an infinity in it, as a number above 0.
         """
-        return self._run(placements, bucket_bytes, copies=True)
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-    def _run(self, placements: Sequence[Placement], bucket_bytes: int, *, copies: bool) -> tuple[list[int], list[int]]:
-        count = len(placements)
-        sums, broken = np.zeros(count, np.int64), np.zeros(count, np.int32)
-        groups = self._plan(tuple(placements))
-        if not groups:
-            return sums.tolist(), broken.tolist()
-        results = self._table("results", 12 * count)
-        jobs = self._upload("jobs", np.concatenate([part for g in groups for part in (g.copy_jobs, g.check_jobs)]))
-        pieces = [self._pieces_of(group) for group in groups]
-        self._calls.clear(results, 12 * count)
+        count = len(plan.placements)
+        found = np.zeros(12 * count, np.uint8)
+        sums, broken = found[: 8 * count].view(np.uint64), found[8 * count :].view(np.int32)
+        if not plan.groups:
+            return sums, broken
+        loaded, results = self._load(plan), self._results_of(found.nbytes)
+        self._calls.clear(results, found.nbytes)
         try:
             with self._launching_on(self._calls.stream):
-                for group, (piece_table, num_pieces) in zip(groups, pieces, strict=True):
-                    tables = (piece_table, results, results + 8 * count)
-                    for first, some in buckets(num_pieces, bucket_bytes):
-                        self._launch(group, first, some, jobs, tables, copies=copies)
-                    jobs += 2 * _JOB_BYTES * len(group.extents)
-            self._calls.download(sums.ctypes.data, results, sums.nbytes)
-            self._calls.download(broken.ctypes.data, results + 8 * count, broken.nbytes)
+                for group, tables in zip(plan.groups, loaded.tables, strict=True):
+                    there = tables.at(loaded.address)
+                    for first, some in buckets(tables.num_pieces, bucket_bytes):
+                        _launch(group, first, some, there, (results, results + 8 * count), copies=plan.copies)
+            self._calls.download(found.ctypes.data, results, found.nbytes)
         finally:
             self._calls.synchronize()  # a lease that ends now must not be read under any more
-        return sums.view(np.uint64).tolist(), broken.tolist()
+        return sums, broken
 
-    def _plan(self, placements: tuple[Placement, ...]) -> list[Group]:
-        if placements not in self._plans:
-            while len(self._plans) >= _PLANS_KEPT:
-                del self._plans[next(iter(self._plans))]
-            self._plans[placements] = plan_groups(placements)
-        return self._plans[placements]
+    # -- inside --------------------------------------------------------------------------------------------------------
+    def _load(self, plan: CopyPlan) -> _Loaded:
+        """The plan's tables on the device, where they stay for the next time."""
+        loaded = self._loaded.pop(plan, None)
+        if loaded is None:
+            content, tables = plan.tables()
+            loaded = _Loaded(*self._memory_for(content.nbytes), tables)
+            self._calls.upload(loaded.address, content.ctypes.data, content.nbytes)
+        self._loaded[plan] = loaded
+        return loaded
 
-    def _launch(
-        self, group: Group, first: int, count: int, jobs: int, tables: tuple[int, int, int], *, copies: bool
-    ) -> None:
-        checks = group.can_check
-        if copies:
-            launch(group.variant, first, count, jobs, *tables, reads_target=False, writes=True, hashes=not checks)
-        if checks:
-            check_jobs = jobs + _JOB_BYTES * len(group.extents)
-            launch(group.variant, first, count, check_jobs, *tables, reads_target=True, writes=False, hashes=True)
+    def _memory_for(self, size: int) -> tuple[int, int]:
+        """Address and size of new memory, or of that of the plan that has not come for longest."""
+        if len(self._loaded) >= _PLANS_KEPT:
+            oldest = self._loaded.pop(next(iter(self._loaded)))
+            if oldest.size >= size:
+                return oldest.address, oldest.size
+            self._calls.free(oldest.address)
+        return self._calls.allocate(size), size
 
-    def _pieces_of(self, group: Group) -> tuple[int, int]:
-        key = group.variant.line, group.extents
-        if key not in self._pieces:
-            while len(self._pieces) >= _PIECES_KEPT:
-                address, _ = self._pieces.pop(next(iter(self._pieces)))
-                self._calls.free(address)
-            made = group.pieces()
-            address = self._calls.allocate(made.nbytes)
-            self._calls.upload(address, made.ctypes.data, made.nbytes)
-            self._pieces[key] = address, len(made)
-        return self._pieces[key]
-
-    def _upload(self, name: str, values: NDArray[Any]) -> int:
-        address = self._table(name, values.nbytes)
-        self._calls.upload(address, values.ctypes.data, values.nbytes)
-        return address
-
-    def _table(self, name: str, size: int) -> int:
+    def _results_of(self, size: int) -> int:
         """Memory of at least this size, the same one each time while it suffices."""
-        address, known = self._tables.get(name, (0, 0))
+        address, known = self._results
         if known < size:
             if known:
                 self._calls.free(address)
             address = self._calls.allocate(2 * size)
-            self._tables[name] = address, 2 * size
+            self._results = address, 2 * size
         return address
+
+
+def _launch(group: Group, first: int, count: int, tables: Tables, results: tuple[int, int], *, copies: bool) -> None:
+    """Pieces `first` to `first + count`; tables and results are given by their addresses."""
+    checks, rest = group.can_check, (tables.pieces, *results)
+    if copies:
+        launch(group.variant, first, count, tables.copy_jobs, *rest, reads_target=False, writes=True, hashes=not checks)
+    if checks:
+        launch(group.variant, first, count, tables.check_jobs, *rest, reads_target=True, writes=False, hashes=True)
 
 
 def shared_gpu_memory(number: int = 0) -> SharedGpuMemory:

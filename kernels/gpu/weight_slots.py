@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.packed import Tensor
@@ -31,6 +31,8 @@ class WeightSlot:
         self._tensors: list[tuple[tuple[int, ...], str, Tensor]] = []
         self._next = 0
         self._use: weakref.ref[SlotUse] | None = None
+        self.filling: Any = None
+        """What `DevicePacker` keeps for the next set from the same place; it may refer to the slot's tensors."""
 
     @property
     def is_free(self) -> bool:

@@ -19,6 +19,7 @@ rig.require_device()
 
 from zerokl.kernels.device_tensors import DeviceTensor, DeviceTensors, Placement  # noqa: E402
 from zerokl.kernels.dispatch import device_packer, weight_packer  # noqa: E402
+from zerokl.kernels.gpu.copy_plan import CopyPlan  # noqa: E402
 from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
 from zerokl.kernels.gpu.shared_memory import SharedGpuMemory, shared_gpu_memory  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
@@ -73,12 +74,11 @@ class Bench:
             self.calls.clear(target, size + 16)
             self.sources.append(source)
             self.placements.append(Placement(address, rows, columns, dtype, target, target_dtype, stride))
+        self.plan = CopyPlan(self.placements)
 
-    def _memory(self) -> SharedGpuMemory:
-        if rig.INTERPRETED:
-            calls: Any = HostCalls()
-            return SharedGpuMemory(calls, lambda stream: nullcontext(), list)
-        return shared_gpu_memory()
+    def place(self, bucket_bytes: int = 64 << 20) -> tuple[list[int], list[int]]:
+        checksums, broken = self.memory.place(self.plan, bucket_bytes)
+        return checksums.tolist(), broken.tolist()
 
     def write(self, address: int, values: NDArray[Any]) -> None:
         values = np.ascontiguousarray(values)
@@ -98,7 +98,7 @@ def bench() -> Bench:
 
 @pytest.mark.parametrize("bucket_bytes", [1 << 17, 64 << 20])
 def test_all_come_to_their_places_at_once(bench: Bench, bucket_bytes: int) -> None:
-    checksums, broken = bench.memory.place(bench.placements, bucket_bytes)
+    checksums, broken = bench.place(bucket_bytes)
     assert checksums == [device_checksum(source) for source in bench.sources]
     assert not any(broken)
     for source, (_, rows, columns, dtype, target, target_dtype, stride) in zip(
@@ -110,10 +110,36 @@ def test_all_come_to_their_places_at_once(bench: Bench, bucket_bytes: int) -> No
 
 
 def test_checksums_alone(bench: Bench) -> None:
+    stored = [placement[:4] for placement in bench.placements]
+    plan = bench.memory.plan(stored)
     for _ in range(2):
-        stored = [(source, rows, columns, dtype) for source, rows, columns, dtype, *_ in bench.placements]
-        assert bench.memory.checksums(stored) == [device_checksum(source) for source in bench.sources]
-    assert bench.memory.checksums([]) == []
+        assert bench.memory.checksums(plan).tolist() == [device_checksum(source) for source in bench.sources]
+    assert bench.memory.checksums(bench.memory.plan([])).tolist() == []
+
+
+def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
+    memory = shared_memory()
+    calls, sources, plans = memory._calls, [], []
+    for number in range(11):
+        source = np.random.default_rng(number).integers(0, 1 << 16, (1 + number % 3, 24)).astype(np.uint16)
+        address = calls.allocate(source.nbytes)
+        calls.upload(address, source.ctypes.data, source.nbytes)
+        sources.append(source)
+        stored = [(address, *source.shape, "bfloat16")] * (1 + number % 4)
+        plans.append(memory.plan(stored))
+    loaded = []
+    upload = calls.upload
+
+    def counted(*given: Any) -> None:
+        loaded.append(given[0])
+        upload(*given)
+
+    calls.upload = counted
+    for number in (0, 1, 0, 1, *range(11), *range(11), 10, 9, 3):
+        found = memory.checksums(plans[number]).tolist()
+        assert found == [device_checksum(sources[number])] * len(plans[number].placements)
+    assert len(loaded) == 2 + 9 + 11, "those of the last eight are there"
+    assert len(set(loaded)) <= 2 * 8
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -121,12 +147,12 @@ def test_what_is_not_finite_is_found_and_a_flipped_bit_changes_one_checksum(benc
     source, placement = bench.sources[case], bench.placements[case]
     if not source.size:
         return
-    expected, _ = bench.memory.place(bench.placements)
+    expected, _ = bench.place()
     last, infinity = source.reshape(-1)[-1], {"bfloat16": 0x7F80, "float32": 0x7F800000}[placement.dtype]
     for value, is_broken in ((last ^ 1, False), (infinity, True), (infinity | 1, True), (infinity - 1, False)):
         source.reshape(-1)[-1] = value
         bench.write(placement.source, source)
-        checksums, broken = bench.memory.place(bench.placements)
+        checksums, broken = bench.place()
         assert [bool(count) for count in broken] == [is_broken and number == case for number in range(len(CASES))]
         assert checksums[case] == device_checksum(source) != expected[case]
         assert [c for n, c in enumerate(checksums) if n != case] == [c for n, c in enumerate(expected) if n != case]
@@ -165,8 +191,10 @@ def test_a_set_is_packed_as_from_arrays(model: str, dtype: str) -> None:
     packer, operands = weight_packer(ops, arrays)
     expected = build_params(packer, config, operands, None, keep=packer.tensor)
     packer = device_packer(ops, memory)
-    made = build_params(packer, config, DeviceTensors(sources), None, keep=packer.tensor)
-    packer.finish(1 << 20)
+    tensors = DeviceTensors(sources)
+    made, _ = packer.fill(
+        tensors, lambda: build_params(packer, config, tensors, None, keep=packer.tensor), bucket_bytes=1 << 20
+    )
     assert len(leaves(made)) == len(leaves(expected)) > 10
     for one, other in zip(leaves(made), leaves(expected), strict=True):
         assert list(one.shape) == list(other.shape)

@@ -239,7 +239,7 @@ def test_a_killed_trainer_leaves_the_old_version(
 def test_a_false_handle_is_refused(
     tmp_path: Path, start_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, read = start_trainer("dense"), Descriptor.read
+    trainer, read = start_trainer("dense"), Descriptor.from_bytes
 
     def false(*given: Any) -> Descriptor:
         descriptor = read(*given)
@@ -248,7 +248,7 @@ def test_a_false_handle_is_refused(
     with engine_on(folder_of(tmp_path, "dense", 0)) as engine:
         before, published = bits(engine), trainer.publish(1, 1)
         with monkeypatch.context() as patch, pytest.raises(DeviceHandleError):
-            patch.setattr(Descriptor, "read", false)
+            patch.setattr(Descriptor, "from_bytes", false)
             engine.update_weights(published)
         assert num_differing(before, bits(engine)) == 0
         assert engine.update_weights(published) == 1
@@ -272,3 +272,16 @@ def test_a_trainer_in_the_engines_process(tmp_path: Path) -> None:
 def test_nobody_has_handles_of_memory_that_cuda_did_not_allocate() -> None:
     with pytest.raises(RuntimeError, match="CUDA"):
         device_memory().allocation_of(np.zeros(64, np.uint8).ctypes.data)
+
+
+def test_memory_that_was_given_back_is_told_from_what_comes_in_its_place() -> None:
+    memory = device_memory()
+    base = memory.allocate(8 << 20)
+    numbers = memory.allocation_ids([base, base])
+    assert numbers[0] == numbers[1] and memory.allocation_ids([base, base]) == numbers
+    memory.free(base)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        memory.allocation_ids([base])
+    again = memory.allocate(8 << 20)  # as a rule at the same address
+    assert memory.allocation_ids([again]) != numbers[:1]
+    memory.free(again)

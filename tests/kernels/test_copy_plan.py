@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerokl.kernels.device_tensors import Placement
-from zerokl.kernels.gpu.copy_plan import PIECE_WORDS, SIZES, Group, buckets, plan_groups
+from zerokl.kernels.gpu.copy_plan import JOB_COLUMNS, PIECE_WORDS, SIZES, CopyPlan, Group, buckets, plan_groups
 
 DTYPES = st.sampled_from(["bfloat16", "float32"])
 
@@ -92,3 +92,23 @@ def test_launches_are_as_large_as_buckets() -> None:
     assert list(buckets(10, 8 * PIECE_WORDS * 4)) == [(0, 4), (4, 4), (8, 2)]
     assert list(buckets(2, 1)) == [(0, 1), (1, 1)]
     assert list(buckets(0, 1 << 20)) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(placements())
+def test_tables_lie_one_after_the_other(given_ones: list[Placement]) -> None:
+    plan = CopyPlan(given_ones)
+    if not plan.groups:
+        return
+    content, tables = plan.tables()
+    end = 0
+    for group, there in zip(plan.groups, (one.at(0) for one in tables), strict=True):
+        for start, table in zip(there[:3], (group.copy_jobs, group.check_jobs, group.pieces()), strict=True):
+            assert start == end and start % 8 == 0
+            end = start + table.nbytes
+            np.testing.assert_array_equal(content[start:end].view(table.dtype).reshape(table.shape), table)
+        assert there.num_pieces == len(group.pieces())
+        assert group.copy_jobs.itemsize * JOB_COLUMNS * len(group.extents) == there.check_jobs - there.copy_jobs
+    assert end == len(content)
+    assert tables[0].at(1 << 40).pieces == tables[0].pieces + (1 << 40)
+    assert CopyPlan(given_ones) != plan, "each is equal to itself alone"

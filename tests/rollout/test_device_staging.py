@@ -99,7 +99,9 @@ def leaves(tree: Any) -> list[NDArray[Any]]:
 class Rig:
     """A trainer's tensors, its publisher, and a runner with its staging, in one process."""
 
-    def __init__(self, folder: Path, model: str, patch: pytest.MonkeyPatch, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, folder: Path, model: str, patch: pytest.MonkeyPatch, dtype: str = "bfloat16", buffers: int = 0
+    ) -> None:
         self.gpu, self.dtype = FakeGpu(folder), dtype
         self.config = ModelConfig.from_json(MODELS[model])
         self.ops = FakeOps(self.gpu, dtype)
@@ -107,7 +109,7 @@ class Rig:
         config = EngineConfig(model="unused", num_blocks=8, num_threads=1)
         self.runner = ModelRunner(config, self.config)
         self.staging = DeviceStaging(self.config, self.gpu)  # type: ignore[arg-type]
-        self.publisher = DevicePublisher(self.gpu)
+        self.publisher = DevicePublisher(self.gpu, buffers=buffers)
         self.tensors: dict[str, FakeTensor] = {}
         self.version = 0
 
@@ -198,6 +200,52 @@ def test_sets_take_turns_in_two_places(rig: Any) -> None:
     assert one.ops.slots.numbers == {one.place}
 
 
+def test_what_stays_is_made_once_and_nothing_else_is_kept(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the first half: with tensors that move each time all is made each time."""
+    one, made, build = rig(), [], model_runner.build_params
+    monkeypatch.setattr(model_runner, "build_params", lambda *given, **more: made.append(1) or build(*given, **more))
+    for seed in range(6):
+        one.stage(one.publish(seed))
+        one.check()
+    assert len(made) == 2, "once for each place"
+    assert one.gpu.done["plan"] == 1 and one.gpu.done["export"] == len(one.tensors)
+    for seed in range(6, 9):
+        one.tensors = {name: one.gpu.put(tensor.values, "bfloat16") for name, tensor in one.tensors.items()}
+        one.stage(one.publish(seed))
+        one.check()
+    assert len(made) == 5 and one.gpu.done["plan"] == 4
+
+
+@pytest.mark.parametrize("buffers", [0, 2])
+def test_one_tensor_that_moves_is_read_where_it_is(rig: Any, buffers: int) -> None:
+    one = rig("tied", buffers=buffers)
+    for seed, name in enumerate([None, None, None, EMBED, None, "model.norm.weight", EMBED, None]):
+        if name is not None:
+            old = one.tensors[name]
+            one.tensors[name] = one.gpu.put(old.values, "bfloat16")
+        one.stage(one.publish(seed))
+        one.check()
+        if name is not None:
+            old.values[...] = 0  # of no use to anybody
+            one.check()
+    assert len(one.ops.slots.numbers) == 2
+
+
+def test_another_type_at_the_same_place(rig: Any) -> None:
+    """A float32 trainer, one tensor of which is then bfloat16, and the way back."""
+    one, name, seen = rig(), "model.layers.0.self_attn.k_proj.weight", set()
+    one.publish(0, "float32")
+    for seed, dtype in enumerate(["float32", "float32", "float32", "bfloat16", "bfloat16", "float32"]):
+        one.publisher.withdraw()
+        one.tensors[name].dtype = f"paddle.{dtype}"
+        bits = random_tensors(one.config, seed)[name].view(np.uint32)
+        one.tensors[name].values[...] = converted(bits, "float32", dtype)
+        one.stage(one.publisher.publish(one.tensors, seed))
+        one.check()
+        seen.add(b"".join(leaf.tobytes() for leaf in one.live()))
+    assert len(seen) == 6
+
+
 def flip(rig: Rig, name: str, bit: int = 3) -> None:
     flat = rig.tensors[name].values.reshape(-1)
     flat[len(flat) // 2] ^= 1 << bit
@@ -217,9 +265,9 @@ def test_a_flipped_bit_is_found_and_the_old_set_stays(rig: Any, where: str) -> N
         placed: list[Any] = []
         place_all = one.gpu.place
 
-        def keep(placements: Any, bucket_bytes: int) -> Any:
-            placed[:] = placements
-            return place_all(placements, bucket_bytes)
+        def keep(plan: Any, bucket_bytes: int) -> Any:
+            placed[:] = plan.placements
+            return place_all(plan, bucket_bytes)
 
         def damage() -> None:
             target = FakeTensor(placed[-1].target, (placed[-1].columns,), "bfloat16")

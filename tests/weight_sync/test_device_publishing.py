@@ -30,7 +30,7 @@ from zerokl.weight_sync import (
     SegmentMissingError,
 )
 from zerokl.weight_sync.device_checksums import CHECKSUM_KIND, device_checksum
-from zerokl.weight_sync.device_descriptor import Descriptor
+from zerokl.weight_sync.device_descriptor import Descriptor, encode_layout
 from zerokl.weight_sync.device_receiver import DeviceLease, DeviceMappings
 from zerokl.weight_sync.manifest import Manifest
 
@@ -218,26 +218,35 @@ def test_what_cannot_be_published_is_named(gpu: FakeGpu) -> None:
 
 def test_false_publications_are_refused(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, mappings = tensors_on(gpu), DeviceMappings(gpu)
-    with pytest.raises(ManifestError, match="checksums of kind"):
-        PublishedDeviceWeights(segment="/a", key=0, manifest=Manifest(version=0, tensors=(), total_bytes=0))
     with pytest.raises(ManifestError, match="checksum_kind 'crc' is not one of"):
         Manifest(version=0, tensors=(), total_bytes=0, checksum_kind="crc")
     with DevicePublisher(gpu) as publisher:
         good = publisher.publish(tensors, 1)
-        for false in (b"", b"\x93\x05\xa1a", good.to_bytes()[:-1], good.manifest.to_bytes()):
+        for false in (b"", b"\x93\x06\xa1a", good.to_bytes()[:-1], good.manifest.to_bytes(), good.layout):
             with pytest.raises(ManifestError):
                 PublishedDeviceWeights.from_bytes(false)
+        short = encode_layout(good.manifest.tensors[:-1], good.manifest.total_bytes)
+        for false, text in (
+            (replace(good, layout=b""), "not msgpack"),
+            (replace(good, layout=good.layout[:-1]), "not msgpack"),
+            (replace(good, layout=Manifest(version=0, tensors=(), total_bytes=0).to_bytes()), "checksums of kind"),
+            (replace(good, checksums=good.checksums[:-8]), "32 bytes of checksums for 5 tensors"),
+            (replace(good, checksums=good.checksums[:-1]), "39 bytes of checksums for 5 tensors"),
+            (replace(good, layout=short), "5 places for 4 tensors"),
+        ):
+            with pytest.raises(ManifestError, match=text), mappings.lease(false):
+                pass
+        for field, value in {"version": -1, "key": True, "segment": b"a", "layout": "a", "checksums": None}.items():
+            with pytest.raises(ManifestError):
+                replace(good, **{field: value})
         with pytest.raises(SegmentMissingError), mappings.lease(replace(good, segment="/etc/passwd")):
             pass
-        short = replace(good.manifest, tensors=good.manifest.tensors[:-1])
-        fewer = replace(good, manifest=short)
-        with pytest.raises(ManifestError, match="5 places for 4 tensors"), mappings.lease(fewer):
-            pass
-        read = Descriptor.read
-        monkeypatch.setattr(
-            Descriptor, "read", lambda *a: replace(read(*a), places=((0, 1 << 40), *read(*a).places[1:]))
-        )
-        with pytest.raises(DeviceHandleError, match="ends beyond the memory"), mappings.lease(good):
+        with mappings.lease(good) as lease:
+            assert_equal(seen(lease), copies_of(tensors))
+        found = Descriptor.from_bytes
+        places = ((0, 1 << 40), (0, 0), (0, 0), (0, 0), (0, 0))
+        monkeypatch.setattr(Descriptor, "from_bytes", lambda *given: replace(found(*given), places=places))
+        with pytest.raises(DeviceHandleError, match="ends beyond the memory"), DeviceMappings(gpu).lease(good):
             pass
 
 
@@ -315,17 +324,17 @@ def test_a_trainer_killed_before_it_is_read_is_told(gpu: FakeGpu, start_trainer:
 def test_a_wrong_handle_is_told(
     gpu: FakeGpu, start_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, mappings, read = start_trainer(), DeviceMappings(gpu), Descriptor.read
+    trainer, mappings, found = start_trainer(), DeviceMappings(gpu), Descriptor.from_bytes
 
     def wrong(*given: Any) -> Descriptor:
-        descriptor = read(*given)
+        descriptor = found(*given)
         return replace(descriptor, allocations=tuple(replace(a, handle=bytes(64)) for a in descriptor.allocations))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descriptor, "read", wrong)
+        patch.setattr(Descriptor, "from_bytes", wrong)
         with pytest.raises(DeviceHandleError, match="InvalidResourceHandle"), mappings.lease(trainer.published):
             pass
-        patch.setattr(Descriptor, "read", lambda *given: replace(read(*given), event=bytes(64)))
+        patch.setattr(Descriptor, "from_bytes", lambda *given: replace(found(*given), event=bytes(64)))
         with pytest.raises(DeviceHandleError, match="event cannot be opened"), mappings.lease(trainer.published):
             pass
     with mappings.lease(trainer.published) as lease:

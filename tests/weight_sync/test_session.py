@@ -133,6 +133,36 @@ def test_a_manifest_that_does_not_fit_is_refused_before_a_byte_is_read(change: C
         begun(tensors)
 
 
+def test_what_a_device_placed_is_told_by_its_checksums() -> None:
+    tensors, placed = tensors_of(1), dict.fromkeys(EXPECTED, 5)
+
+    def placing() -> UpdateSession:
+        session = UpdateSession(EXPECTED)
+        session.check_fit(manifest_of(tensors))
+        session.begin_placed(manifest_of(tensors))
+        return session
+
+    published = placed | {"more": 6}
+    session = placing()
+    session.verify_placed(published, placed)
+    session.commit(lambda: None)
+    assert session.publish() == 1
+    for false, error, text in (
+        (placed | {"b": 4}, ChecksumError, "'b' of version 1: checksum 0000000000000004 is not"),
+        ({"a": 5, "none": 5}, IncompleteUpdateError, "version 1: tensor 'b' did not arrive"),
+    ):
+        session = placing()
+        with pytest.raises(error, match=text):
+            session.verify_placed(published, false)
+        assert session.state == "aborted"
+    with pytest.raises(ProtocolError, match="needs an update that is placing, this one is staging"):
+        begun().verify_placed(published, placed)
+    with pytest.raises(ProtocolError, match="stage needs an update that is staging, this one is placing"):
+        placing().stage(pieces_of(tensors)[0])
+    with pytest.raises(ManifestError, match="missing: 'b'"):
+        UpdateSession(EXPECTED).check_fit(manifest_of({name: tensors[name] for name in ("a", "none")}))
+
+
 def test_a_commit_that_raises_aborts() -> None:
     session = begun()
     for bucket in pieces_of(tensors_of(1)):

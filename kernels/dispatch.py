@@ -60,13 +60,16 @@ class EngineOps(Ops[Array], Protocol[Array]):
         ...
 
 
-def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | None = None) -> EngineOps[Any]:
+def get_ops(
+    device: str = "cpu", num_threads: int | None = None, dtype: str | None = None, number: int = 0
+) -> EngineOps[Any]:
     """The ops of a device, with buffers of their own.
 
     "cpu": NumPy over the C++ extension; `num_threads` is for the whole process (None: leave as is). "gpu": Paddle
-    tensors over Triton kernels, needs the `gpu` extra. "reference": the definition in NumPy float64, slow. `dtype` is
-    one of the device's (None: the first of `DTYPES`). Raises ValueError for another name, ImportError if what the
-    device needs is not installed: there is no fallback.
+    tensors over Triton kernels on the GPU of this `number`, the one of the process; needs the `gpu` extra. "reference":
+    the definition in NumPy float64, slow. `dtype` is one of the device's (None: the first of `DTYPES`). Raises
+    ValueError for another name, ImportError if what the device needs is not installed, RuntimeError where that GPU
+    cannot be used: there is no fallback.
     """
     dtype = resolve_dtype(device, dtype)
     if device == "cpu":
@@ -78,7 +81,7 @@ def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | No
         require_gpu_packages()
         from zerokl.kernels.gpu.ops import GpuOps
 
-        return GpuOps(dtype=dtype)  # type: ignore[arg-type]
+        return GpuOps(dtype=dtype, number=number)  # type: ignore[arg-type]
     from zerokl.kernels.reference.ops import ReferenceOps
 
     return ReferenceOps()
@@ -102,15 +105,15 @@ def require_gpu_packages() -> None:
         raise ImportError(f"device 'gpu' needs `pip install zerokl[gpu]`; not installed: {', '.join(missing)}")
 
 
-def gpu_memory() -> tuple[int, int]:
-    """Bytes of the GPU's memory that are free, and all.
+def gpu_memory(number: int = 0) -> tuple[int, int]:
+    """Bytes of a GPU's memory that are free, and all.
 
-    Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU.
+    Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU of this number.
     """
     require_gpu_packages()
     from zerokl.kernels.gpu.paddle_device import memory
 
-    return memory()
+    return memory(number)
 
 
 def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:

@@ -62,6 +62,9 @@ class EngineConfig:
     """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
     dtype: str | None = None
     """Type of weights, keys and values on the device. None: "float32" on the CPU, "bfloat16" on a GPU."""
+    gpus: Sequence[int] | None = None
+    """Number of the GPU of each rank, as CUDA counts those that the process sees. None: 0, 1, and so on. One process
+    computes on one GPU: an engine in the caller's process takes its GPU for all that runs there."""
     gpu_memory_fraction: float = 0.9
     """Part of a GPU's memory that the engine may use, in (0, 1]."""
     weight_slots: int = 2
@@ -152,6 +155,12 @@ class EngineConfig:
                 raise ValueError(f"worker must be 'inprocess' on device 'gpu', got {self.worker!r}")
             if self.num_ranks > 1:
                 raise ValueError(f"device 'gpu' runs on one rank, got {self.num_ranks}")
+        if self.gpus is not None:
+            self._set("gpus", _gpu_numbers(self.gpus))
+            if self.device != "gpu":
+                raise ValueError(f"gpus must be None on device {self.device!r}, got {self.gpus!r}")
+            if len(self.gpus) != self.num_ranks:
+                raise ValueError(f"gpus must name the GPU of each of the {self.num_ranks} ranks, got {self.gpus!r}")
 
     def _check_ranks(self) -> None:
         self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))
@@ -171,6 +180,10 @@ class EngineConfig:
     def num_ranks(self) -> int:
         """expert_parallel_size * data_parallel_size."""
         return self.expert_parallel_size * self.data_parallel_size
+
+    def gpu_of(self, rank: int) -> int:
+        """The number of the rank's GPU."""
+        return rank if self.gpus is None else self.gpus[rank]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -237,6 +250,12 @@ _COUNTS = (
     "expert_parallel_size",
     "data_parallel_size",
 )
+
+
+def _gpu_numbers(given: Any) -> tuple[int, ...]:
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"gpus must be None or a sequence of numbers of GPUs, got {given!r}")
+    return tuple(check_int(f"gpus[{rank}]", number, 0) for rank, number in enumerate(given))
 
 
 def _timeout(name: str, value: Any) -> float:

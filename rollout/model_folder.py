@@ -21,7 +21,7 @@ def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         )
     dtype = resolve_dtype(config.device, config.dtype)
     if config.device == "gpu" and config.num_blocks is None and config.kv_cache_bytes is None:
-        free, total = gpu_memory()
+        free, total = gpu_memory(config.gpu_of(0))
         config = dataclasses.replace(config, kv_cache_bytes=kv_cache_bytes(config, model, dtype, free, total))
     keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return dataclasses.replace(config, dtype=dtype).resolve(

@@ -21,6 +21,8 @@ _HEAD = 8
 """Bytes before the encoded descriptor: its size, 0 where nothing is published."""
 _HANDLE = 64
 """Bytes of a handle of the CUDA runtime."""
+_MAX_GPU = 64
+"""Letters of a GPU's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class Descriptor:
     """Where the tensors of one publication are."""
 
     key: int
+    gpu: str
+    """Where they are: `DeviceMemory.gpu`."""
     event: bytes
     """Handle of the event that is reached once the tensors have been written."""
     local_event: int
@@ -93,7 +97,7 @@ class Descriptor:
 
     def _encoded(self) -> bytes:
         allocations = [(allocation.handle, allocation.base) for allocation in self.allocations]
-        fields = (self.key, self.event, self.local_event, allocations, self.places)
+        fields = (self.key, self.gpu, self.event, self.local_event, allocations, self.places)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
         return encoded
 
@@ -108,13 +112,16 @@ class Descriptor:
             raise ManifestError(f"segment {published.segment}: descriptor of {size} bytes in {len(memory)}")
         if not size:
             raise SegmentBusyError(f"version {published.version} was withdrawn: its publisher writes to that memory")
-        key, event, local_event, allocations, places = unpack(memory[_HEAD : _HEAD + size], "descriptor", 5)
+        key, gpu, event, local_event, allocations, places = unpack(memory[_HEAD : _HEAD + size], "descriptor", 6)
         if key != published.key:
             raise SegmentBusyError(f"segment {published.segment} holds a later publication than {published.version}")
+        if not isinstance(gpu, str) or len(gpu) > _MAX_GPU:
+            raise ManifestError(f"descriptor: {gpu!r:.200} is no name of a GPU")
         if not _is_handle(event) or not is_integer(local_event, MAX_INT):
             raise ManifestError("descriptor: the event is no handle and number")
         read = Descriptor(
             key=key,
+            gpu=gpu,
             event=event,
             local_event=local_event,
             allocations=tuple(_allocation(row) for row in _rows("allocations", allocations)),

@@ -34,6 +34,13 @@ class DeviceMemory(Protocol):
     Every method raises RuntimeError naming what the driver says, where nothing else is said.
     """
 
+    gpu: str
+    """What the GPU is called in all processes of the machine."""
+
+    def reaches(self, gpu: str) -> bool:
+        """Whether this GPU can read what others have on the GPU of that name, as far as can be told before trying."""
+        ...
+
     def allocation_of(self, address: int) -> tuple[int, int]:
         """First address and size in bytes of the allocation that holds this one."""
         ...

@@ -94,14 +94,19 @@ class DeviceMappings:
     def _map(
         self, publisher: _Publisher, descriptor: Descriptor, manifest: Manifest, *, is_local: bool
     ) -> dict[str, int]:
+        if not self._memory.reaches(descriptor.gpu):
+            raise DeviceHandleError(
+                f"the weights are on GPU {descriptor.gpu}, which GPU {self._memory.gpu} has no peer access to"
+            )
         if is_local:  # a process cannot open its own handles
             bases = [allocation.base for allocation in descriptor.allocations]
             self._wait_for(descriptor.local_event)
         else:
             handles = [allocation.handle for allocation in descriptor.allocations]
             self._unmap(publisher, publisher.handles.difference(handles))
-            bases = [self._open(publisher, handle) for handle in handles]
-            self._wait_for(self._open_event(publisher, descriptor.event))
+            bases = [self._open(publisher, handle, descriptor.gpu) for handle in handles]
+            if descriptor.gpu == self._memory.gpu:  # of a peer's nothing is left to wait for: `publish` has done so
+                self._wait_for(self._open_event(publisher, descriptor.event))
         ends = [sum(self._extent(base)) for base in bases]
         addresses = {}
         for spec, (index, offset) in zip(manifest.tensors, descriptor.places, strict=True):
@@ -112,12 +117,14 @@ class DeviceMappings:
                 raise DeviceHandleError(f"tensor {spec.name!r} ends beyond the memory that was opened for it")
         return addresses
 
-    def _open(self, publisher: _Publisher, handle: bytes) -> int:
+    def _open(self, publisher: _Publisher, handle: bytes, gpu: str) -> int:
         if handle not in self._bases:
             try:
                 self._bases[handle] = self._memory.open_memory(handle)
             except RuntimeError as error:
-                raise DeviceHandleError(f"a handle of the publisher's memory cannot be opened: {error}") from error
+                raise DeviceHandleError(
+                    f"a handle of memory on GPU {gpu} cannot be opened on GPU {self._memory.gpu}: {error}"
+                ) from error
         publisher.handles.add(handle)
         return self._bases[handle]
 

@@ -42,7 +42,7 @@ class PaddleDevice:
     """A `Device` by Paddle and the CUDA runtime."""
 
     def __init__(self, number: int = 0) -> None:
-        """Raises RuntimeError where there is no such GPU."""
+        """Raises RuntimeError where there is no such GPU, or the process computes on another one."""
         self._place = driver.activate(number)
         self._number = number
         self._threads = threading.local()
@@ -78,6 +78,7 @@ class PaddleDevice:
 
     def pinned(self, size: int) -> NDArray[np.int32]:
         """See Device."""
+        self.enter()
         address = check(runtime.cudaHostAlloc(max(1, size) * 4, runtime.cudaHostAllocDefault))
         array: NDArray[np.int32] = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(int(address)))
         return array
@@ -104,6 +105,7 @@ class PaddleDevice:
 
     def wait(self, event: Any) -> None:
         """See Device. An event is waited for once: it serves again."""
+        self.enter()
         check(runtime.cudaEventSynchronize(event))
         self._spare_events.append(event)
 
@@ -122,11 +124,12 @@ class PaddleDevice:
         """See Device."""
         self.enter()
         # Paddle computes and copies on streams of its own, which ours does not wait for.
-        paddle.device.cuda.current_stream().synchronize()
+        paddle.device.cuda.current_stream(self._number).synchronize()
         check(runtime.cudaStreamSynchronize(0))
 
     def synchronize(self) -> None:
         """See Device."""
+        self.enter()
         check(runtime.cudaStreamSynchronize(self.stream))
 
     def release_unused(self) -> None:
@@ -137,7 +140,7 @@ class PaddleDevice:
 
     def memory(self) -> tuple[int, int]:
         """See Device."""
-        return memory()
+        return memory(self._number)
 
 
 @cache
@@ -151,6 +154,9 @@ def _stream(number: int) -> Any:
 
 def memory(number: int = 0) -> tuple[int, int]:
     """Bytes of a GPU's memory that are free, and all. Raises RuntimeError where there is no such GPU."""
+    count = int(check(runtime.cudaGetDeviceCount()))
+    if number >= count:
+        raise RuntimeError(f"there is no GPU {number}: CUDA sees {count}, numbered from 0")
     check(runtime.cudaSetDevice(number))
     error, free, total = runtime.cudaMemGetInfo()
     check((error,))

@@ -46,6 +46,8 @@ class SharedGpuMemory:
         self._pieces: dict[Any, tuple[int, int]] = {}
         """Address and number of pieces, by what they depend on."""
         self._plans: dict[tuple[Placement, ...], list[Group]] = {}
+        self.gpu = calls.gpu
+        self.reaches = calls.reaches
         self.allocate = calls.allocate
         self.free = calls.free
         self.allocation_of = calls.allocation_of

@@ -43,12 +43,28 @@ from zerokl.rollout.scheduler_config import SchedulerConfig
         ("num_redundant_experts", -1, ">= 0"),
         ("expert_rebalance_interval", 0, ">= 1"),
         ("return_routing", "some", "output"),
+        ("gpus", 0, "a sequence of numbers of GPUs"),
+        ("gpus", (0,), "None on device 'cpu'"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_value_and_bound(field, value, bound):
     with pytest.raises(ValueError, match=field) as raised:
         EngineConfig.from_dict({"model": "folder", field: value})
     assert bound in str(raised.value) and repr(value) in str(raised.value)
+
+
+def test_ranks_are_on_the_gpus_that_are_named():
+    assert EngineConfig(model="folder", device="gpu").gpu_of(0) == 0
+    named = EngineConfig.from_dict({"model": "folder", "device": "gpu", "gpus": [3]})
+    assert named.gpus == (3,) and named.gpu_of(0) == 3
+    for gpus, message in (
+        ([-1], r"gpus\[0\] must be an integer >= 0, got -1"),
+        ([1.0], r"gpus\[0\] must be an integer >= 0, got 1.0"),
+        ([], r"gpus must name the GPU of each of the 1 ranks, got \(\)"),
+        ([0, 1], r"gpus must name the GPU of each of the 1 ranks, got \(0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(model="folder", device="gpu", gpus=gpus)
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():

@@ -113,6 +113,9 @@ class Trainer:
         self.process.communicate()
 
 
+PEER, STRANGER = "0000:02:00.0", "0000:03:00.0"
+
+
 @pytest.fixture
 def start_trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
     trainers: list[Trainer] = []
@@ -331,3 +334,36 @@ def test_a_wrong_handle_is_told(
     with mappings.lease(trainer.published) as lease:
         assert len(seen(lease)) == len(SHAPES)
     mappings.release()
+
+
+def test_a_peer_reads_and_waits_for_no_event_of_another_gpu(
+    tmp_path: Path, start_trainer: Callable[..., Trainer]
+) -> None:
+    trainer, peer = start_trainer(), FakeGpu(tmp_path, PEER)
+    mappings = DeviceMappings(peer)
+    with mappings.lease(trainer.published) as lease:
+        first = seen(lease)
+    with mappings.lease(trainer.publish()) as lease:
+        assert (seen(lease)["embed"] != first["embed"]).any()
+    assert peer.done["open"] == len(SHAPES) - 1 and peer.done["open_event"] == peer.done["wait"] == 0
+    mappings.release()
+    assert peer.done["close"] == peer.done["open"]
+
+
+def test_memory_of_a_gpu_without_peer_access_is_refused_by_both_names(
+    tmp_path: Path, start_trainer: Callable[..., Trainer], gpu: FakeGpu
+) -> None:
+    trainer, stranger = start_trainer(), FakeGpu(tmp_path, STRANGER, strangers=[gpu.gpu])
+    named = rf"on GPU {gpu.gpu}, which GPU {STRANGER} has no peer access to"
+    with pytest.raises(DeviceHandleError, match=named), DeviceMappings(stranger).lease(trainer.published):
+        pass
+    assert stranger.done["open"] == 0
+
+
+def test_false_names_of_gpus_are_refused(gpu: FakeGpu) -> None:
+    for false in ("x" * 65, b"0000:01:00.0", None):
+        gpu.gpu = false  # type: ignore[assignment]
+        with DevicePublisher(gpu) as publisher:
+            published = publisher.publish(tensors_on(gpu), 1)
+            with pytest.raises(ManifestError, match="no name of a GPU"), DeviceMappings(gpu).lease(published):
+                pass

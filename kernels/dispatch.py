@@ -16,6 +16,7 @@ from zerokl.kernels.row_stream import NamedRows, WholeTensors
 
 if TYPE_CHECKING:
     from zerokl.kernels.cpu.ops import CpuOps
+    from zerokl.kernels.gpu.cuda_calls import CudaCalls
     from zerokl.kernels.gpu.device_packing import DevicePacker
     from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
 
@@ -111,9 +112,17 @@ def gpu_memory(number: int = 0) -> tuple[int, int]:
     Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU of this number.
     """
     require_gpu_packages()
-    from zerokl.kernels.gpu.paddle_device import memory
+    from zerokl.kernels.gpu.cuda_runtime import memory
 
     return memory(number)
+
+
+def gpu_memories(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """`gpu_memory` of several GPUs, which this process does not touch: another one asks, and ends."""
+    require_gpu_packages()
+    from zerokl.kernels.gpu.cuda_runtime import memories
+
+    return memories(numbers)
 
 
 def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
@@ -153,6 +162,17 @@ def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
     from zerokl.kernels.gpu.shared_memory import shared_gpu_memory
 
     return shared_gpu_memory(number)
+
+
+def device_reader(number: int = 0) -> CudaCalls:
+    """What maps other processes' memory on a GPU and copies it to the host; computes nothing.
+
+    Raises as `gpu_memory`.
+    """
+    require_gpu_packages()
+    from zerokl.kernels.gpu.cuda_calls import CudaCalls
+
+    return CudaCalls(number)
 
 
 def device_packer(ops: EngineOps[Any], memory: SharedGpuMemory) -> DevicePacker:

@@ -10,7 +10,7 @@ from zerokl.kernels.communicator import CommunicatorError, PeerLostError
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.named_errors import COMMON_ERRORS, NamedErrors
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import DeviceWeights, FolderWeights, SharedWeights
 
 _TRACEBACK_CHARS = 16_384
 
@@ -55,7 +55,7 @@ class Execute:
 class Stage:
     """Worker.stage_weights; answered by Done."""
 
-    source: FolderWeights | SharedWeights
+    source: FolderWeights | SharedWeights | DeviceWeights
     version: int
 
 

@@ -38,7 +38,7 @@ from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import HostedSets, SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.step_outcome import PendingGpuStep, PendingStep, checked_rows, no_rows
+from zerokl.rollout.step_outcome import IdleStep, PendingGpuStep, PendingStep, checked_rows, no_rows
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
@@ -150,7 +150,10 @@ class ModelRunner:
         Results are to be asked for in the order of the steps, and before weights or pool change.
         """
         assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
+        assert not order.has_moves, "blocks are handed over between ranks on the CPU alone"
         weights, pool = self._operands(order.inputs)
+        if not len(order.inputs.token_ids):
+            return IdleStep(order.inputs, self._config.moe if self._return_routing else None)
         fetched = self._gpu_steps.begin(weights.place, weights.params, order.inputs, pool)
         return PendingGpuStep(fetched, order.inputs, self._config.moe)
 

@@ -155,10 +155,12 @@ class OneRank:
 
 
 def overlapping_worker(ranks: Ranks, config: EngineConfig) -> OverlappingWorker | None:
-    """The worker of the ranks of `config`, if its steps may overlap with the host's work: one on a GPU."""
-    if config.device != "gpu":
+    """The worker of the ranks of `config`, if its steps may overlap with the host's work: one on a GPU, in this
+    process. Ranks that are processes are told a step once all have answered the one before, so that whatever is lost
+    with a rank is one step, which is planned anew.
+    """
+    if config.device != "gpu" or not isinstance(ranks, OneRank):
         return None
-    assert isinstance(ranks, OneRank), "several ranks on a GPU"
     return cast("OverlappingWorker", ranks.worker)
 
 

@@ -107,7 +107,7 @@ class RankProcesses:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
 
-    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights:
+    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights | DeviceWeights:
         """The source as other processes can read it. Working directories may have parted."""
         if isinstance(source, TensorWeights):
             if self._publisher is None:
@@ -116,7 +116,6 @@ class RankProcesses:
             return SharedWeights(published=self._publisher.publish(arrays, version))
         if isinstance(source, FolderWeights):
             return FolderWeights(path=str(Path(source.path).absolute()))
-        assert not isinstance(source, DeviceWeights), "worker processes are no GPU's"
         if isinstance(source.published, PublishedFile):
             path = str(Path(source.published.path).absolute())
             return dataclasses.replace(source, published=dataclasses.replace(source.published, path=path))
@@ -198,6 +197,7 @@ class RankProcesses:
     def _begin_watch(self, report: Callable[[WorkerChild], None]) -> None:
         """Have ranks killed that are stopped or stuck, and `report` called when a rank's process has ended."""
         config = self._config
+        assert config.rank_heartbeat_timeout is not None, "an unresolved config"
         supervision = Supervision(
             self.size,
             heartbeat_timeout=config.rank_heartbeat_timeout,

@@ -149,7 +149,10 @@ def answer(worker: LocalWorker, message: Message) -> Message:
     if isinstance(message, messages.Stage):
         worker.stage_weights(message.source, message.version)
     elif isinstance(message, messages.Commit):
+        is_first = not worker.describe()["versions"]
         worker.commit_weights()
+        if is_first:
+            worker.warm_up()  # a step that had to wait for kernels to be compiled would count as stuck
     elif isinstance(message, messages.Discard):
         worker.discard_staged()
     elif isinstance(message, messages.Pin):

@@ -131,6 +131,11 @@ class FakeGpu:
     def follow(self, stream: int | None) -> None:
         self.done["follow"] += 1
 
+    def download(self, host: int, address: int, size: int) -> None:
+        ctypes.memmove(host, address, size)
+
+    def synchronize(self) -> None: ...
+
     def checksums(self, tensors: Sequence[tuple[int, int, int, str]]) -> list[int]:
         return [device_checksum(elements(at, (rows, columns), dtype)) for at, rows, columns, dtype in tensors]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from zerokl.weight_sync.device_descriptor import Descriptor, PublishedDeviceWeights
-from zerokl.weight_sync.device_memory import DEVICE_DTYPES, DeviceMemory
+from zerokl.weight_sync.device_memory import DEVICE_DTYPES, MappedMemory
 from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.segments import Attachment, Owner, current_owner, is_dead, owner_of, reap_if_dead
@@ -47,7 +47,7 @@ class _Publisher:
 class DeviceMappings:
     """Opens publications and keeps what is mapped. For one thread at a time."""
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: MappedMemory) -> None:
         self._memory = memory
         self._publishers: dict[str, _Publisher] = {}
         self._bases: dict[bytes, int] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from cuda.bindings import driver, runtime
 
-from zerokl.kernels.gpu.paddle_device import check
+from zerokl.kernels.gpu.cuda_runtime import check
 
 _HANDLE_BYTES = 64
 _BUS_ID_BYTES = 32

@@ -18,6 +18,7 @@ from cuda.bindings import runtime
 from numpy.typing import NDArray
 
 from zerokl.kernels.gpu import driver
+from zerokl.kernels.gpu.cuda_runtime import check, memory
 from zerokl.kernels.gpu.device import Graph
 from zerokl.kernels.gpu.elementwise import Tensor
 
@@ -152,19 +153,4 @@ def _stream(number: int) -> Any:
     return check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, greatest))
 
 
-def memory(number: int = 0) -> tuple[int, int]:
-    """Bytes of a GPU's memory that are free, and all. Raises RuntimeError where there is no such GPU."""
-    count = int(check(runtime.cudaGetDeviceCount()))
-    if number >= count:
-        raise RuntimeError(f"there is no GPU {number}: CUDA sees {count}, numbered from 0")
-    check(runtime.cudaSetDevice(number))
-    error, free, total = runtime.cudaMemGetInfo()
-    check((error,))
-    return int(free), int(total)
-
-
-def check(answer: tuple[Any, ...]) -> Any:
-    """The value of a call of the CUDA runtime. Raises RuntimeError naming the error if it failed."""
-    if int(answer[0]) != 0:
-        raise RuntimeError(f"CUDA: {answer[0].name}")
-    return answer[1] if len(answer) > 1 else None
+__all__ = ["CudaGraph", "PaddleDevice", "check", "memory"]

@@ -36,7 +36,7 @@ from zerokl.rollout.messages import (
     failure_of,
 )
 from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import DeviceWeights, FolderWeights, SharedWeights
 from zerokl.rollout.wire import PROTOCOL_VERSION, WireError, decode, encode
 from zerokl.rollout.wire_steps import (
     LOAD_ARRAYS,
@@ -46,7 +46,8 @@ from zerokl.rollout.wire_steps import (
     SAMPLING_ARRAYS,
     STEP_ARRAYS,
 )
-from zerokl.weight_sync import ChecksumError, Manifest, PublishedWeights
+from zerokl.weight_sync import ChecksumError, Manifest, PublishedDeviceWeights, PublishedWeights
+from zerokl.weight_sync.device_checksums import CHECKSUM_KIND
 from zerokl.weight_sync.manifest import plan_layout
 
 
@@ -93,6 +94,12 @@ def published() -> PublishedWeights:
     return PublishedWeights(segment="/s", manifest=Manifest(version=4, tensors=specs, total_bytes=total_bytes))
 
 
+def on_device() -> PublishedDeviceWeights:
+    return PublishedDeviceWeights(
+        segment="/s", key=3, manifest=dataclasses.replace(published().manifest, checksum_kind=CHECKSUM_KIND)
+    )
+
+
 def assert_equal(actual: Any, expected: Any) -> None:
     """Equality of dataclasses that hold arrays."""
     assert type(actual) is type(expected)
@@ -119,6 +126,7 @@ def vars_of(instance: Any) -> list[Any]:
         Connect(),
         Stage(source=FolderWeights(path="/weights/ü"), version=3),
         Stage(source=SharedWeights(published=published()), version=2**62),
+        Stage(source=DeviceWeights(published=on_device(), bucket_bytes=7), version=5),
         Commit(),
         Discard(),
         Pin(name="reference"),
@@ -215,8 +223,8 @@ RESULT = [RESULT_SHAPES, *NO_LOAD]
         ([], "expected 1 or 2 frames, got 0"),
         ([b"", b"", b""], "expected 1 or 2 frames, got 3"),
         ([b"\xc1"], "not msgpack"),
-        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 5 is not 4"),
-        ([msgpack.packb("hello")], "protocol version 'hello' is not 4"),
+        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 6 is not 5"),
+        ([msgpack.packb("hello")], "protocol version 'hello' is not 5"),
         ([header(PROTOCOL_VERSION, "0", "Done", [])], "header: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Reboot", [])], "unknown message kind 'Reboot'"),
         ([header(PROTOCOL_VERSION, 0, "Done", [1])], "Done: expected fields of types"),
@@ -224,6 +232,8 @@ RESULT = [RESULT_SHAPES, *NO_LOAD]
         ([header(PROTOCOL_VERSION, 0, "Hello", [True])], r"Hello: expected fields of types \[int\]"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["url", "x", 1])], "Stage: .* no known source"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["shared", b"x", 1])], "Stage: published weights"),
+        ([header(PROTOCOL_VERSION, 0, "Stage", ["device 7", b"x", 1])], "Stage: device weights"),
+        ([header(PROTOCOL_VERSION, 0, "Stage", ["device", b"x", 1])], "Stage: .* no known source"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["folder", "x", 1.5])], "Stage: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Done", []), b"12345678"], "arrays take 0 bytes, the frame has 8"),
         (

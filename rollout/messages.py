@@ -52,6 +52,18 @@ class Execute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Launch a step; not answered. Further steps may be begun before its result is asked for, and nothing else."""
+
+    order: StepOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect:
+    """Wait for the first step that was begun and not asked for; answered by Sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """Worker.stage_weights; answered by Done."""
 
@@ -155,6 +167,8 @@ Message = (
     | Configure
     | Connect
     | Execute
+    | Begin
+    | Collect
     | Stage
     | Commit
     | Discard

@@ -35,6 +35,7 @@ _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
     messages.Hello: (int,),
     messages.Configure: (dict, int, str, list),
     messages.Connect: (),
+    messages.Collect: (),
     messages.Commit: (),
     messages.Discard: (),
     messages.Pin: (str,),
@@ -50,7 +51,7 @@ _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
 }
 """Messages whose body is the list of their fields, with the fields' types."""
 
-_STRUCTURED = (messages.Execute, messages.Stage, messages.Sampled)
+_STRUCTURED = (messages.Execute, messages.Begin, messages.Stage, messages.Sampled)
 _KINDS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (*_PLAIN, *_STRUCTURED)}
 
 
@@ -58,7 +59,7 @@ def encode(sequence: int, message: Message) -> list[bytes]:
     """The message as one frame or two."""
     chunks: list[Any] = []
     body: list[Any]
-    if isinstance(message, messages.Execute):
+    if isinstance(message, (messages.Execute, messages.Begin)):
         body = order_fields(message.order, chunks)
     elif isinstance(message, messages.Sampled):
         body = result_fields(message.result, chunks)
@@ -90,8 +91,8 @@ def decode(frames: Sequence[bytes]) -> tuple[int, Message]:
 
 def _message(kind: type[Any], body: list[Any], payload: Payload) -> Message:
     message: Message
-    if kind is messages.Execute:
-        message = messages.Execute(order=read_order(body, payload))
+    if kind in (messages.Execute, messages.Begin):
+        message = kind(order=read_order(body, payload))
     elif kind is messages.Sampled:
         message = messages.Sampled(result=read_result(body, payload))
     elif kind is messages.Stage:

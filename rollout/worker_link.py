@@ -82,6 +82,22 @@ class RankProcesses:
             replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
         return [reply.result for reply in replies]
 
+    def begin(self, orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
+        """See OverlappingRanks. What a rank raises at its begin is raised where its result is waited for."""
+        self._link.steps.post({rank: messages.Begin(order=order) for rank, order in enumerate(orders)})
+        num_tokens = sum(len(order.inputs.token_ids) for order in orders)
+
+        def wait() -> list[StepResult]:
+            with self._link.step_of(num_tokens):
+                collect: dict[int, Message] = dict.fromkeys(range(self.size), messages.Collect())
+                replies = self._exchange(collect, messages.Sampled, enough=_is_cause)
+            return [reply.result for reply in replies]
+
+        return wait
+
+    def warm_up(self) -> None:
+        """See OverlappingRanks. Each rank does so by itself, when its first weights are committed."""
+
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
         orders: dict[int, Message] = dict.fromkeys(range(self.size), messages.Describe())

@@ -22,7 +22,8 @@ from zerokl.rollout.kept_weights import KeptWeights
 from zerokl.rollout.messages import Message
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import step_inputs, tiny_config, tiny_moe_config
-from zerokl.rollout.ranks import OneRank, overlapping_worker
+from zerokl.rollout.ranks import overlapping_ranks
+from zerokl.rollout.step_order import StepOrder
 from zerokl.rollout.step_outcome import IdleStep
 from zerokl.rollout.weight_source import DeviceWeights, SharedWeights
 from zerokl.weight_sync import (
@@ -114,12 +115,52 @@ def test_each_rank_asks_for_the_gpu_of_its_number(tmp_path: Path, monkeypatch: p
     assert each(2, connect) == [5, 2]
 
 
-def test_only_a_worker_of_this_process_is_given_steps_ahead() -> None:
-    config = EngineConfig(model="unused", device="gpu", data_parallel_size=2)
-    processes: Any = object()
-    assert overlapping_worker(processes, config) is None
-    worker: Any = NotedWorker()
-    assert overlapping_worker(OneRank(worker), dataclasses.replace(config, data_parallel_size=1)) is worker
+def test_steps_overlap_on_gpus_unless_ranks_are_to_be_replaced() -> None:
+    ranks: Any = object()
+    for options, overlap in (
+        ({}, True),
+        ({"max_rank_restarts": 1}, True),  # of ranks that are processes alone
+        ({"worker": "process"}, True),
+        ({"data_parallel_size": 2}, True),
+        ({"worker": "process", "max_rank_restarts": 1}, False),
+        ({"data_parallel_size": 2, "max_rank_restarts": 1}, False),
+    ):
+        config = EngineConfig(model="unused", device="gpu", **options)  # type: ignore[arg-type]
+        assert overlapping_ranks(ranks, config) is (ranks if overlap else None), options
+    assert overlapping_ranks(ranks, EngineConfig(model="unused", data_parallel_size=2)) is None
+
+
+class Begun:
+    """A worker whose steps are under way until they are asked for; `broken` ones cannot be begun."""
+
+    def __init__(self, broken: int) -> None:
+        self.broken, self.told = broken, list[str]()
+
+    def begin(self, order: StepOrder) -> Begun:
+        step = order.inputs.step
+        self.told.append(f"begin {step}")
+        if step == self.broken:
+            raise ValueError(f"no step {step}")
+        return type(self).of(step, self.told)
+
+    @classmethod
+    def of(cls, step: int, told: list[str]) -> Begun:
+        made = cls(0)
+        made.told = told
+        made.result = lambda: (told.append(f"result {step}"), messages.Done())[1]  # type: ignore[attr-defined]
+        return made
+
+
+def test_a_process_begins_steps_before_results_are_asked_for_and_keeps_what_went_wrong() -> None:
+    rank, worker = worker_process.Rank(), Begun(broken=2)
+    rank.worker = worker  # type: ignore[assignment]
+    inputs = step_inputs([[1]], [0], [[0]], 16)
+    for step in (1, 2, 3):
+        rank.begin(StepOrder(inputs=dataclasses.replace(inputs, step=step)))
+    replies = [worker_process.reply_to(rank, messages.Collect()) for _ in range(3)]
+    assert worker.told == ["begin 1", "begin 2", "begin 3", "result 1", "result 3"]
+    assert [type(reply) for reply in replies] == [messages.Sampled, messages.Failed, messages.Sampled]
+    assert isinstance(replies[1], messages.Failed) and replies[1].text == "no step 2"
 
 
 class NotedWorker:

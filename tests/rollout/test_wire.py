@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from zerokl.kernels.ops import SampleResult, SamplingBatch, StepInputs, neutral_sampling
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import (
+    Begin,
     BringBack,
     Close,
+    Collect,
     Commit,
     Configure,
     Connect,
@@ -124,6 +126,7 @@ def vars_of(instance: Any) -> list[Any]:
         Hello(pid=1),
         Configure(options={"model": "/m", "seed": 2**64 - 1, "n": None}, rank=1, folder="/f", placement=[[[0, 1]]]),
         Connect(),
+        Collect(),
         Stage(source=FolderWeights(path="/weights/ü"), version=3),
         Stage(source=SharedWeights(published=published()), version=2**62),
         Stage(source=DeviceWeights(published=on_device(), bucket_bytes=7), version=5),
@@ -187,6 +190,13 @@ def test_a_replayed_choice_of_experts_travels_too() -> None:
     assert_equal(execute.order.inputs, inputs)
 
 
+def test_a_step_to_be_begun_travels_with_the_rows_that_draw_its_tokens() -> None:
+    inputs = dataclasses.replace(a_step(), token_rows=np.array([3, -1, 0], np.int32))
+    _, begin = decode(encode(1, Begin(order=StepOrder(inputs=inputs))))
+    assert isinstance(begin, Begin)
+    assert_equal(begin.order.inputs, inputs)
+
+
 def test_strided_arrays_travel_in_c_order() -> None:
     inputs = dataclasses.replace(a_step(), block_tables=np.arange(12, dtype=np.int32).reshape(3, 4).T)
     _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
@@ -198,8 +208,7 @@ def test_the_tables_cover_every_field_of_the_records() -> None:
     def names(record: type[Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(record)}
 
-    # What is drawn on a device stays there: its worker is in the engine's process.
-    assert names(StepInputs) == set(STEP_ARRAYS) | {"sampling", "step", "policy", "token_rows"}
+    assert names(StepInputs) == set(STEP_ARRAYS) | {"sampling", "step", "policy"}
     assert names(SamplingBatch) == set(SAMPLING_ARRAYS) | {"want_raw"}
     assert names(SampleResult) == set(SAMPLE_ARRAYS)
     assert names(RoutedTokens) == set(ROUTED_ARRAYS)

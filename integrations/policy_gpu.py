@@ -29,9 +29,11 @@ class GpuForward:
     tables of the process on that GPU: not while an engine of the process runs steps there.
     """
 
-    def __init__(self, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: Dtype) -> None:
-        """Raises RuntimeError where there is no usable GPU."""
-        self.ops = PackedGpuOps(dtype=dtype)
+    def __init__(
+        self, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: Dtype, number: int = 0
+    ) -> None:
+        """On the GPU of this number. Raises RuntimeError where it cannot be used."""
+        self.ops = PackedGpuOps(dtype=dtype, number=number)
         self._config = config
         self._device = self.ops.device
         self._packer = ParameterPacker(self._device, dtype, rounds=weight_dtype == "bfloat16")

@@ -112,7 +112,7 @@ def gpu_memory(number: int = 0) -> tuple[int, int]:
     Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU of this number.
     """
     require_gpu_packages()
-    from zerokl.kernels.gpu.cuda_runtime import memory
+    from zerokl.kernels.gpu.paddle_device import memory
 
     return memory(number)
 

@@ -1,8 +1,8 @@
 """Part `ranks` of run_all.py: an engine in the process, one in a process of its own, and two ranks on two GPUs.
 
-All read the same random weights from a folder in memory, and get as many sequences for each rank. One host plans for all
-of them, beside the GPUs: `awaited_share` is the part of a step in which it waits for them, and near 0 it is they that
-wait for it. Tokens, logprobs and entropies of a smaller load must be those of the first engine, bit for bit.
+All read the same random weights from a folder in memory, and get as many sequences for each rank. One host plans for
+all of them, beside the GPUs: `awaited_share` is the part of a step in which it waits for them, and near 0 it is they
+that wait for it. Tokens, logprobs and entropies of a smaller load must be those of the first engine, bit for bit.
 """
 
 from __future__ import annotations

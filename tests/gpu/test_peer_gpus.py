@@ -24,7 +24,7 @@ import paddle  # noqa: E402
 from gpu_engine import digest  # noqa: E402
 from gpu_models import engine_on  # noqa: E402
 
-from zerokl.kernels.dispatch import gpu_memory  # noqa: E402
+from zerokl.kernels.dispatch import gpu_memories  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
 from zerokl.rollout.models.saver import save_pretrained  # noqa: E402
 from zerokl.rollout.models.synthetic import random_tensors, tiny_config, tiny_moe_config  # noqa: E402
@@ -116,10 +116,10 @@ def test_an_engine_runs_on_the_gpu_that_is_named(
 
 @needs_two
 def test_it_leaves_the_other_gpu_alone(folders: dict[tuple[str, int], Path]) -> None:
-    before = [gpu_memory(number)[0] for number in range(2)]
+    before = gpu_memories([0, 1])
     with engine_process(folders["dense", 1], gpus=[1]) as engine:
         engine.digest()
-        taken = [free - gpu_memory(number)[0] for number, free in enumerate(before)]
+        taken = [then - now for (then, _), (now, _) in zip(before, gpu_memories([0, 1]), strict=True)]
     assert taken[1] > 200 << 20 > 32 << 20 > taken[0], taken
 
 

@@ -31,6 +31,7 @@ from zerokl.weight_sync import (
 )
 from zerokl.weight_sync.device_checksums import CHECKSUM_KIND, device_checksum
 from zerokl.weight_sync.device_descriptor import Descriptor
+from zerokl.weight_sync.device_host import copied_to_host
 from zerokl.weight_sync.device_receiver import DeviceLease, DeviceMappings
 from zerokl.weight_sync.manifest import Manifest
 
@@ -367,3 +368,19 @@ def test_false_names_of_gpus_are_refused(gpu: FakeGpu) -> None:
             published = publisher.publish(tensors_on(gpu), 1)
             with pytest.raises(ManifestError, match="no name of a GPU"), DeviceMappings(gpu).lease(published):
                 pass
+
+
+def test_a_publication_of_another_process_is_copied_to_the_host(
+    gpu: FakeGpu, start_trainer: Callable[..., Trainer]
+) -> None:
+    trainer, mappings = start_trainer(), DeviceMappings(gpu)
+    with mappings.lease(trainer.published) as lease:
+        wanted = seen(lease)
+    mappings.release()
+    opened = gpu.done["open"]
+    copies = {spec.name: array for spec, array in copied_to_host(trainer.published, gpu)}
+    assert_equal(copies, {name: values.view(copies[name].dtype) for name, values in wanted.items()})
+    assert gpu.done["open"] == gpu.done["close"] == 2 * opened, "nothing stays mapped"
+    trainer.kill()
+    with pytest.raises(PublisherDiedError):
+        copied_to_host(trainer.published, gpu)

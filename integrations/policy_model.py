@@ -94,8 +94,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         self.weight_dtype = weight_dtype
         self.config = config
         check_tensors(tensors, config)
-        number = _gpu_of(tensors) if self.device == "gpu" else 0
-        self._forward = _make_forward(self.device, config, weight_dtype, chunk_rows, self.dtype, number)
+        self._forward = _make_forward(self.device, config, weight_dtype, chunk_rows, self.dtype, _gpu_of(tensors))
         for name in expected_tensors(config):
             self._adopt(name, tensors[name])
         self._forward.bind(self.named_tensors())
@@ -231,13 +230,10 @@ def _device_of(device: str | None, tensors: Mapping[str, Any]) -> str:
     return "gpu" if paddle.get_device().startswith("gpu") else "cpu"
 
 
-def _gpu_of(tensors: Mapping[str, Any]) -> int:
-    """The number of the GPU that a new model on one is on."""
+def _gpu_of(tensors: Mapping[str, Any]) -> int | None:
+    """The number of the GPU that tensors are on; None: they are on none, or are not Paddle's."""
     first = _first_tensor(tensors)
-    if first is not None and first.place.is_gpu_place():
-        return int(first.place.gpu_device_id())
-    kind, _, number = paddle.get_device().partition(":")
-    return int(number) if kind == "gpu" else 0
+    return int(first.place.gpu_device_id()) if first is not None and first.place.is_gpu_place() else None
 
 
 def _first_tensor(tensors: Mapping[str, Any]) -> Tensor | None:
@@ -247,14 +243,14 @@ def _first_tensor(tensors: Mapping[str, Any]) -> Tensor | None:
 
 
 def _make_forward(
-    device: str, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: str, number: int
+    device: str, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: str, gpu: int | None
 ) -> PolicyForward:
     """Imported when asked for: the CPU's needs the C++ extension, the GPU's Triton."""
     if device == "gpu":
         require_gpu_packages()
         from zerokl.integrations.policy_gpu import GpuForward
 
-        return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype), number)
+        return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype), gpu)
     from zerokl.integrations.policy_cpu import CpuForward
 
     return CpuForward(config, weight_dtype, chunk_rows)

@@ -150,8 +150,10 @@ def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[Weig
     return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
-def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
+def device_memory(device: str = "gpu", number: int | None = None) -> SharedGpuMemory:
     """A GPU's memory for weights that other processes share: what `zerokl.weight_sync.DevicePublisher` asks for.
+
+    `number` is the one GPU that this process computes on; None: Paddle's current one.
 
     Raises ValueError for another device, ImportError as `get_ops`, RuntimeError where there is no usable GPU of this
     number.

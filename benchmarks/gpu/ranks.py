@@ -8,6 +8,7 @@ that wait for it. Tokens, logprobs and entropies of a smaller load must be those
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,8 @@ FORMS: dict[str, Row] = {
     "a process": {"worker": "process"},
     "2 processes, 2 GPUs": {"data_parallel_size": 2},
 }
-IN_MEMORY = Path("/dev/shm")
+IN_MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+"""Where the weights are written if that many bytes are free."""
 CHECKED = 16, 64
 """Prompts and new tokens of the load whose bits are compared."""
 
@@ -37,7 +39,8 @@ def rank_rows(folder: Path, model: str, sizes: tuple[int, ...], repeats: int) ->
     Raises PartRefusedError where it has none.
     """
     count = _num_gpus()
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else folder) as scratch:
+    has_room = IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > ROOM
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY if has_room else folder) as scratch:
         weights = write_model(Path(scratch), model)
         rows: list[Row] = []
         bits: list[NDArray[Any]] = []

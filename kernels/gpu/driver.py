@@ -67,6 +67,12 @@ def _driver(device: int) -> PaddleDriver:
     return PaddleDriver(device)
 
 
+def current_gpu() -> int:
+    """The number of Paddle's current device, if it is a GPU, else 0."""
+    kind, _, number = paddle.get_device().partition(":")
+    return int(number) if kind == "gpu" else 0
+
+
 @cache
 def _claimed() -> set[int]:
     """The GPU that this process computes on, once it does."""

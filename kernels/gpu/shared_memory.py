@@ -161,10 +161,11 @@ class SharedGpuMemory:
         return address
 
 
-def shared_gpu_memory(number: int = 0) -> SharedGpuMemory:
-    """The memory of a GPU of this process. Raises RuntimeError where there is no usable one."""
+def shared_gpu_memory(number: int | None = None) -> SharedGpuMemory:
+    """The memory of a GPU of this process; None: Paddle's current one. Raises RuntimeError where it cannot be used."""
     from zerokl.kernels.gpu import driver
     from zerokl.kernels.gpu.cuda_calls import CudaCalls
 
+    number = driver.current_gpu() if number is None else number
     driver.activate(number)
     return SharedGpuMemory(CudaCalls(number), driver.launching_on, driver.framework_streams)

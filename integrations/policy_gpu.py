@@ -10,6 +10,7 @@ import paddle
 from numpy.typing import NDArray
 
 from zerokl.integrations.policy_forward import WeightDtype, refuse_gradients
+from zerokl.kernels.gpu.driver import current_gpu
 from zerokl.kernels.gpu.ops import Dtype
 from zerokl.kernels.gpu.packed_ops import DEFAULT_CHUNK_ROWS, PackedGpuOps
 from zerokl.kernels.gpu.parameter_packing import ParameterPacker
@@ -29,9 +30,11 @@ class GpuForward:
     tables of the process on that GPU: not while an engine of the process runs steps there.
     """
 
-    def __init__(self, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: Dtype) -> None:
-        """Raises RuntimeError where there is no usable GPU."""
-        self.ops = PackedGpuOps(dtype=dtype)
+    def __init__(
+        self, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: Dtype, gpu: int | None
+    ) -> None:
+        """`gpu` is its number; None: Paddle's current one. Raises RuntimeError where it cannot be used."""
+        self.ops = PackedGpuOps(dtype=dtype, number=current_gpu() if gpu is None else gpu)
         self._config = config
         self._device = self.ops.device
         self._packer = ParameterPacker(self._device, dtype, rounds=weight_dtype == "bfloat16")

@@ -67,10 +67,10 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
     ) -> None:
         """`tensors` (Hugging Face names, copied) or, without them, random weights that `seed` alone decides.
 
-        `device`: "cpu" or "gpu" (GPU 0), where the parameters are and forwards run. None: where `tensors` are, if they
-        are Paddle's, else Paddle's current device. Float32 tensors on a GPU are not copied: the parameters share their
-        memory. `dtype`: type of matrices and activations, as `EngineConfig.dtype`. None: "float32" on the CPU,
-        "bfloat16" on a GPU.
+        `device`: "cpu" or "gpu", where the parameters are and forwards run. None: where `tensors` are, if they are
+        Paddle's, else Paddle's current device. Which GPU is told alike; it is GPU 0 where neither is one. Float32
+        tensors on a GPU are not copied: the parameters share their memory. `dtype`: type of matrices and activations,
+        as `EngineConfig.dtype`. None: "float32" on the CPU, "bfloat16" on a GPU.
 
         `chunk_rows`: rows of logits that exist at a time in `logprobs`; None: 64 on the CPU, 512 on a GPU.
 
@@ -94,7 +94,7 @@ class PolicyModel(paddle.nn.Layer):  # type: ignore[misc]  # Paddle has no compl
         self.weight_dtype = weight_dtype
         self.config = config
         check_tensors(tensors, config)
-        self._forward = _make_forward(self.device, config, weight_dtype, chunk_rows, self.dtype)
+        self._forward = _make_forward(self.device, config, weight_dtype, chunk_rows, self.dtype, _gpu_of(tensors))
         for name in expected_tensors(config):
             self._adopt(name, tensors[name])
         self._forward.bind(self.named_tensors())
@@ -224,21 +224,33 @@ def _device_of(device: str | None, tensors: Mapping[str, Any]) -> str:
         if device not in DEVICES:
             raise ValueError(f"device must be one of {DEVICES} or None, got {device!r}")
         return device
-    first = next(iter(tensors.values()), None) if isinstance(tensors, dict) else None
-    if isinstance(first, paddle.Tensor):
+    first = _first_tensor(tensors)
+    if first is not None:
         return "gpu" if first.place.is_gpu_place() else "cpu"
     return "gpu" if paddle.get_device().startswith("gpu") else "cpu"
 
 
+def _gpu_of(tensors: Mapping[str, Any]) -> int | None:
+    """The number of the GPU that tensors are on; None: they are on none, or are not Paddle's."""
+    first = _first_tensor(tensors)
+    return int(first.place.gpu_device_id()) if first is not None and first.place.is_gpu_place() else None
+
+
+def _first_tensor(tensors: Mapping[str, Any]) -> Tensor | None:
+    """One of Paddle's tensors, if it is these that a new model is made of."""
+    first = next(iter(tensors.values()), None) if isinstance(tensors, dict) else None
+    return first if isinstance(first, paddle.Tensor) else None
+
+
 def _make_forward(
-    device: str, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: str
+    device: str, config: ModelConfig, weight_dtype: WeightDtype, chunk_rows: int | None, dtype: str, gpu: int | None
 ) -> PolicyForward:
     """Imported when asked for: the CPU's needs the C++ extension, the GPU's Triton."""
     if device == "gpu":
         require_gpu_packages()
         from zerokl.integrations.policy_gpu import GpuForward
 
-        return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype))
+        return GpuForward(config, weight_dtype, chunk_rows, cast("Any", dtype), gpu)
     from zerokl.integrations.policy_cpu import CpuForward
 
     return CpuForward(config, weight_dtype, chunk_rows)

@@ -16,6 +16,7 @@ from zerokl.kernels.row_stream import NamedRows, WholeTensors
 
 if TYPE_CHECKING:
     from zerokl.kernels.cpu.ops import CpuOps
+    from zerokl.kernels.gpu.cuda_calls import CudaCalls
     from zerokl.kernels.gpu.device_packing import DevicePacker
     from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
 
@@ -60,13 +61,16 @@ class EngineOps(Ops[Array], Protocol[Array]):
         ...
 
 
-def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | None = None) -> EngineOps[Any]:
+def get_ops(
+    device: str = "cpu", num_threads: int | None = None, dtype: str | None = None, number: int = 0
+) -> EngineOps[Any]:
     """The ops of a device, with buffers of their own.
 
     "cpu": NumPy over the C++ extension; `num_threads` is for the whole process (None: leave as is). "gpu": Paddle
-    tensors over Triton kernels, needs the `gpu` extra. "reference": the definition in NumPy float64, slow. `dtype` is
-    one of the device's (None: the first of `DTYPES`). Raises ValueError for another name, ImportError if what the
-    device needs is not installed: there is no fallback.
+    tensors over Triton kernels on the GPU of this `number`, the one of the process; needs the `gpu` extra. "reference":
+    the definition in NumPy float64, slow. `dtype` is one of the device's (None: the first of `DTYPES`). Raises
+    ValueError for another name, ImportError if what the device needs is not installed, RuntimeError where that GPU
+    cannot be used: there is no fallback.
     """
     dtype = resolve_dtype(device, dtype)
     if device == "cpu":
@@ -78,7 +82,7 @@ def get_ops(device: str = "cpu", num_threads: int | None = None, dtype: str | No
         require_gpu_packages()
         from zerokl.kernels.gpu.ops import GpuOps
 
-        return GpuOps(dtype=dtype)  # type: ignore[arg-type]
+        return GpuOps(dtype=dtype, number=number)  # type: ignore[arg-type]
     from zerokl.kernels.reference.ops import ReferenceOps
 
     return ReferenceOps()
@@ -102,15 +106,23 @@ def require_gpu_packages() -> None:
         raise ImportError(f"device 'gpu' needs `pip install zerokl[gpu]`; not installed: {', '.join(missing)}")
 
 
-def gpu_memory() -> tuple[int, int]:
-    """Bytes of the GPU's memory that are free, and all.
+def gpu_memory(number: int = 0) -> tuple[int, int]:
+    """Bytes of a GPU's memory that are free, and all.
 
-    Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU.
+    Raises ImportError as `get_ops`, RuntimeError where there is no usable GPU of this number.
     """
     require_gpu_packages()
     from zerokl.kernels.gpu.paddle_device import memory
 
-    return memory()
+    return memory(number)
+
+
+def gpu_memories(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """`gpu_memory` of several GPUs, which this process does not touch: another one asks, and ends."""
+    require_gpu_packages()
+    from zerokl.kernels.gpu.cuda_runtime import memories
+
+    return memories(numbers)
 
 
 def spread_experts(ops: EngineOps[Any], group: Communicator[Any]) -> None:
@@ -138,8 +150,10 @@ def weight_packer(ops: EngineOps[Any], tensors: Mapping[str, Any]) -> tuple[Weig
     return ops, WholeTensors(tensors, patterns=getattr(ops, "takes_patterns", False))
 
 
-def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
+def device_memory(device: str = "gpu", number: int | None = None) -> SharedGpuMemory:
     """A GPU's memory for weights that other processes share: what `zerokl.weight_sync.DevicePublisher` asks for.
+
+    `number` is the one GPU that this process computes on; None: Paddle's current one.
 
     Raises ValueError for another device, ImportError as `get_ops`, RuntimeError where there is no usable GPU of this
     number.
@@ -150,6 +164,17 @@ def device_memory(device: str = "gpu", number: int = 0) -> SharedGpuMemory:
     from zerokl.kernels.gpu.shared_memory import shared_gpu_memory
 
     return shared_gpu_memory(number)
+
+
+def device_reader(number: int = 0) -> CudaCalls:
+    """What maps other processes' memory on a GPU and copies it to the host; computes nothing.
+
+    Raises as `gpu_memory`.
+    """
+    require_gpu_packages()
+    from zerokl.kernels.gpu.cuda_calls import CudaCalls
+
+    return CudaCalls(number)
 
 
 def device_packer(ops: EngineOps[Any], memory: SharedGpuMemory) -> DevicePacker:

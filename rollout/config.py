@@ -24,6 +24,9 @@ MAX_RANKS = 1 << 15
 
 MIN_HEARTBEAT_TIMEOUT = 0.5
 """Seconds: signs of life come every 0.2, and not always on time."""
+HEARTBEAT_TIMEOUT, GPU_HEARTBEAT_TIMEOUT = 1.5, 10.0
+"""Seconds, where `EngineConfig.rank_heartbeat_timeout` is None. Libraries of a GPU that are loaded, and a first look at
+it, hold the interpreter for seconds."""
 
 GIB = 1 << 30
 
@@ -62,14 +65,20 @@ class EngineConfig:
     """Device of the op table, as `zerokl.kernels.dispatch.get_ops` takes it."""
     dtype: str | None = None
     """Type of weights, keys and values on the device. None: "float32" on the CPU, "bfloat16" on a GPU."""
+    gpus: Sequence[int] | None = None
+    """Number of the GPU of each rank, as CUDA counts those that the process sees. None: 0, 1, and so on. One process
+    computes on one GPU: an engine in the caller's process takes its GPU for all that runs there. Ranks may share a GPU
+    where num_blocks or kv_cache_bytes says how large the pool of each is."""
     gpu_memory_fraction: float = 0.9
-    """Part of a GPU's memory that the engine may use, in (0, 1]."""
+    """Part of a GPU's memory that the engine may use, in (0, 1]. Ranks on several GPUs have pools of one size, as large
+    as the GPU with the least room allows."""
     weight_slots: int = 2
     """Sets of weights that a GPU's memory is to hold: the live one, and those that are staged or pinned beside it."""
     record_graphs: bool = True
     """Record the launches of decode steps on a GPU, to make them at once. Changes no output bit."""
     expert_parallel_size: int = 1
-    """Ranks that the experts of one model are spread over. It divides the experts, redundant ones included."""
+    """Ranks that the experts of one model are spread over. It divides the experts, redundant ones included. 1 on GPUs,
+    where each rank has all experts."""
     data_parallel_size: int = 1
     """Whole models, each on `expert_parallel_size` ranks. Requests are spread over all ranks, whose KV pools and
     budgets (num_blocks, max_num_seqs, max_num_batched_tokens) are each their own. Changes no output bit, as the other
@@ -79,7 +88,7 @@ class EngineConfig:
     environment variable ZEROKL_EP_BATCHED_TOKEN_TIMEOUT says, else 0.1."""
     rank_roles: Sequence[Role] | None = None
     """One per rank: "prefill" ranks compute prompts and hand their KV blocks over to "decode" ranks, "mixed" ones do
-    both. None: all mixed. Otherwise some rank must prefill and some rank decode."""
+    both. None: all mixed, as ranks on GPUs must be. Otherwise some rank must prefill and some rank decode."""
     num_redundant_experts: int = 0
     """Second copies of busy experts in each mixture, over all ranks of a model: at most one copy per rank."""
     expert_rebalance_interval: int | None = None
@@ -88,8 +97,9 @@ class EngineConfig:
     """Ranks lost in the engine's life that are replaced: a rank is lost when its process ends, is stopped or is stuck.
     Its requests go on from their tokens so far, with the same bits. 0: a lost rank fails the engine. Above 0 the engine
     keeps a copy of each set of weights that came by an update, in shared memory. Of ranks that are processes alone."""
-    rank_heartbeat_timeout: float = 1.5
-    """Seconds without a sign of life, of which there are five a second, after which a rank's process is killed."""
+    rank_heartbeat_timeout: float | None = None
+    """Seconds without a sign of life, of which there are five a second, after which a rank's process is killed. None:
+    1.5 on the CPU, 10 on a GPU."""
     step_timeout_base: float = 60.0
     """A step that takes longer than this and `step_timeout_per_token` allow is stuck; ranks that have not done their
     part are killed. Seconds."""
@@ -133,9 +143,10 @@ class EngineConfig:
 
     def _check_supervision(self) -> None:
         self._set("max_rank_restarts", check_int("max_rank_restarts", self.max_rank_restarts, 0))
-        bound = f"seconds >= {MIN_HEARTBEAT_TIMEOUT}"
-        timeout = check_float("rank_heartbeat_timeout", self.rank_heartbeat_timeout, bound, MIN_HEARTBEAT_TIMEOUT)
-        self._set("rank_heartbeat_timeout", timeout)
+        if self.rank_heartbeat_timeout is not None:
+            bound = f"seconds >= {MIN_HEARTBEAT_TIMEOUT}"
+            timeout = check_float("rank_heartbeat_timeout", self.rank_heartbeat_timeout, bound, MIN_HEARTBEAT_TIMEOUT)
+            self._set("rank_heartbeat_timeout", timeout)
         for name in ("step_timeout_base", "step_timeout_per_token"):
             self._set(name, _timeout(name, getattr(self, name)))
 
@@ -147,11 +158,22 @@ class EngineConfig:
             "gpu_memory_fraction", self.gpu_memory_fraction, "a part in (0, 1]", 0.0, 1.0, open_low=True
         )
         self._set("gpu_memory_fraction", fraction)
-        if self.device == "gpu":
-            if self.worker not in (None, "inprocess"):
-                raise ValueError(f"worker must be 'inprocess' on device 'gpu', got {self.worker!r}")
-            if self.num_ranks > 1:
-                raise ValueError(f"device 'gpu' runs on one rank, got {self.num_ranks}")
+        if self.device == "gpu" and self.expert_parallel_size > 1:
+            raise ValueError(f"expert_parallel_size must be 1 on device 'gpu', got {self.expert_parallel_size}")
+        if self.gpus is not None:
+            self._set("gpus", self._checked_gpus(self.gpus))
+
+    def _checked_gpus(self, given: Any) -> tuple[int, ...]:
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"gpus must be None or a sequence of numbers of GPUs, got {given!r}")
+        gpus = tuple(check_int(f"gpus[{rank}]", number, 0) for rank, number in enumerate(given))
+        if self.device != "gpu":
+            raise ValueError(f"gpus must be None on device {self.device!r}, got {gpus!r}")
+        if len(gpus) != self.num_ranks:
+            raise ValueError(f"gpus must name the GPU of each of the {self.num_ranks} ranks, got {gpus!r}")
+        if len(set(gpus)) < len(gpus) and self.num_blocks is None and self.kv_cache_bytes is None:
+            raise ValueError(f"gpus must differ, unless num_blocks or kv_cache_bytes is given, got {gpus!r}")
+        return gpus
 
     def _check_ranks(self) -> None:
         self._set("num_redundant_experts", check_int("num_redundant_experts", self.num_redundant_experts, 0))
@@ -166,11 +188,22 @@ class EngineConfig:
             self._set("rank_roles", check_roles("rank_roles", self.rank_roles))
             if len(self.rank_roles) != self.num_ranks:
                 raise ValueError(f"rank_roles must name each of the {self.num_ranks} ranks, got {self.rank_roles!r}")
+            if self.device == "gpu" and set(self.rank_roles) != {"mixed"}:
+                raise ValueError(f"rank_roles must all be 'mixed' on device 'gpu', got {self.rank_roles!r}")
 
     @property
     def num_ranks(self) -> int:
         """expert_parallel_size * data_parallel_size."""
         return self.expert_parallel_size * self.data_parallel_size
+
+    @property
+    def has_processes(self) -> bool:
+        """Whether ranks are processes."""
+        return self.worker == "process" or self.num_ranks > 1
+
+    def gpu_of(self, rank: int) -> int:
+        """The number of the rank's GPU."""
+        return rank if self.gpus is None else self.gpus[rank]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -222,11 +255,13 @@ class EngineConfig:
         if num_threads is None and several:
             num_threads = max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
         timeout = self.batched_token_timeout
+        heartbeat = GPU_HEARTBEAT_TIMEOUT if self.device == "gpu" else HEARTBEAT_TIMEOUT
         return {
             "num_threads": num_threads,
-            "worker": self.worker or ("process" if several else "inprocess"),
+            "worker": "process" if self.has_processes else "inprocess",
             "batched_token_timeout": _timeout_of_environment() if timeout is None else timeout,
             "rank_roles": self.rank_roles or ("mixed",) * self.num_ranks,
+            "rank_heartbeat_timeout": self.rank_heartbeat_timeout or heartbeat,
         }
 
 

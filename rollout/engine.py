@@ -23,7 +23,7 @@ from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.mismatch import MismatchMonitor
 from zerokl.rollout.model_folder import find_tokenizer, resolve_config
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.ranks import Ranks, make_ranks, overlapping_worker
+from zerokl.rollout.ranks import Ranks, make_ranks, overlapping_ranks
 from zerokl.rollout.resumption import RoutingForm
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.scheduler import Scheduler
@@ -86,7 +86,7 @@ class RolloutEngine(CallMethods, WeightMethods, PauseMethods, ObservationMethods
         self._sleep = Sleep(ranks, self._weights, self._scheduler, routing)
         self._weights.load_first(FolderWeights(path=config.model))
         self._ranks = ranks
-        overlapping = overlapping_worker(ranks, config)
+        overlapping = overlapping_ranks(ranks, config)
         if overlapping is not None:
             overlapping.warm_up()
         self._facts = [{key: facts[key] for key in ("kind", "pid", "num_threads")} for facts in ranks.describe()]

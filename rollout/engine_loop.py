@@ -284,12 +284,13 @@ class EngineLoop:
         return not (change.waits and self._scheduler.num_unfinished) or change.future.cancelled()
 
     def _step(self) -> None:
+        # While nobody else is let in nothing is worth waiting for.
+        now = self._clock() if self._is_open else math.inf
         if not self._steps.is_empty:
-            self._steps.run_ahead()
+            self._steps.run_ahead(now)
             return
         start = time.perf_counter()
-        # While nobody else is let in nothing is worth waiting for.
-        plan = self._scheduler.plan(self._clock() if self._is_open else math.inf)
+        plan = self._scheduler.plan(now)
         assert plan is not None, "unfinished requests and nothing to run"
         if isinstance(plan, Hold):
             self._hold = plan

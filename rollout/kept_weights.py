@@ -7,10 +7,14 @@ was published, because a trainer overwrites its publications and arrays, and may
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from zerokl.rollout.control import POLICY
 from zerokl.rollout.errors import WorkerError
@@ -25,11 +29,21 @@ from zerokl.rollout.weight_source import (
     WeightSource,
     as_array,
 )
-from zerokl.weight_sync import PublishedFile, PublishedShards, PublishedWeights, WeightPublisher, open_published
+from zerokl.weight_sync import (
+    PublishedDeviceWeights,
+    PublishedFile,
+    PublishedShards,
+    PublishedWeights,
+    WeightPublisher,
+    open_published,
+)
+from zerokl.weight_sync.device_host import copied_to_host
+from zerokl.weight_sync.device_memory import ReadableMemory
 from zerokl.weight_sync.live_weights import LiveWeights
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.receiver import lease_published
 from zerokl.weight_sync.session import UpdateSession, receive
+from zerokl.weight_sync.tensor_spec import TensorSpec
 from zerokl.weight_sync.views import Overlay, WideTensors
 
 _Stamp = tuple[tuple[str, int, int, int], ...]
@@ -57,8 +71,10 @@ class KeptSet:
 class KeptWeights:
     """What each name of `WeightSets` stands for, and what is staged. Memory: one set for each that differs."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device_memory: Callable[[], ReadableMemory]) -> None:
+        """`device_memory` makes what publications in a GPU's memory are copied by, once the first of them comes."""
         self._config = config
+        self._device_memory = cache(device_memory)
         self._sets: dict[str, KeptSet] = {}
         self._spare: list[WeightPublisher] = []
         self.staged: KeptSet | None = None
@@ -145,7 +161,8 @@ class KeptWeights:
             return publisher.publish(((n, as_array(n, tensor)) for n, tensor in source.tensors.items()), version)
         if isinstance(source, FolderWeights):
             return publisher.publish(open_tensors(source.path, self._config), version)
-        assert not isinstance(source, DeviceWeights), "worker processes are no GPU's"
+        if isinstance(source, DeviceWeights):
+            return publisher.publish_stored(self._from_device(source.published), version)
         published = source.published
         if isinstance(published, PublishedShards):
             with published.verified() as tensors:
@@ -153,6 +170,11 @@ class KeptWeights:
         if isinstance(published, PublishedWeights) and published.manifest.parent is None:
             return publisher.republish(published)
         return self._whole(publisher, published, version, source.bucket_bytes)
+
+    def _from_device(self, published: PublishedDeviceWeights) -> list[tuple[TensorSpec, NDArray[Any]]]:
+        """In a thread of its own: the current GPU of the caller's, which may be a trainer's, stays what it is."""
+        with ThreadPoolExecutor(1, "zerokl-kept") as thread:
+            return thread.submit(lambda: copied_to_host(published, self._device_memory())).result()
 
     def _whole(
         self, publisher: WeightPublisher, published: PublishedWeights | PublishedFile, version: int, bucket_bytes: int

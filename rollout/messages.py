@@ -10,7 +10,7 @@ from zerokl.kernels.communicator import CommunicatorError, PeerLostError
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.named_errors import COMMON_ERRORS, NamedErrors
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import DeviceWeights, FolderWeights, SharedWeights
 
 _TRACEBACK_CHARS = 16_384
 
@@ -52,10 +52,22 @@ class Execute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Launch a step; not answered. Further steps may be begun before its result is asked for, and nothing else."""
+
+    order: StepOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect:
+    """Wait for the first step that was begun and not asked for; answered by Sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """Worker.stage_weights; answered by Done."""
 
-    source: FolderWeights | SharedWeights
+    source: FolderWeights | SharedWeights | DeviceWeights
     version: int
 
 
@@ -155,6 +167,8 @@ Message = (
     | Configure
     | Connect
     | Execute
+    | Begin
+    | Collect
     | Stage
     | Commit
     | Discard

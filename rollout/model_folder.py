@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from zerokl.kernels.dispatch import gpu_memory, resolve_dtype
+from zerokl.kernels.dispatch import gpu_memories, gpu_memory, resolve_dtype
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.gpu_memory import DTYPE_BYTES, kv_cache_bytes
 from zerokl.rollout.models.config import ModelConfig
@@ -21,8 +21,10 @@ def resolve_config(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         )
     dtype = resolve_dtype(config.device, config.dtype)
     if config.device == "gpu" and config.num_blocks is None and config.kv_cache_bytes is None:
-        free, total = gpu_memory()
-        config = dataclasses.replace(config, kv_cache_bytes=kv_cache_bytes(config, model, dtype, free, total))
+        numbers = [config.gpu_of(rank) for rank in range(config.num_ranks)]
+        memories = gpu_memories(numbers) if config.has_processes else [gpu_memory(numbers[0])]
+        room = min(kv_cache_bytes(config, model, dtype, free, total) for free, total in memories)
+        config = dataclasses.replace(config, kv_cache_bytes=room)
     keys_and_values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return dataclasses.replace(config, dtype=dtype).resolve(
         max_position_embeddings=model.max_position_embeddings,

@@ -38,7 +38,7 @@ from zerokl.rollout.models.rope import rope_table
 from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import HostedSets, SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.step_outcome import PendingGpuStep, PendingStep, checked_rows, no_rows
+from zerokl.rollout.step_outcome import IdleStep, PendingGpuStep, PendingStep, checked_rows, no_rows
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, place: RankPlace | None = None) -> None:
         """Make the ops and allocate the KV pool; no weights yet.
 
-        Of `config`, which must be resolved, `device`, `num_threads`, `block_size`, `num_blocks`, `max_model_len` and
-        `return_routing` count. `place` is this rank's among others; None: it is alone. Raises ValueError for a model or
-        device that cannot be spread so.
+        Of `config`, which must be resolved, `device`, `gpus`, `num_threads`, `block_size`, `num_blocks`,
+        `max_model_len` and `return_routing` count. `place` is this rank's among others; None: it is alone. Raises
+        ValueError for a model or device that cannot be spread so.
         """
         assert config.num_blocks is not None, "an unresolved EngineConfig"
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -90,7 +90,7 @@ class ModelRunner:
         self._device = config.device
         self._place = RankPlace() if place is None else place
         self._placement = self._place.initial_placement(model_config)
-        self._ops = get_ops(config.device, num_threads, config.dtype)
+        self._ops = get_ops(config.device, num_threads, config.dtype, config.gpu_of(self._place.rank))
         self._place.prepare(self._ops)
         self._gpu_steps = make_gpu_steps(config, self._ops, self._spec, model_config.moe)
         self._return_routing = config.return_routing != "none"
@@ -150,7 +150,10 @@ class ModelRunner:
         Results are to be asked for in the order of the steps, and before weights or pool change.
         """
         assert self._gpu_steps is not None, f"steps on device {self._device!r} do not overlap"
+        assert not order.has_moves, "blocks are handed over between ranks on the CPU alone"
         weights, pool = self._operands(order.inputs)
+        if not len(order.inputs.token_ids):
+            return IdleStep(order.inputs, self._config.moe if self._return_routing else None)
         fetched = self._gpu_steps.begin(weights.place, weights.params, order.inputs, pool)
         return PendingGpuStep(fetched, order.inputs, self._config.moe)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
-from zerokl.rollout.step_plan import PlanEntry, StepPlan
+from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
 
 
@@ -40,11 +40,16 @@ class Progress:
         self._leaders.clear()
 
     def foresee(self, plan: StepPlan, requests: Mapping[str, Request]) -> None:
-        """Move the requests of a step of one rank on to the next step, while this one is under way.
+        """Move the requests of a step on to the next step, while this one is under way.
 
         Blocks are published: who reads them does so in a later step. Those that end whatever the results are rest.
         """
-        (rank_plan,) = plan.ranks
+        for rank_plan in plan.ranks:
+            self._foresee_rank(rank_plan, requests)
+        self.release_groups()
+        self.foreseen_step = plan.step
+
+    def _foresee_rank(self, rank_plan: RankPlan, requests: Mapping[str, Request]) -> None:
         left = self._residents.left
         running, kv_cache = self._residents.running[rank_plan.rank], self._residents.kv_caches[rank_plan.rank]
         for entry in rank_plan.entries:
@@ -59,8 +64,6 @@ class Progress:
                 running.advance(request)
             else:
                 running.rest(request)
-        self.release_groups()
-        self.foreseen_step = plan.step
 
     def _has_computed_shared(self, request: Request) -> bool:
         kv_cache = self._residents.kv_caches[0]

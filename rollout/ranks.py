@@ -116,6 +116,18 @@ class Ranks(Protocol):
         ...
 
 
+class OverlappingRanks(Ranks, Protocol):
+    """Ranks whose devices run steps while the caller goes on."""
+
+    def begin(self, orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
+        """`execute` without waiting; what it returns waits. Further steps may be begun before; nothing else may."""
+        ...
+
+    def warm_up(self) -> None:
+        """As `OverlappingWorker.warm_up`."""
+        ...
+
+
 class OneRank:
     """`Ranks` of one worker, which answers by itself."""
 
@@ -139,6 +151,16 @@ class OneRank:
         (order,) = orders
         return [self.worker.execute(order)]
 
+    def begin(self, orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
+        """See OverlappingRanks, for an OverlappingWorker."""
+        (order,) = orders
+        pending = cast("OverlappingWorker", self.worker).begin(order)
+        return lambda: [pending.result()]
+
+    def warm_up(self) -> None:
+        """See OverlappingRanks, for an OverlappingWorker."""
+        cast("OverlappingWorker", self.worker).warm_up()
+
     def metrics(self) -> dict[str, float]:
         """See Ranks."""
         return FaultMeter().metrics()
@@ -154,12 +176,14 @@ class OneRank:
         return [self.worker.describe()]
 
 
-def overlapping_worker(ranks: Ranks, config: EngineConfig) -> OverlappingWorker | None:
-    """The worker of the ranks of `config`, if its steps may overlap with the host's work: one on a GPU."""
-    if config.device != "gpu":
+def overlapping_ranks(ranks: Ranks, config: EngineConfig) -> OverlappingRanks | None:
+    """The ranks of `config`, if their steps may overlap with the host's work: those on GPUs.
+
+    None where ranks that are lost are to be replaced: what is lost with one is a single step then, planned anew.
+    """
+    if config.device != "gpu" or (config.has_processes and config.max_rank_restarts):
         return None
-    assert isinstance(ranks, OneRank), "several ranks on a GPU"
-    return cast("OverlappingWorker", ranks.worker)
+    return cast("OverlappingRanks", ranks)
 
 
 def make_ranks(config: EngineConfig, make_worker: Callable[[EngineConfig], Worker] | None = None) -> Ranks:

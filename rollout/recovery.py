@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zerokl.kernels.dispatch import device_reader
 from zerokl.rollout import messages
 from zerokl.rollout.errors import StepAbandonedError, WorkerError
 from zerokl.rollout.kept_weights import KeptWeights
@@ -49,7 +51,7 @@ class RestartingRanks(RankProcesses):
         super().__init__(config)
         self._restarts_left = config.max_rank_restarts
         self._max_restarts = config.max_rank_restarts
-        self._kept = KeptWeights(ModelConfig.from_json(config.model))
+        self._kept = KeptWeights(ModelConfig.from_json(config.model), partial(device_reader, config.gpu_of(0)))
         self._is_staged = False
         self._levels: dict[str, int] = {}
         """Parts that are put away, and the level they were put away with."""

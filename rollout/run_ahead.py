@@ -39,18 +39,23 @@ def _is_carried(entry: PlanEntry, request: Request) -> bool:
 
 
 def order_ahead(
-    before: StepOrder, before_plan: StepPlan, plan: StepPlan, requests: Mapping[str, Request], block_size: int
+    before: StepOrder,
+    before_plan: StepPlan,
+    plan: StepPlan,
+    requests: Mapping[str, Request],
+    block_size: int,
+    rank: int = 0,
 ) -> StepOrder:
-    """What the one rank is told of `plan`, which follows `before_plan`; `before` is what it was told of that.
+    """What a rank is told of `plan`, which follows `before_plan`; `before` is what it was told of that.
 
     Tokens under way are those of rows of the step before (`StepInputs.token_rows`). A step decodes a thousand sequences
     that were in the one before: their arrays are made of its arrays.
     """
-    old_entries = before_plan.ranks[0].entries
+    old_entries, rank_plan = before_plan.ranks[rank].entries, plan.ranks[rank]
     num_rows = np.array([entry.num_rows for entry in old_entries], np.int32)
     rows = (np.cumsum(num_rows, dtype=np.int32) - num_rows).tolist()
     index_of = {entry.request_id: index for index, entry in enumerate(old_entries)}
-    entries = plan.ranks[0].entries
+    entries = rank_plan.entries
     members = [requests[entry.request_id] for entry in entries]
     # `carried_first` has sorted them: a thousand need not be asked again.
     count = bisect_left(range(len(entries)), True, key=lambda n: not _is_carried(entries[n], members[n]))
@@ -60,13 +65,13 @@ def order_ahead(
         source_rows = np.array([rows[i] for i in index], np.int32)
         carried = _carried(before.inputs, np.array(index), source_rows, entries[:count], members[:count], block_size)
         parts.append(replace(carried, step=plan.step, policy=plan.policy))
-    if count < len(entries):
+    if count < len(entries) or not entries:
         others = entries[count:]
         sources = [
             rows[index_of[entry.request_id]] if is_under_way(entry, request) else -1
             for entry, request in zip(others, members[count:], strict=True)
         ]
-        part = RankPlan(0, others, plan.num_tokens - count, plan.num_rows - count)
+        part = RankPlan(rank, others, rank_plan.num_tokens - count, rank_plan.num_rows - count)
         parts.append(_with_sources(rank_inputs(plan, part, requests, block_size), others, sources))
     return StepOrder(inputs=parts[0] if len(parts) == 1 else joined(*parts))
 

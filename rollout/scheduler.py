@@ -192,20 +192,21 @@ class Scheduler:
         self._awaited_step = plan.step
         return plan
 
-    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
-        """The step after the latest one, of one rank, before its results are in: as if all its requests went on but
-        those that end by length. Nobody is preempted for it.
+    def plan_ahead(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """The step after the latest one, before its results are in: as if all its requests went on but those that end
+        by length. Nobody is preempted for it; `now` is as for `plan`. Ranks that hand requests over have none.
 
         None where the results are needed first. Whoever calls it gives `update` the results of `plan` next, and the
         plan returned as `ahead`, and changes nothing else before.
         """
-        if len(plan.ranks) > 1:
+        if set(self._config.roles or ()) - {"mixed"}:
             return None
         self._progress.foresee(plan, self.requests)
-        decision = plan_step(self._snapshot(), self._config, 0.0)
-        if decision.policy is None or decision.ranks[0].preempted:
+        decision = plan_step(self._snapshot(), self._config, now)
+        if decision.policy is None or any(rank.preempted for rank in decision.ranks):
             return None
-        carried_first(decision.ranks[0].entries, self.requests)
+        for rank in decision.ranks:
+            carried_first(rank.entries, self.requests)
         return self._commit(decision, decision.policy)
 
     def _snapshot(self) -> Snapshot:

@@ -53,6 +53,26 @@ class PendingGpuStep:
         )
 
 
+class IdleStep:
+    """Of a rank on a GPU that has no tokens in a step: the others have."""
+
+    def __init__(self, inputs: StepInputs, moe: MoeConfig | None) -> None:
+        """`moe`: the mixtures whose routing is returned, if any."""
+        self._inputs, self._moe = inputs, moe
+
+    def result(self) -> StepResult:
+        """See PendingStep."""
+        sampled = no_rows(self._inputs.sampling.want_raw)
+        if self._moe is None:
+            return StepResult(sampled=sampled)
+        none = np.zeros((len(self._moe.layers), 0, self._moe.top_k), np.int32)
+        return StepResult(
+            sampled=sampled,
+            expert_tokens=count_experts(none, self._moe.num_experts),
+            routed=RoutedTokens(experts=none, weights=none.astype(np.float32)),
+        )
+
+
 def checked_rows(result: SampleResult, inputs: StepInputs) -> SampleResult:
     """The rows, of which there is one at least. Raises NonFiniteLogitsError."""
     if result.tokens.min() < 0:

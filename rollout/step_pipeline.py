@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.routing_store import RankRouting
@@ -20,16 +20,9 @@ from zerokl.rollout.step_inputs import build_step_orders
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.step_plan import StepPlan
 
-
-class PendingResult(Protocol):
-    """A rank's step under way."""
-
-    def result(self) -> StepResult:
-        """Wait for it; asked for once, in the order of the steps."""
-        ...
-
-
-Begin = Callable[[StepOrder], PendingResult]
+Begin = Callable[[Sequence[StepOrder]], Callable[[], list[StepResult]]]
+"""Launches a step of all ranks, whose orders it is given; what it returns waits for the results, is called once, and in
+the order of the steps."""
 
 
 class DoneStep(NamedTuple):
@@ -64,7 +57,7 @@ class StepPipeline:
         take: Callable[[DoneStep, StepPlan | None], None],
         begin: Begin | None,
     ) -> None:
-        """`begin` launches a step on the one rank without waiting; None: `ranks.execute` runs each to its end.
+        """`begin` launches a step without waiting for it; None: `ranks.execute` runs each to its end.
 
         `take(step, ahead)`: the step is done, `ahead` was planned meanwhile.
         """
@@ -91,15 +84,21 @@ class StepPipeline:
         if self._begin is None:
             self._take_next(None)
 
-    def run_ahead(self) -> None:
-        """Launch the step that follows the one under way, where one does; then take the results of that."""
+    def run_ahead(self, now: float) -> None:
+        """Launch the step that follows the one under way, where one does; then take the results of that.
+
+        `now` is as for `Scheduler.plan`.
+        """
         start = time.perf_counter()
         (last,) = self._launched
-        ahead = self._scheduler.plan_ahead(last.plan)
+        ahead = self._scheduler.plan_ahead(last.plan, now)
         if ahead is not None:
             requests = self._scheduler.requests
-            order = order_ahead(last.orders[0], last.plan, ahead, requests, self._block_size)
-            self._launch(ahead, [order], start)
+            orders = [
+                order_ahead(order, last.plan, ahead, requests, self._block_size, rank)
+                for rank, order in enumerate(last.orders)
+            ]
+            self._launch(ahead, orders, start)
         self._take_next(ahead)
         if not self._scheduler.num_unfinished:
             self.finish()
@@ -114,8 +113,7 @@ class StepPipeline:
         if self._begin is None:
             self._launched.append(_Launched(plan, orders, plan_seconds, lambda: self._ranks.execute(orders)))
         else:
-            pending = self._begin(orders[0])
-            self._launched.append(_Launched(plan, orders, plan_seconds, lambda: [pending.result()]))
+            self._launched.append(_Launched(plan, orders, plan_seconds, self._begin(orders)))
 
     def _take_next(self, ahead: StepPlan | None) -> None:
         plan, orders, plan_seconds, wait = self._launched.popleft()

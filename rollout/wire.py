@@ -19,21 +19,23 @@ import msgpack  # type: ignore[import-untyped]
 
 from zerokl.rollout import messages
 from zerokl.rollout.messages import Message
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import DeviceWeights, FolderWeights, SharedWeights
 from zerokl.rollout.wire_arrays import Payload, WireError, check_types
 from zerokl.rollout.wire_steps import order_fields, read_order, read_result, result_fields
+from zerokl.weight_sync.device_descriptor import PublishedDeviceWeights
 from zerokl.weight_sync.disk import PublishedFile
 from zerokl.weight_sync.errors import ManifestError
 from zerokl.weight_sync.manifest import PublishedWeights
 from zerokl.weight_sync.shards import PublishedShards
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised with every change of the messages or of their tables; any other is refused."""
 
 _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
     messages.Hello: (int,),
     messages.Configure: (dict, int, str, list),
     messages.Connect: (),
+    messages.Collect: (),
     messages.Commit: (),
     messages.Discard: (),
     messages.Pin: (str,),
@@ -49,7 +51,7 @@ _PLAIN: Mapping[type[Any], tuple[type[Any], ...]] = {
 }
 """Messages whose body is the list of their fields, with the fields' types."""
 
-_STRUCTURED = (messages.Execute, messages.Stage, messages.Sampled)
+_STRUCTURED = (messages.Execute, messages.Begin, messages.Stage, messages.Sampled)
 _KINDS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in (*_PLAIN, *_STRUCTURED)}
 
 
@@ -57,7 +59,7 @@ def encode(sequence: int, message: Message) -> list[bytes]:
     """The message as one frame or two."""
     chunks: list[Any] = []
     body: list[Any]
-    if isinstance(message, messages.Execute):
+    if isinstance(message, (messages.Execute, messages.Begin)):
         body = order_fields(message.order, chunks)
     elif isinstance(message, messages.Sampled):
         body = result_fields(message.result, chunks)
@@ -89,8 +91,8 @@ def decode(frames: Sequence[bytes]) -> tuple[int, Message]:
 
 def _message(kind: type[Any], body: list[Any], payload: Payload) -> Message:
     message: Message
-    if kind is messages.Execute:
-        message = messages.Execute(order=read_order(body, payload))
+    if kind in (messages.Execute, messages.Begin):
+        message = kind(order=read_order(body, payload))
     elif kind is messages.Sampled:
         message = messages.Sampled(result=read_result(body, payload))
     elif kind is messages.Stage:
@@ -102,9 +104,11 @@ def _message(kind: type[Any], body: list[Any], payload: Payload) -> Message:
     return message
 
 
-def _source_fields(source: FolderWeights | SharedWeights) -> tuple[str, str | bytes]:
+def _source_fields(source: FolderWeights | SharedWeights | DeviceWeights) -> tuple[str, str | bytes]:
     if isinstance(source, FolderWeights):
         return "folder", source.path
+    if isinstance(source, DeviceWeights):
+        return f"device {source.bucket_bytes}", source.published.to_bytes()
     published = source.published
     if isinstance(published, PublishedFile):
         return f"file {published.version} {source.bucket_bytes}", published.path
@@ -120,10 +124,15 @@ def _stage(body: list[Any]) -> messages.Stage:
         file_version, bucket_bytes = map(int, kind.split()[1:])
         file = PublishedFile(path=body[1], version=file_version)
         return messages.Stage(source=SharedWeights(published=file, bucket_bytes=bucket_bytes), version=body[2])
-    if kind not in ("shared", "shards"):
+    is_device = re.fullmatch(r"device \d{1,19}", kind)
+    if not is_device and kind not in ("shared", "shards"):
         raise WireError(f"Stage: {body!r:.200} has no known source of weights")
     check_types("Stage", body, (str, bytes, int))
     try:
+        if is_device:
+            on_device = PublishedDeviceWeights.from_bytes(body[1])
+            source = DeviceWeights(published=on_device, bucket_bytes=int(kind.split()[1]))
+            return messages.Stage(source=source, version=body[2])
         published = (PublishedWeights if kind == "shared" else PublishedShards).from_bytes(body[1])
     except ManifestError as error:
         raise WireError(f"Stage: {error}") from error

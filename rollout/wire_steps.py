@@ -23,8 +23,9 @@ STEP_ARRAYS: ArrayTable = {
     "logit_rows": (_I32, 1),
     "routing": (_I32, 3),
     "routing_weights": (_F32, 3),
+    "token_rows": (_I32, 1),
 }
-OPTIONAL_ARRAYS = ("routing", "routing_weights")
+OPTIONAL_ARRAYS = ("routing", "routing_weights", "token_rows")
 """Those of STEP_ARRAYS that a step may lack."""
 SAMPLING_ARRAYS: ArrayTable = {
     "temperature": (_F32, 1),

@@ -144,7 +144,7 @@ class LocalWorker:
         self._checksums: dict[str, int] = {}
         self._checksum_dtype = "float32"
         self._segments = SegmentMappings()
-        self._device = config.device
+        self._device, self._gpu = config.device, config.gpu_of(0 if place is None else place.rank)
         self._device_staging: DeviceStaging | None = None
         """Made with the first weights that come from a GPU's memory."""
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
@@ -246,7 +246,7 @@ class LocalWorker:
         if self._device_staging is None:
             from zerokl.rollout.device_staging import DeviceStaging
 
-            self._device_staging = DeviceStaging(self._model_config, device_memory(self._device))
+            self._device_staging = DeviceStaging(self._model_config, device_memory(self._device, self._gpu))
         return self._device_staging
 
     def _stage_published(self, runner: ModelRunner, source: SharedWeights, version: int) -> None:

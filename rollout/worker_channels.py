@@ -84,12 +84,15 @@ class Channels:
             if self._closed:
                 raise WorkerError("the worker is closed")
             self._sequence += 1
-            for rank, order in orders.items():
-                try:
-                    self._sockets[rank].send_multipart(encode(self._sequence, order), zmq.NOBLOCK)
-                except zmq.Again:  # nobody at the other end
-                    raise self._children[rank].death() from None
+            self._send(orders)
             return self._receive(orders, self._sequence, enough)
+
+    def post(self, orders: Mapping[int, Message]) -> None:
+        """Send ranks orders that are not answered. Raises as `exchange`, of a rank whose socket nobody reads."""
+        with self.lock:
+            if self._closed:
+                raise WorkerError("the worker is closed")
+            self._send(orders)
 
     def tell(self, message: Message) -> list[bool]:
         """Send all ranks what is not answered; says at which of the other ends there was anybody."""
@@ -116,6 +119,13 @@ class Channels:
         # to send what is queued; and for ever by default, to a process that was killed.
         socket.set(zmq.LINGER, 0)
         return socket
+
+    def _send(self, orders: Mapping[int, Message]) -> None:
+        for rank, order in orders.items():
+            try:
+                self._sockets[rank].send_multipart(encode(self._sequence, order), zmq.NOBLOCK)
+            except zmq.Again:  # nobody at the other end
+                raise self._children[rank].death() from None
 
     def _tell(self, socket: zmq.Socket[bytes], message: Message) -> bool:
         with suppress(zmq.Again):

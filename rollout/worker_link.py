@@ -82,6 +82,22 @@ class RankProcesses:
             replies = self._exchange(executes, messages.Sampled, enough=_is_cause)
         return [reply.result for reply in replies]
 
+    def begin(self, orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
+        """See OverlappingRanks. What a rank raises at its begin is raised where its result is waited for."""
+        self._link.steps.post({rank: messages.Begin(order=order) for rank, order in enumerate(orders)})
+        num_tokens = sum(len(order.inputs.token_ids) for order in orders)
+
+        def wait() -> list[StepResult]:
+            with self._link.step_of(num_tokens):
+                collect: dict[int, Message] = dict.fromkeys(range(self.size), messages.Collect())
+                replies = self._exchange(collect, messages.Sampled, enough=_is_cause)
+            return [reply.result for reply in replies]
+
+        return wait
+
+    def warm_up(self) -> None:
+        """See OverlappingRanks. Each rank does so by itself, when its first weights are committed."""
+
     def describe(self) -> list[dict[str, Any]]:
         """See Ranks."""
         orders: dict[int, Message] = dict.fromkeys(range(self.size), messages.Describe())
@@ -107,7 +123,7 @@ class RankProcesses:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
 
-    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights:
+    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights | DeviceWeights:
         """The source as other processes can read it. Working directories may have parted."""
         if isinstance(source, TensorWeights):
             if self._publisher is None:
@@ -116,7 +132,6 @@ class RankProcesses:
             return SharedWeights(published=self._publisher.publish(arrays, version))
         if isinstance(source, FolderWeights):
             return FolderWeights(path=str(Path(source.path).absolute()))
-        assert not isinstance(source, DeviceWeights), "worker processes are no GPU's"
         if isinstance(source.published, PublishedFile):
             path = str(Path(source.published.path).absolute())
             return dataclasses.replace(source, published=dataclasses.replace(source.published, path=path))
@@ -198,6 +213,7 @@ class RankProcesses:
     def _begin_watch(self, report: Callable[[WorkerChild], None]) -> None:
         """Have ranks killed that are stopped or stuck, and `report` called when a rank's process has ended."""
         config = self._config
+        assert config.rank_heartbeat_timeout is not None, "an unresolved config"
         supervision = Supervision(
             self.size,
             heartbeat_timeout=config.rank_heartbeat_timeout,

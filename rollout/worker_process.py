@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from zerokl.rollout.expert_parallel.links import BoundRank
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.shared_memory import SharedMemoryCommunicator
 from zerokl.rollout.messages import Message, failure_of
+from zerokl.rollout.step_order import StepOrder, StepResult
+from zerokl.rollout.step_outcome import PendingStep
 from zerokl.rollout.wire import WireError, decode, encode
 from zerokl.rollout.worker import LocalWorker
 from zerokl.rollout.worker_channels import STAGING, STEPS, address
@@ -57,6 +60,9 @@ def serve(steps: zmq.Socket[bytes], staging: zmq.Socket[bytes]) -> None:
         sequence, message = decode(steps.recv_multipart())
         if isinstance(message, messages.Close):
             break
+        if isinstance(message, messages.Begin):
+            rank.begin(message.order)
+            continue
         is_new = rank.worker is None
         steps.send_multipart(encode(sequence, reply_to(rank, message)))
         if is_new and rank.worker is not None:
@@ -77,6 +83,23 @@ class Rank:
         self._placement: list[list[list[int]]] = []
         self._bound: BoundRank | None = None
         self._communicator: SharedMemoryCommunicator | None = None
+        self._under_way: deque[PendingStep | Exception] = deque()
+        """Steps that were begun, or why they could not be."""
+
+    def begin(self, order: StepOrder) -> None:
+        """Launch a step, whose result `collect` gives."""
+        assert self.worker is not None, "the worker was not configured"
+        try:
+            self._under_way.append(self.worker.begin(order))
+        except Exception as error:  # noqa: BLE001 - told where the result is asked for
+            self._under_way.append(error)
+
+    def collect(self) -> StepResult:
+        """Wait for the first step that was begun and not collected; raises what its begin raised."""
+        pending = self._under_way.popleft()
+        if isinstance(pending, Exception):
+            raise pending
+        return pending.result()
 
     def configure(self, message: messages.Configure) -> None:
         """Take the options, and let the other ranks reach this one, if there are any. Nothing is waited for."""
@@ -131,6 +154,8 @@ def reply_to(rank: Rank, message: Message) -> Message:
             rank.connect()
         elif rank.worker is None:
             raise RuntimeError("the worker was not configured")
+        elif isinstance(message, messages.Collect):
+            return messages.Sampled(result=rank.collect())
         else:
             return answer(rank.worker, message)
         return messages.Done()
@@ -149,7 +174,10 @@ def answer(worker: LocalWorker, message: Message) -> Message:
     if isinstance(message, messages.Stage):
         worker.stage_weights(message.source, message.version)
     elif isinstance(message, messages.Commit):
+        is_first = not worker.describe()["versions"]
         worker.commit_weights()
+        if is_first:
+            worker.warm_up()  # a step that had to wait for kernels to be compiled would count as stuck
     elif isinstance(message, messages.Discard):
         worker.discard_staged()
     elif isinstance(message, messages.Pin):

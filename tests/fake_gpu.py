@@ -48,10 +48,13 @@ class FakeTensor:
 
 
 class FakeGpu:
-    """One process's view of the GPU whose memory is the files of `folder`."""
+    """One process's view of the GPU whose memory is the files of `folder`, as those of its peers are."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gpu: str = "0000:01:00.0", strangers: Sequence[str] = ()) -> None:
+        """`strangers` are GPUs that it has no peer access to."""
         self.folder = folder
+        self.gpu = gpu
+        self._strangers = strangers
         self.done: Counter[str] = Counter()
         self.after_copy = lambda: None
         """Called between the copy and the check of a set."""
@@ -82,6 +85,9 @@ class FakeGpu:
         return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
 
     # -- DeviceMemory --------------------------------------------------------------------------------------------------
+    def reaches(self, gpu: str) -> bool:
+        return gpu not in self._strangers
+
     def allocation_of(self, address: int) -> tuple[int, int]:
         for base, (memory, _, _) in self._maps.items():
             if base <= address < base + len(memory):
@@ -147,6 +153,11 @@ class FakeGpu:
 
     def follow(self, stream: int | None) -> None:
         self.done["follow"] += 1
+
+    def download(self, host: int, address: int, size: int) -> None:
+        ctypes.memmove(host, address, size)
+
+    def synchronize(self) -> None: ...
 
     def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
         self.done["plan"] += 1

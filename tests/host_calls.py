@@ -13,9 +13,13 @@ class HostCalls:
     """One process: what others would open cannot be opened, and events are reached at once."""
 
     stream = 1
+    gpu = "host"
 
     def __init__(self) -> None:
         self._arrays: dict[int, NDArray[np.uint8]] = {}
+
+    def reaches(self, gpu: str) -> bool:
+        return True
 
     def allocate(self, size: int) -> int:
         array = np.zeros(size + 256, np.uint8)

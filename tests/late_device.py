@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 
@@ -12,6 +12,16 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SamplingBatch, StepInputs
 from zerokl.rollout.step_order import StepOrder, StepResult
+
+
+def begin_on(devices: Sequence[LateDevice]) -> Callable[[Sequence[StepOrder]], Callable[[], list[StepResult]]]:
+    """What launches a step on the device of each rank."""
+
+    def begin(orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
+        pending = [device.begin(order) for device, order in zip(devices, orders, strict=True)]
+        return lambda: [step.result() for step in pending]
+
+    return begin
 
 
 class LateDevice:

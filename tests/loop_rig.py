@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from late_device import LateDevice
+from late_device import LateDevice, begin_on
 from scheduling_rig import MASK, FakeModel, draw, figure, mix
 
 from zerokl.rollout.control import POLICY, Call, Exclusive, WeightSets
@@ -96,7 +96,7 @@ class LoopRig:
             BLOCK,
             self.sleeping.check_awake,
             clock=lambda: self.now,
-            begin_step=None if self.device is None else self.device.begin,
+            begin_step=None if self.device is None else begin_on([self.device]),
         )
         self.in_flight = InFlightRequests(
             self.scheduler, kv_caches, stop, deliver=self.loop.deliver, refuse=self.loop.refuse

@@ -87,5 +87,5 @@ def as_bfloat16(x: Floats) -> Floats:
 @contextmanager
 def engines_use(make_ops: MakeOps) -> Iterator[None]:
     """Workers that are made inside, in this process, run on these ops."""
-    with mock.patch.object(model_runner, "get_ops", lambda device, num_threads, dtype: make_ops(num_threads)):
+    with mock.patch.object(model_runner, "get_ops", lambda device, num_threads, *given: make_ops(num_threads)):
         yield

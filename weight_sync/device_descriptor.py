@@ -25,6 +25,8 @@ _HEAD = 2 * _WORD
 """Bytes before the encoded descriptor: its size, 0 where nothing is published, and the publication's key."""
 _HANDLE = 64
 """Bytes of a handle of the CUDA runtime."""
+_MAX_GPU = 64
+"""Letters of a GPU's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,8 @@ class Allocation:
 class Descriptor:
     """Where the tensors of a publication are."""
 
+    gpu: str
+    """Where they are: `DeviceMemory.gpu`."""
     event: bytes
     """Handle of the event that is reached once the tensors have been written."""
     local_event: int
@@ -150,18 +154,22 @@ class Descriptor:
     """In the layout's order: which allocation, and bytes from its first address."""
 
     def to_bytes(self) -> bytes:
-        """Encode as msgpack [format version, event, local event, rows of allocations, places]."""
+        """Encode as msgpack [format version, GPU, event, local event, rows of allocations, places]."""
         allocations = [(allocation.handle, allocation.base) for allocation in self.allocations]
-        encoded: bytes = msgpack.packb((FORMAT_VERSION, self.event, self.local_event, allocations, self.places))
+        fields = (self.gpu, self.event, self.local_event, allocations, self.places)
+        encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes, layout: Manifest) -> Descriptor:
         """Inverse of `to_bytes`. Raises ManifestError for anything else, and where it does not fit the layout."""
-        event, local_event, allocations, places = unpack(encoded, "descriptor", 4)
+        gpu, event, local_event, allocations, places = unpack(encoded, "descriptor", 5)
+        if not isinstance(gpu, str) or len(gpu) > _MAX_GPU:
+            raise ManifestError(f"descriptor: {gpu!r:.200} is no name of a GPU")
         if not _is_handle(event) or not is_integer(local_event, MAX_INT):
             raise ManifestError("descriptor: the event is no handle and number")
         made = Descriptor(
+            gpu=gpu,
             event=event,
             local_event=local_event,
             allocations=tuple(_allocation(row) for row in _rows("allocations", allocations)),

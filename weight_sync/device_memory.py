@@ -30,23 +30,22 @@ def as_rows(address: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
     return StoredTensor(address, 1, math.prod(shape), dtype)
 
 
-class DeviceMemory(Protocol):
-    """One GPU as this process sees it, with a stream of its own on which all that is asked for here happens in turn.
+class MappedMemory(Protocol):
+    """One GPU as a process sees it that reads what others have on it, or on a peer.
 
     Handles are bytes that another process of this machine may open; addresses and events are numbers of this process.
     Every method raises RuntimeError naming what the driver says, where nothing else is said.
     """
 
+    gpu: str
+    """What the GPU is called in all processes of the machine."""
+
+    def reaches(self, gpu: str) -> bool:
+        """Whether this GPU can read what others have on the GPU of that name, as far as can be told before trying."""
+        ...
+
     def allocation_of(self, address: int) -> tuple[int, int]:
         """First address and size in bytes of the allocation that holds this one."""
-        ...
-
-    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
-        """A number of each allocation, by its first address, which no other of this process ever has."""
-        ...
-
-    def export_memory(self, base: int) -> bytes:
-        """A handle of the allocation that begins at `base`."""
         ...
 
     def open_memory(self, handle: bytes) -> int:
@@ -55,6 +54,42 @@ class DeviceMemory(Protocol):
 
     def close_memory(self, base: int) -> None:
         """Unmap what `open_memory` mapped."""
+        ...
+
+    def open_event(self, handle: bytes) -> int:
+        """Another process's event."""
+        ...
+
+    def close_event(self, event: int) -> None:
+        """Let go of what `open_event` gave."""
+        ...
+
+    def wait(self, event: int) -> None:
+        """Have all that is asked for from now on wait for the event, on the device; returns at once."""
+        ...
+
+
+class ReadableMemory(MappedMemory, Protocol):
+    """With copies to the host."""
+
+    def download(self, host: int, address: int, size: int) -> None:
+        """Copy to the host's memory; there after `synchronize`."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all that was asked for."""
+        ...
+
+
+class DeviceMemory(MappedMemory, Protocol):
+    """With a stream of its own on which all that is asked for here happens in turn."""
+
+    def allocation_ids(self, bases: Sequence[int]) -> list[int]:
+        """A number of each allocation, by its first address, which no other of this process ever has."""
+        ...
+
+    def export_memory(self, base: int) -> bytes:
+        """A handle of the allocation that begins at `base`."""
         ...
 
     def allocate(self, size: int) -> int:
@@ -73,20 +108,8 @@ class DeviceMemory(Protocol):
         """A handle of the event."""
         ...
 
-    def open_event(self, handle: bytes) -> int:
-        """Another process's event."""
-        ...
-
-    def close_event(self, event: int) -> None:
-        """Let go of what `open_event` gave."""
-        ...
-
     def record(self, event: int) -> None:
         """Have the event reached once all that was asked for so far is done."""
-        ...
-
-    def wait(self, event: int) -> None:
-        """Have all that is asked for from now on wait for the event, on the device; returns at once."""
         ...
 
     def follow(self, stream: int | None) -> None:

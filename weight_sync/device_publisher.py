@@ -200,6 +200,7 @@ class DevicePublisher:
         keys = list(zip(bases, ids, strict=True))
         self._handles = {key: self._handles.get(key) or self._export(key[0]) for key in keys}
         return Descriptor(
+            gpu=self._memory.gpu,
             event=self._event_handle,
             local_event=self._event,
             allocations=tuple(Allocation(handle=self._handles[key], base=key[0]) for key in keys),

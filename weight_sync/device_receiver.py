@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from zerokl.weight_sync.device_descriptor import Descriptor, PublishedDeviceWeights, decode_layout, read
-from zerokl.weight_sync.device_memory import DEVICE_DTYPES, DeviceMemory
+from zerokl.weight_sync.device_memory import DEVICE_DTYPES, MappedMemory
 from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.segments import Attachment, Owner, current_owner, is_dead, owner_of, reap_if_dead
@@ -71,7 +71,7 @@ class _Opened:
 
     layout: bytes
     descriptor: bytes
-    event: int
+    event: int | None
     extents: list[tuple[int, int]]
     """First address of each allocation, and bytes from there."""
     mapped: MappedTensors
@@ -95,7 +95,7 @@ class _Publisher:
 class DeviceMappings:
     """Opens publications and keeps what is mapped. For one thread at a time."""
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: MappedMemory) -> None:
         self._memory = memory
         self._publishers: dict[str, _Publisher] = {}
         self._bases: dict[bytes, int] = {}
@@ -117,7 +117,8 @@ class DeviceMappings:
             _check_owner(publisher.owner, published.version)
             opened = self._open(publisher, descriptor, published.layout)
             lease = DeviceLease(published, opened.mapped, publisher.owner)
-            self._wait_for(opened.event)
+            if opened.event is not None:
+                self._wait_for(opened.event)
             yield lease
         finally:
             del memory
@@ -152,6 +153,10 @@ class DeviceMappings:
         publisher.opened = None  # of what it has mapped, some may be unmapped now
         decoded = last.mapped.layout if last is not None and known else decode_layout(layout)
         told = Descriptor.from_bytes(descriptor, decoded)
+        if not self._memory.reaches(told.gpu):
+            raise DeviceHandleError(
+                f"the weights are on GPU {told.gpu}, which GPU {self._memory.gpu} has no peer access to"
+            )
         event, bases = self._open_all(publisher, told)
         extents = [self._extent(base) for base in bases]
         mapped = MappedTensors(decoded, _addresses(decoded, told, extents))
@@ -162,21 +167,25 @@ class DeviceMappings:
         """Whether the allocations are as they were: what is mapped stays until we unmap it, our own may be freed."""
         return not publisher.is_local or [self._extent(base) for base, _ in opened.extents] == opened.extents
 
-    def _open_all(self, publisher: _Publisher, told: Descriptor) -> tuple[int, list[int]]:
-        """The event, and where each allocation begins here."""
+    def _open_all(self, publisher: _Publisher, told: Descriptor) -> tuple[int | None, list[int]]:
+        """The event, if there is one to wait for, and where each allocation begins here."""
         if publisher.is_local:
             return told.local_event, [allocation.base for allocation in told.allocations]
         handles = [allocation.handle for allocation in told.allocations]
         self._unmap(publisher, publisher.handles.difference(handles))
-        bases = [self._open_memory(publisher, handle) for handle in handles]
+        bases = [self._open_memory(publisher, handle, told.gpu) for handle in handles]
+        if told.gpu != self._memory.gpu:  # of a peer's nothing is left to wait for: `publish` has done so
+            return None, bases
         return self._open_event(publisher, told.event), bases
 
-    def _open_memory(self, publisher: _Publisher, handle: bytes) -> int:
+    def _open_memory(self, publisher: _Publisher, handle: bytes, gpu: str) -> int:
         if handle not in self._bases:
             try:
                 self._bases[handle] = self._memory.open_memory(handle)
             except RuntimeError as error:
-                raise DeviceHandleError(f"a handle of the publisher's memory cannot be opened: {error}") from error
+                raise DeviceHandleError(
+                    f"a handle of memory on GPU {gpu} cannot be opened on GPU {self._memory.gpu}: {error}"
+                ) from error
         publisher.handles.add(handle)
         return self._bases[handle]
 

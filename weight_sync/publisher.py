@@ -84,6 +84,19 @@ class WeightPublisher:
         self._checksums = {spec.name: spec.checksum for spec in published.manifest.tensors} if complete else {}
         return published
 
+    def publish_stored(self, tensors: Sequence[tuple[TensorSpec, NDArray[Any]]], version: int) -> PublishedWeights:
+        """Copy tensors as they are stored, bfloat16 as uint16 patterns, into the next buffer; of a spec name, dtype and
+        shape count.
+
+        No delta can follow it. Raises as `publish`.
+        """
+        named = self._checked((spec.name, array) for spec, array in tensors)
+        specs, total_bytes = plan_layout((spec.name, spec.dtype, spec.shape) for spec, _ in tensors)
+        planned = Manifest(version=version, tensors=specs, total_bytes=total_bytes)
+        published = self._write(planned, [array for _, array in named])
+        self._checksums, self._version = {}, None
+        return published
+
     def publish_delta(
         self,
         changed: Mapping[str, NDArray[np.float32]] | Iterable[tuple[str, NDArray[np.float32]]],

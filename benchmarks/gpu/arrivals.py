@@ -101,10 +101,10 @@ def _run(engine: RolloutEngine, asks: list[Ask], in_flight: int) -> list[Rollout
 def _counted(ahead: bool) -> Iterator[dict[str, int]]:
     """Counts steps, and those planned before the results of the last one; without `ahead` there is none of these."""
     counts = {"steps": 0, "steps_ahead": 0}
-    plan_ahead: Callable[[Scheduler, StepPlan], StepPlan | None] = Scheduler.plan_ahead
+    plan_ahead: Callable[[Scheduler, StepPlan, float], StepPlan | None] = Scheduler.plan_ahead
 
-    def counting(scheduler: Scheduler, plan: StepPlan) -> StepPlan | None:
-        following = plan_ahead(scheduler, plan) if ahead else None
+    def counting(scheduler: Scheduler, plan: StepPlan, now: float) -> StepPlan | None:
+        following = plan_ahead(scheduler, plan, now) if ahead else None
         counts["steps"] += 1
         counts["steps_ahead"] += following is not None
         return following

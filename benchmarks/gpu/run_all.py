@@ -3,7 +3,7 @@
     python benchmarks/gpu/run_all.py --part PART [--json] [--sizes N ...]
         [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--gguf smollm2.gguf]
 
-Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync.
+Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync, ranks.
 `sync.py` tells the last one; `--part sync --models A --sizes 0 --updates 1` is its short form.
 
 The load is that of `docs/gpu-results.md`: groups of 8 samples of random prompts of 256 tokens, 256 new tokens each,
@@ -44,8 +44,9 @@ SIZES = {
     "arrivals": (64, 256, 512),
     "cost": (256,),
     "sync": (0, 64),
+    "ranks": (256,),
 }
-"""Numbers of sequences by part, where none are given."""
+"""Numbers of sequences by part, where none are given; of part ranks for each rank."""
 MODELS = {
     "exact": ("A", "M", "SmolLM2", "B"),
     "policy": ("A", "M", "SmolLM2", "B"),
@@ -125,8 +126,15 @@ def sync(args: argparse.Namespace, folder: Path) -> list[Row]:
     return sync_rows(folder, make_engine, args.models, args.sizes, args.updates)
 
 
+def ranks(args: argparse.Namespace, folder: Path) -> list[Row]:
+    from ranks import rank_rows
+
+    return rank_rows(folder, "A", args.sizes, args.repeats)
+
+
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync)
+    part.__name__: part
+    for part in (exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync, ranks)
 }  # fmt: skip
 
 

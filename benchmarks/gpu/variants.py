@@ -66,5 +66,5 @@ class TokensOnly(GpuOps):
 @contextmanager
 def engines_use(make_ops: Callable[[Dtype], GpuOps]) -> Iterator[None]:
     """Engines that are made inside run on these ops."""
-    with mock.patch.object(model_runner, "get_ops", lambda _device, _num_threads, dtype: make_ops(dtype)):
+    with mock.patch.object(model_runner, "get_ops", lambda _device, _num_threads, dtype, _number: make_ops(dtype)):
         yield

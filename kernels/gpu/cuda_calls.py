@@ -8,9 +8,10 @@ from typing import Any
 
 from cuda.bindings import driver, runtime
 
-from zerokl.kernels.gpu.paddle_device import check
+from zerokl.kernels.gpu.cuda_runtime import check
 
 _HANDLE_BYTES = 64
+_BUS_ID_BYTES = 32
 
 
 class CudaCalls:
@@ -22,6 +23,8 @@ class CudaCalls:
     def __init__(self, number: int) -> None:
         self._number = number
         self._enter()
+        self.gpu = _text(check(runtime.cudaDeviceGetPCIBusId(_BUS_ID_BYTES, number)))
+        """Its PCI bus id: the same one in all processes, which may number their GPUs as they like."""
         least, _ = _two(runtime.cudaDeviceGetStreamPriorityRange())
         self.stream = int(check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, least)))
         """Gives way to the steps, which have the highest priority."""
@@ -38,9 +41,15 @@ class CudaCalls:
         check(runtime.cudaFree(base))
 
     def allocation_of(self, address: int) -> tuple[int, int]:
-        """First address and size of the allocation that holds an address."""
+        """First address and size of the allocation that holds an address, on this GPU or mapped from a peer."""
         self._enter()
-        base, size = _two(driver.cuMemGetAddressRange(address))
+        error, base, size = driver.cuMemGetAddressRange(address)
+        if int(error) != 0:  # a peer's: what is asked of the pointer itself does not depend on the current GPU
+            kinds = driver.CUpointer_attribute
+            base = check(driver.cuPointerGetAttribute(kinds.CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, address))
+            size = check(driver.cuPointerGetAttribute(kinds.CU_POINTER_ATTRIBUTE_RANGE_SIZE, address))
+            if int(size) == 0:
+                check((error,))
         return int(base), int(size)
 
     def allocation_ids(self, bases: Sequence[int]) -> list[int]:
@@ -48,6 +57,14 @@ class CudaCalls:
         self._enter()
         kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
         return [int(check(driver.cuPointerGetAttribute(kind, base))) for base in bases]
+
+    def reaches(self, gpu: str) -> bool:
+        """Whether this GPU may read the memory of the one with that bus id; one that is not seen here may be tried."""
+        if gpu == self.gpu:
+            return True
+        self._enter()
+        error, number = runtime.cudaDeviceGetByPCIBusId(gpu.encode())
+        return int(error) != 0 or bool(check(runtime.cudaDeviceCanAccessPeer(self._number, number)))
 
     def export_memory(self, base: int) -> bytes:
         """A handle for other processes."""
@@ -127,6 +144,10 @@ class CudaCalls:
 def _two(answer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
     check(answer[:1])
     return answer[1], answer[2]
+
+
+def _text(padded: bytes) -> str:
+    return padded.split(b"\0")[0].decode()
 
 
 def _bytes_of(handle: Any) -> bytes:

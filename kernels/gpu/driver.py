@@ -48,10 +48,15 @@ class PaddleDriver(CudaDriver):  # type: ignore[misc]
 def activate(device: int = 0) -> Any:
     """Make `device` Paddle's and Triton's for this process; returns its Paddle place.
 
-    Raises RuntimeError if Paddle was built without CUDA or sees no such GPU.
+    Raises RuntimeError if Paddle was built without CUDA or sees no such GPU, and where the process computes on another
+    one already: what Paddle's current device is, and Triton's, holds for all threads.
     """
-    if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count() <= device:
-        raise RuntimeError(f"device 'gpu' needs Paddle's GPU build and a GPU number {device}")
+    if not paddle.device.is_compiled_with_cuda():
+        raise RuntimeError("device 'gpu' needs Paddle's GPU build")
+    count = paddle.device.cuda.device_count()
+    if device >= count:
+        raise RuntimeError(f"there is no GPU {device}: Paddle sees {count}, numbered from 0")
+    _claim(device)
     paddle.set_device(f"gpu:{device}")
     triton.runtime.driver.set_active(_driver(device))
     return paddle.CUDAPlace(device)
@@ -62,9 +67,33 @@ def _driver(device: int) -> PaddleDriver:
     return PaddleDriver(device)
 
 
+def current_gpu() -> int:
+    """The number of Paddle's current device, if it is a GPU, else 0."""
+    kind, _, number = paddle.get_device().partition(":")
+    return int(number) if kind == "gpu" else 0
+
+
+@cache
+def _claimed() -> set[int]:
+    """The GPU that this process computes on, once it does."""
+    return set()
+
+
+def _claim(device: int) -> None:
+    """Raise RuntimeError where the process computes on another GPU than this one."""
+    claimed = _claimed()
+    if claimed - {device}:
+        raise RuntimeError(
+            f"this process computes on GPU {min(claimed)}: what is to run on GPU {device} needs a process of its own "
+            "(for an engine: worker 'process')"
+        )
+    claimed.add(device)
+
+
 def framework_stream() -> int:
-    """Handle of Paddle's current stream."""
-    return int(paddle.device.cuda.current_stream().cuda_stream)
+    """Handle of Paddle's current stream on this process's GPU, whatever the thread's current one is."""
+    device: int = triton.runtime.driver.active.get_current_device()
+    return int(paddle.device.cuda.current_stream(device).cuda_stream)
 
 
 def framework_streams() -> tuple[int, int]:

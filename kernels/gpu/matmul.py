@@ -179,11 +179,12 @@ def linear_with_tile_max(x: Tensor, weight: Tensor, out: Tensor, tile_max: Tenso
 
 def _launch_linear(x, weight, bias, out, tile_max, rows, n, k, tile):
     tma = serves_tma(tile, x, k)
-    linear_kernel[_grid(tile, rows, n, tma)](
+    persistent = tma and tile.persistent and dtype_of(out) != "float32"
+    linear_kernel[_grid(tile, rows, n, persistent)](
         operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(weight, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
         out if bias is None else bias, out, out if tile_max is None else tile_max, rows, n, k,
         HAS_BIAS=bias is not None, TILE_MAX=tile_max is not None, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma,
-        GROUP_M=_GROUP_M, PERSISTENT=tma and tile.persistent, enable_fp_fusion=False, **tile.options(),
+        GROUP_M=_GROUP_M, PERSISTENT=persistent, enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
 
 
@@ -195,17 +196,18 @@ def swiglu(x: Tensor, gate_up: Tensor, out: Tensor, *, tile: Tile | None = None)
     (rows, k), n = x.shape, gate_up.shape[0]
     tile = tile or tiles.choose(tiles.SWIGLU, rows, n, dtype_of(x))
     tma = serves_tma(tile, x, k)
-    swiglu_kernel[_grid(tile, rows, n, tma)](
+    persistent = tma and tile.persistent
+    swiglu_kernel[_grid(tile, rows, n, persistent)](
         operand(x, rows, k, tile.BLOCK_M, tile.BLOCK_K, tma), operand(gate_up, n, k, tile.BLOCK_N, tile.BLOCK_K, tma),
-        out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, PERSISTENT=tma and tile.persistent,
+        out, rows, n, k, EVEN_K=k % tile.BLOCK_K == 0, TMA=tma, GROUP_M=_GROUP_M, PERSISTENT=persistent,
         enable_fp_fusion=False, **tile.options(),
     )  # fmt: skip
 
 
-def _grid(tile: Tile, rows: int, n: int, tma: bool) -> tuple[int]:
+def _grid(tile: Tile, rows: int, n: int, persistent: bool) -> tuple[int]:
     """Programs for an output of [rows, n]."""
     count = triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(n, tile.BLOCK_N)
-    return (min(count, _multiprocessors()) if tma and tile.persistent else count,)
+    return (min(count, _multiprocessors()) if persistent else count,)
 
 
 @cache

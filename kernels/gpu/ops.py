@@ -53,9 +53,9 @@ class GpuOps:
 
     _attention_spec: AttentionSpec
 
-    def __init__(self, device: Device | None = None, dtype: Dtype = "float32") -> None:
-        """On GPU 0 unless a device is given. Raises RuntimeError where there is no usable GPU."""
-        self.device = _gpu() if device is None else device
+    def __init__(self, device: Device | None = None, dtype: Dtype = "float32", number: int = 0) -> None:
+        """On the GPU of this number unless a device is given. Raises RuntimeError where it cannot be used."""
+        self.device = _gpu(number) if device is None else device
         self.dtype = dtype
         self._scratch = Scratch(self.device.empty)
         self._uploads = Uploads(self.device)
@@ -395,10 +395,10 @@ class FetchedSample:
         return _sample_result(columns, self._want_raw)
 
 
-def _gpu() -> Device:
+def _gpu(number: int) -> Device:
     from zerokl.kernels.gpu.paddle_device import PaddleDevice
 
-    return PaddleDevice()
+    return PaddleDevice(number)
 
 
 def _in_turn(gate: NDArray[Any], up: NDArray[Any]) -> NDArray[Any]:

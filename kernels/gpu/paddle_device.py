@@ -18,6 +18,7 @@ from cuda.bindings import runtime
 from numpy.typing import NDArray
 
 from zerokl.kernels.gpu import driver
+from zerokl.kernels.gpu.cuda_runtime import check, memory
 from zerokl.kernels.gpu.device import Graph
 from zerokl.kernels.gpu.elementwise import Tensor
 
@@ -42,7 +43,7 @@ class PaddleDevice:
     """A `Device` by Paddle and the CUDA runtime."""
 
     def __init__(self, number: int = 0) -> None:
-        """Raises RuntimeError where there is no such GPU."""
+        """Raises RuntimeError where there is no such GPU, or the process computes on another one."""
         self._place = driver.activate(number)
         self._number = number
         self._threads = threading.local()
@@ -78,6 +79,7 @@ class PaddleDevice:
 
     def pinned(self, size: int) -> NDArray[np.int32]:
         """See Device."""
+        self.enter()
         address = check(runtime.cudaHostAlloc(max(1, size) * 4, runtime.cudaHostAllocDefault))
         array: NDArray[np.int32] = np.ctypeslib.as_array((ctypes.c_int32 * size).from_address(int(address)))
         return array
@@ -104,6 +106,7 @@ class PaddleDevice:
 
     def wait(self, event: Any) -> None:
         """See Device. An event is waited for once: it serves again."""
+        self.enter()
         check(runtime.cudaEventSynchronize(event))
         self._spare_events.append(event)
 
@@ -122,11 +125,12 @@ class PaddleDevice:
         """See Device."""
         self.enter()
         # Paddle computes and copies on streams of its own, which ours does not wait for.
-        paddle.device.cuda.current_stream().synchronize()
+        paddle.device.cuda.current_stream(self._number).synchronize()
         check(runtime.cudaStreamSynchronize(0))
 
     def synchronize(self) -> None:
         """See Device."""
+        self.enter()
         check(runtime.cudaStreamSynchronize(self.stream))
 
     def release_unused(self) -> None:
@@ -137,7 +141,7 @@ class PaddleDevice:
 
     def memory(self) -> tuple[int, int]:
         """See Device."""
-        return memory()
+        return memory(self._number)
 
 
 @cache
@@ -149,16 +153,4 @@ def _stream(number: int) -> Any:
     return check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, greatest))
 
 
-def memory(number: int = 0) -> tuple[int, int]:
-    """Bytes of a GPU's memory that are free, and all. Raises RuntimeError where there is no such GPU."""
-    check(runtime.cudaSetDevice(number))
-    error, free, total = runtime.cudaMemGetInfo()
-    check((error,))
-    return int(free), int(total)
-
-
-def check(answer: tuple[Any, ...]) -> Any:
-    """The value of a call of the CUDA runtime. Raises RuntimeError naming the error if it failed."""
-    if int(answer[0]) != 0:
-        raise RuntimeError(f"CUDA: {answer[0].name}")
-    return answer[1] if len(answer) > 1 else None
+__all__ = ["CudaGraph", "PaddleDevice", "check", "memory"]

@@ -51,6 +51,8 @@ class SharedGpuMemory:
         """The oldest first."""
         self._results = 0, 0
         """Address and size of memory for results."""
+        self.gpu = calls.gpu
+        self.reaches = calls.reaches
         self.allocate = calls.allocate
         self.free = calls.free
         self.allocation_of = calls.allocation_of
@@ -149,10 +151,11 @@ def _launch(group: Group, first: int, count: int, tables: Tables, results: tuple
         launch(group.variant, first, count, tables.check_jobs, *rest, reads_target=True, writes=False, hashes=True)
 
 
-def shared_gpu_memory(number: int = 0) -> SharedGpuMemory:
-    """The memory of a GPU of this process. Raises RuntimeError where there is no usable one."""
+def shared_gpu_memory(number: int | None = None) -> SharedGpuMemory:
+    """The memory of a GPU of this process; None: Paddle's current one. Raises RuntimeError where it cannot be used."""
     from zerokl.kernels.gpu import driver
     from zerokl.kernels.gpu.cuda_calls import CudaCalls
 
+    number = driver.current_gpu() if number is None else number
     driver.activate(number)
     return SharedGpuMemory(CudaCalls(number), driver.launching_on, driver.framework_streams)

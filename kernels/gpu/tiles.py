@@ -14,7 +14,8 @@ class Tile:
     """Rows, columns and inputs of a program's block; warps; stages of the load pipeline.
 
     With `tma` blocks are fetched by the bulk copy engine (where rows start at multiples of 16 bytes). With `persistent`
-    too, a program for each multiprocessor takes one block after the other and fetches for the next one while it stores.
+    too, a program for each multiprocessor takes one block after the other and fetches for the next one while it stores:
+    there must be memory for what is fetched and what is stored at once, which float32 outputs leave not.
     """
 
     BLOCK_M: int
@@ -49,6 +50,7 @@ LINEAR: _Table = (
     (512, 2048, Tile(64, 64, 128, 4, 4, tma=True)),
     (512, 4096, Tile(128, 128, 64, 4, 5, tma=True)),
     (512, None, Tile(256, 128, 64, 8, 4, tma=True)),
+    (None, 512, Tile(128, 128, 64, 8, 4, tma=True)),
     (4096, 1024, Tile(128, 128, 64, 8, 4, tma=True)),
     (None, None, Tile(128, 256, 64, 8, 3, tma=True, persistent=True)),
 )

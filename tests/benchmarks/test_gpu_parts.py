@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from enum import IntEnum
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import run_all
 import sanitizer
 from choices import Candidate, Choices, Gemm, Measured, gemms_of, our_candidates
 from peer import peer_rows
+from ranks import num_differing, rank_rows, with_scaling
 from refusal import PartRefusedError
 
 from zerokl.kernels.gpu.tiles import Tile
@@ -137,3 +142,27 @@ def test_a_row_that_did_not_pass_fails_its_part(monkeypatch: pytest.MonkeyPatch)
     for passed in (True, False):
         monkeypatch.setitem(run_all.PARTS, "exact", lambda args, folder, passed=passed: [{"passed": passed}])
         assert run_all.main(["--part", "exact"]) == int(not passed)
+
+
+def test_speed_of_ranks_is_told_over_one_rank_with_as_many_sequences() -> None:
+    speeds = [("in process", 8, 90), ("in process", 8, 100), ("a process", 8, 80), ("2 processes, 2 GPUs", 8, 152)]
+    rows = [{"form": form, "per_rank": size, "tok_s": speed} for form, size, speed in speeds]
+    scaled = with_scaling([*rows, {"form": "a process", "per_rank": 16, "tok_s": 7}])
+    assert [row.get("over_in_process") for row in scaled] == [0.9, 1.0, 0.8, 1.52, None]
+    assert [row.get("over_a_process") for row in scaled] == [1.125, 1.25, 1.0, 1.9, 1.0]
+    one, other = [np.array([1.0, 2.0]), np.array([3])], [np.array([1.0, 2.5]), np.array([3])]
+    assert (num_differing(one, one), num_differing(one, other)) == (0, 1)
+
+
+def test_ranks_without_a_gpu_are_a_refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bindings = ModuleType("cuda.bindings")
+    absent = IntEnum("Error", {"cudaErrorNoDevice": 100}).cudaErrorNoDevice  # type: ignore[attr-defined]
+    bindings.runtime = SimpleNamespace(cudaGetDeviceCount=lambda: (absent, None))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    with pytest.raises(PartRefusedError, match=r"no GPU that CUDA can use \(cudaErrorNoDevice\)"):
+        rank_rows(tmp_path, "A", (8,), 1)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(PartRefusedError, match="cuda-bindings is not installed"):
+        rank_rows(tmp_path, "A", (8,), 1)
+    assert list(tmp_path.iterdir()) == []

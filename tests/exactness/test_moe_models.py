@@ -87,7 +87,7 @@ class OrdinaryExperts(CpuOps):
 
 
 def test_ordinary_products_in_the_experts_are_found_out(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_runner, "get_ops", lambda device, num_threads, dtype: OrdinaryExperts(num_threads))
+    monkeypatch.setattr(model_runner, "get_ops", lambda device, num_threads, *given: OrdinaryExperts(num_threads))
     plain = run(job)
     assert differences(plain.rollouts, run(job).rollouts) == NONE_DIFFER, "the same run repeats its bits"
     assert score_differences(plain)["policy_logprobs"] > 0

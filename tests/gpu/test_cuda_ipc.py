@@ -5,12 +5,6 @@ Needs what `test_engine.py` needs; trainer and engine share GPU 0.
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +13,7 @@ from typing import Any
 import gpu_rig as rig
 import numpy as np
 import pytest
+from gpu_processes import Trainer
 from leftovers import segments_of, wait_for_end
 from numpy.typing import NDArray
 
@@ -39,7 +34,6 @@ from zerokl.weight_sync import (  # noqa: E402
     ChecksumError,
     DeviceHandleError,
     DevicePublisher,
-    PublishedDeviceWeights,
     PublisherDiedError,
 )
 from zerokl.weight_sync.device_descriptor import Descriptor  # noqa: E402
@@ -53,53 +47,14 @@ MODELS = {
     "mixture": tiny_moe_config(hidden_size=64, **COMMON),
 }
 PARAMS = SamplingParams(n=4, max_tokens=40, seed=11, ignore_eos=True)
-ANSWER_SECONDS = 120
-
-
-class Trainer:
-    """The process of `gpu_trainer.py`."""
-
-    def __init__(self, model: str, dtype: str = "bfloat16", buffers: int = 0) -> None:
-        script = str(Path(__file__).parents[1] / "gpu_trainer.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script, json.dumps(MODELS[model]), dtype, str(buffers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.pid = self._answer()["pid"]
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        while True:  # Paddle may print lines of its own
-            assert select.select([self.process.stdout], [], [], ANSWER_SECONDS)[0], "the trainer does not answer"
-            line = self.process.stdout.readline()
-            assert line, "the trainer has ended"
-            if line.startswith(("{", "null")):
-                return json.loads(line)
-
-    def do(self, *order: Any) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def publish(self, seed: int, version: int) -> PublishedDeviceWeights:
-        return PublishedDeviceWeights.from_bytes(bytes.fromhex(self.do("publish", seed, version)["published"]))
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        assert wait_for_end(self.pid)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture
 def start_trainer() -> Iterator[Callable[..., Trainer]]:
     trainers: list[Trainer] = []
 
-    def start(*given: Any, **options: Any) -> Trainer:
-        trainers.append(Trainer(*given, **options))
+    def start(model: str, *given: Any, **options: Any) -> Trainer:
+        trainers.append(Trainer(MODELS[model], *given, **options))
         return trainers[-1]
 
     yield start

@@ -65,7 +65,7 @@ def bits(engine: RolloutEngine) -> bytes:
 
 def test_updates_have_the_bits_of_fresh_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = rig.HostDevice()
-    monkeypatch.setattr(ops, "_gpu", lambda: device)
+    monkeypatch.setattr(ops, "_gpu", lambda number: device)
     monkeypatch.setattr(worker, "device_memory", shared_memory)
     expected = {}
     for seed in (1, 2):

@@ -123,8 +123,8 @@ def test_steps_ahead_give_the_bits_of_steps_that_are_awaited(
     """Calls arrive while steps are under way; penalties count tokens that only the device has."""
     steps: list[bool] = []
 
-    def noted(scheduler: Scheduler, plan: StepPlan) -> StepPlan | None:
-        ahead = plan_ahead(scheduler, plan)
+    def noted(scheduler: Scheduler, plan: StepPlan, now: float) -> StepPlan | None:
+        ahead = plan_ahead(scheduler, plan, now)
         steps.append(ahead is not None)
         return ahead
 
@@ -145,7 +145,7 @@ def test_steps_ahead_give_the_bits_of_steps_that_are_awaited(
     monkeypatch.setattr(Scheduler, "plan_ahead", noted)
     rollouts = run()
     assert sum(steps) > 0.8 * len(steps) > 50
-    monkeypatch.setattr(Scheduler, "plan_ahead", lambda scheduler, plan: None)
+    monkeypatch.setattr(Scheduler, "plan_ahead", lambda scheduler, plan, now: None)
     assert num_differing(rollouts, run()) == 0
 
 

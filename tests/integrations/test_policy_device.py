@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
 
-from zerokl.integrations import NoGpuBackwardError, PolicyModel
+from zerokl.integrations import NoGpuBackwardError, PolicyModel, policy_model
 from zerokl.integrations.policy_forward import refuse_gradients
 from zerokl.kernels import dispatch
 from zerokl.rollout.models.config import ModelConfig
@@ -35,6 +37,13 @@ def test_parameters_are_where_their_tensors_are(given: object) -> None:
     assert (policy.device, policy.dtype) == ("cpu", "float32")
     for name, array in policy.named_arrays():
         np.testing.assert_array_equal(array, tensors[name])
+
+
+def test_the_gpu_is_that_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert policy_model._gpu_of(random_tensors(CONFIG, 1)) is policy_model._gpu_of({"w": paddle.ones([1])}) is None
+    there = SimpleNamespace(place=SimpleNamespace(is_gpu_place=lambda: True, gpu_device_id=lambda: 3))
+    monkeypatch.setattr(policy_model, "_first_tensor", lambda tensors: there)
+    assert policy_model._gpu_of({}) == 3 and policy_model._device_of(None, {}) == "gpu"
 
 
 def test_what_there_is_not_is_refused_by_name() -> None:

@@ -19,7 +19,7 @@ SOURCES = [*(ROOT / "kernels/gpu").glob("*.py"), *(ROOT / "rollout").rglob("*.py
 TRAINER = [ROOT / "integrations" / f"policy_{name}.py" for name in ("forward", "gpu", "model")]
 """What a `PolicyModel` on a GPU runs beside these."""
 ALLOWED = re.compile(
-    r"paddle\.(empty|to_tensor|set_device|CUDAPlace|device\.is_compiled_with_cuda|device\.cuda\.(current_stream"
+    r"paddle\.(empty|to_tensor|get_device|set_device|CUDAPlace|device\.is_compiled_with_cuda|device\.cuda\.(current_stream"
     r"|device_count|empty_cache|get_device_capability))$"
 )
 ALLOWED_IN_TRAINER = re.compile(

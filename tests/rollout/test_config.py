@@ -43,12 +43,34 @@ from zerokl.rollout.scheduler_config import SchedulerConfig
         ("num_redundant_experts", -1, ">= 0"),
         ("expert_rebalance_interval", 0, ">= 1"),
         ("return_routing", "some", "output"),
+        ("gpus", 0, "a sequence of numbers of GPUs"),
+        ("gpus", (0,), "None on device 'cpu'"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_value_and_bound(field, value, bound):
     with pytest.raises(ValueError, match=field) as raised:
         EngineConfig.from_dict({"model": "folder", field: value})
     assert bound in str(raised.value) and repr(value) in str(raised.value)
+
+
+def test_ranks_are_on_the_gpus_that_are_named():
+    assert EngineConfig(model="folder", device="gpu").gpu_of(0) == 0
+    named = EngineConfig.from_dict({"model": "folder", "device": "gpu", "gpus": [3, 1], "data_parallel_size": 2})
+    assert named.gpus == (3, 1) and [named.gpu_of(rank) for rank in range(2)] == [3, 1]
+    assert EngineConfig(model="folder", device="gpu", data_parallel_size=2).gpu_of(1) == 1
+    shared = {"device": "gpu", "gpus": [0, 0], "data_parallel_size": 2}
+    with pytest.raises(ValueError, match=r"gpus must differ, unless num_blocks or kv_cache_bytes .* got \(0, 0\)"):
+        EngineConfig(model="folder", **shared)
+    for pool in ({"num_blocks": 8}, {"kv_cache_bytes": 1 << 20}):
+        assert EngineConfig(model="folder", **shared, **pool).gpus == (0, 0)
+    for gpus, message in (
+        ([-1], r"gpus\[0\] must be an integer >= 0, got -1"),
+        ([1.0], r"gpus\[0\] must be an integer >= 0, got 1.0"),
+        ([], r"gpus must name the GPU of each of the 1 ranks, got \(\)"),
+        ([0, 1], r"gpus must name the GPU of each of the 1 ranks, got \(0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(model="folder", device="gpu", gpus=gpus)
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():
@@ -99,6 +121,9 @@ def test_several_ranks_are_processes_that_share_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
     model = {"max_position_embeddings": 64, "kv_bytes_per_token": 4}
     alone = EngineConfig(model="folder").resolve(**model)
+    assert alone.rank_heartbeat_timeout == 1.5
+    gpu = EngineConfig(model="folder", device="gpu", num_blocks=8)
+    assert not gpu.has_processes and gpu.resolve(**model).rank_heartbeat_timeout == 10.0
     assert (alone.num_ranks, alone.worker, alone.num_threads, alone.rank_roles) == (1, "inprocess", None, ("mixed",))
     spread = EngineConfig(model="folder", data_parallel_size=3).resolve(**model)
     assert (spread.num_ranks, spread.worker, spread.num_threads) == (3, "process", 2)

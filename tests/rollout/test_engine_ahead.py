@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import late_device
 import numpy as np
 import pytest
 from late_device import LateDevice
 from tiny_engine import in_thread, tiny_options, tiny_tensors
 
+from zerokl.rollout import worker_child
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.engine import RolloutEngine
+from zerokl.rollout.errors import EngineFailedError
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.scheduler import Scheduler
+from zerokl.rollout.step_plan import StepPlan
 from zerokl.rollout.worker import LocalWorker
 
 PARAMS = [
@@ -46,10 +53,10 @@ class LateWorker(LocalWorker):
 
 @pytest.fixture
 def overlapped(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RolloutEngine]:
-    def overlapping_worker(ranks: Any, config: EngineConfig) -> Any:
-        return ranks.worker if isinstance(ranks.worker, LateWorker) else None
+    def overlapping_ranks(ranks: Any, config: EngineConfig) -> Any:
+        return ranks if isinstance(ranks.worker, LateWorker) else None
 
-    monkeypatch.setattr("zerokl.rollout.engine.overlapping_worker", overlapping_worker)
+    monkeypatch.setattr("zerokl.rollout.engine.overlapping_ranks", overlapping_ranks)
     with RolloutEngine(tiny_options(tiny_model, **SMALL), make_worker=LateWorker) as engine:
         yield engine
 
@@ -105,3 +112,35 @@ def test_aborts_pauses_and_updates_find_no_step_under_way(overlapped: RolloutEng
     done.set()
     stop()
     assert got == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_that_are_processes_are_begun_a_step_ahead(
+    tiny_model: Path, plain: RolloutEngine, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    """Real processes and channels, over workers that run behind their host."""
+    boot, main = worker_child._BOOT, "from zerokl.rollout.worker_process"
+    assert main in boot
+    late = f"sys.path.append({str(Path(late_device.__file__).parent)!r}); import late_worker; late_worker.install(); "
+    monkeypatch.setattr(worker_child, "_BOOT", boot.replace(main, late + main))
+    monkeypatch.setattr("zerokl.rollout.engine.overlapping_ranks", lambda ranks, config: ranks)
+    steps: list[bool] = []
+
+    def noted(scheduler: Scheduler, plan: StepPlan, now: float) -> StepPlan | None:
+        ahead = plan_ahead(scheduler, plan, now)
+        steps.append(ahead is not None)
+        return ahead
+
+    plan_ahead = Scheduler.plan_ahead
+    monkeypatch.setattr(Scheduler, "plan_ahead", noted)
+    expected = [figures(ask(plain, number)) for number in range(len(CALLS))]
+    options = SMALL | {"worker": "process", "data_parallel_size": num_ranks, "batched_token_timeout": 0.005}
+    with RolloutEngine(tiny_options(tiny_model, **options)) as engine:
+        waits = [in_thread(lambda number=number: ask(engine, number)) for number in range(len(CALLS))]
+        assert [figures(wait()) for wait in waits] == expected
+        assert sum(steps) > 0.5 * len(steps) > 20
+        pids = engine.rank_pids
+        call = engine.submit([[1, 2, 3]], SamplingParams(max_tokens=80, ignore_eos=True))
+        os.kill(pids[-1], signal.SIGKILL)
+        with pytest.raises(EngineFailedError, match="killed by SIGKILL"):
+            call.future.result()

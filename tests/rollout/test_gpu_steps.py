@@ -159,8 +159,11 @@ def test_memory_is_shared_out_between_weights_steps_and_keys() -> None:
 
 
 def test_what_a_gpu_cannot_is_refused() -> None:
-    for options in ({"worker": "process"}, {"data_parallel_size": 2}):
-        with pytest.raises(ValueError, match="gpu"):
+    for options, message in (
+        ({"expert_parallel_size": 2}, "expert_parallel_size must be 1 on device 'gpu', got 2"),
+        ({"data_parallel_size": 2, "rank_roles": ("prefill", "decode")}, "rank_roles must all be 'mixed' on device"),
+    ):
+        with pytest.raises(ValueError, match=message):
             EngineConfig(model="folder", device="gpu", **options)  # type: ignore[arg-type]
     for fraction in (0.0, 1.1):
         with pytest.raises(ValueError, match="gpu_memory_fraction"):

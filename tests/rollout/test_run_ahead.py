@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from late_device import LateDevice
-from scheduling_rig import VOCAB, Rig, assert_as_expected, generate
+from late_device import LateDevice, begin_on
+from scheduling_rig import VOCAB, FakeModel, Rig, assert_as_expected, generate
 from scheduling_workloads import DISTURBANCES, EXAMPLES, RIGS, disturb, workloads
 
 from zerokl.rollout import run_ahead, step_inputs
@@ -19,17 +21,24 @@ from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.sampling_params import SamplingParams
+from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.step_pipeline import DoneStep, StepPipeline
 from zerokl.rollout.step_plan import StepPlan
 
 
+def execute_on(model: FakeModel, order: StepOrder) -> StepResult:
+    return StepResult(sampled=model.execute(order.inputs))
+
+
 class OverlappedRig:
-    """A rig whose steps overlap."""
+    """A rig whose steps overlap, with a device for each rank."""
 
     def __init__(self, rig: Rig, **options: bool) -> None:
         self.rig = rig
-        self.device = LateDevice(lambda order: rig.execute([order])[0], **options)
-        self.steps = StepPipeline(rig.scheduler, None, rig.block_size, NO_ROUTING, self.take, self.device.begin)
+        self.devices = [LateDevice(partial(execute_on, model), **options) for model in rig.models]
+        self.device = self.devices[0]
+        begin = begin_on(self.devices)
+        self.steps = StepPipeline(rig.scheduler, None, rig.block_size, NO_ROUTING, self.take, begin)
         self.done: list[int] = []
 
     def take(self, step: DoneStep, ahead: StepPlan | None) -> None:
@@ -42,20 +51,22 @@ class OverlappedRig:
 
     def check_ahead(self, plan: StepPlan) -> None:
         """The budgets hold as if all requests went on."""
-        (part,) = plan.ranks
         requests = self.rig.scheduler.requests
-        assert len({entry.request_id for entry in part.entries}) == len(part.entries) > 0 == len(plan.preempted)
-        assert sum(entry.num_tokens for entry in part.entries) == part.num_tokens <= self.rig.max_num_batched_tokens
-        assert sum(entry.num_rows for entry in part.entries) == part.num_rows
-        assert self.rig.scheduler.num_running <= self.rig.max_num_seqs
-        for entry in part.entries:
+        entries = [entry for part in plan.ranks for entry in part.entries]
+        assert len({entry.request_id for entry in entries}) == len(entries) > 0 == len(plan.preempted)
+        for part in plan.ranks:
+            assert sum(entry.num_tokens for entry in part.entries) == part.num_tokens <= self.rig.max_num_batched_tokens
+            assert sum(entry.num_rows for entry in part.entries) == part.num_rows
+        assert all(running.size <= self.rig.max_num_seqs for running in self.rig.scheduler._residents.running)
+        for entry in entries:
             request = requests[entry.request_id]
             assert request.policy == plan.policy and entry.start == request.num_computed_tokens
             assert entry.start + entry.num_tokens <= request.num_blocks * self.rig.block_size
 
     def step(self) -> bool:
         if not self.steps.is_empty:
-            self.steps.run_ahead()
+            self.rig.now += 0.01  # for windows, which close while steps run
+            self.steps.run_ahead(self.rig.now)
             return True
         plan = self.rig.next_plan()
         if plan is None:
@@ -77,13 +88,17 @@ class OverlappedRig:
         assert_as_expected(requests, self.rig.weights)
         self.rig.scheduler.check_integrity()
         assert all(not request.num_blocks for request in requests)
-        assert self.rig.kv_cache.num_free_blocks == self.rig.num_blocks
+        assert all(kv_cache.num_free_blocks == self.rig.num_blocks for kv_cache in self.rig.kv_caches)
 
 
 @EXAMPLES
 @given(RIGS, workloads(), DISTURBANCES, st.booleans(), st.booleans())
 def test_overlapped_steps_give_every_request_its_own_output(rig, workload, disturbances, late, drains):
     """Requests arrive at any step, so do aborts and preemptions; with `drains` these find no step under way."""
+    play_overlapped(rig, workload, disturbances, late, drains)
+
+
+def play_overlapped(rig, workload, disturbances, late, drains):
     limits = AdmissionLimits(max_model_len=1000, num_blocks=rig.num_blocks, block_size=rig.block_size, vocab_size=VOCAB)
     overlapped, added, events = OverlappedRig(rig, late=late), [], sorted(disturbances)
     for wait, requests in workload:
@@ -99,6 +114,49 @@ def test_overlapped_steps_give_every_request_its_own_output(rig, workload, distu
             overlapped.step()
     overlapped.run()
     overlapped.check_done(added)
+
+
+def on_ranks(rig: Rig, num_ranks: int, timeout: float, imbalance: float) -> Rig:
+    return replace(rig, num_ranks=num_ranks, batched_token_timeout=timeout, max_group_imbalance=imbalance)
+
+
+SEVERAL = st.builds(
+    on_ranks, RIGS, st.sampled_from([2, 3]), st.sampled_from([0.0, 0.015, 0.1]), st.sampled_from([0.0, 0.25, 2.0])
+)
+
+
+@EXAMPLES
+@given(SEVERAL, workloads(), DISTURBANCES, st.booleans(), st.booleans())
+def test_overlapped_steps_of_several_ranks_do_too(rig, workload, disturbances, late, drains):
+    """Ranks without requests, windows that close while steps run, samples that part from their prompt."""
+    play_overlapped(rig, workload, disturbances, late, drains)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.05])
+def test_ranks_run_a_step_ahead_all_the_way(timeout):
+    """Two prompts on three ranks: one has nothing to do. More come while they run, and wait for the window."""
+    rig = Rig(num_blocks=128, max_num_seqs=4, num_ranks=3, batched_token_timeout=timeout)
+    overlapped = OverlappedRig(rig, late=True)
+    requests = plain(1, 2)
+    rig.add(*requests)
+    for _ in range(10):
+        overlapped.step()
+    assert sum(running.size > 0 for running in rig.scheduler._residents.running) == 2
+    requests += [*plain(2, 3), generate("score", 40, 1, group_id=None)]
+    overlapped.run(*requests[2:])
+    overlapped.check_done(requests)
+    for device in overlapped.devices:
+        assert device.num_ahead == device.num_steps - 1 > 40
+    assert all(model.num_computed for model in rig.models)
+    origin_ranks = {int(rank) for request in requests for rank in request.ranks}
+    assert origin_ranks == {0, 1, 2}
+
+
+def test_ranks_that_hand_requests_over_await_each_step():
+    rig = Rig(num_blocks=64, num_ranks=2, roles=("prefill", "decode"))
+    rig.add(*plain(5, 2))
+    plan = rig.next_plan()
+    assert plan is not None and rig.scheduler.plan_ahead(plan, 0.0) is None
 
 
 def plain(number: int, size: int, **params: object) -> list[Request]:
@@ -206,7 +264,7 @@ def who_left_is_forgotten_by_the_next_plan(monkeypatch: Patch) -> None:
 def tokens_are_taken_from_other_rows(monkeypatch: Patch) -> None:
     def order_ahead(*args: Any) -> Any:
         order = _ORDER_AHEAD(*args)
-        rows = order.inputs.token_rows
+        rows: Any = order.inputs.token_rows
         rows[rows > 0] -= 1
         return order
 
@@ -233,9 +291,13 @@ _ORDER_AHEAD = run_ahead.order_ahead
         the_bias_is_that_of_the_row_before,
     ],
 )
-def test_negative_control_a_planted_fault_is_found_out(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_negative_control_a_planted_fault_is_found_out(
+    plant: Callable[[Patch], None], num_ranks: int, monkeypatch: Patch
+) -> None:
     def play() -> None:
-        overlapped = OverlappedRig(Rig(num_blocks=128, max_num_batched_tokens=48, max_num_seqs=6), late=True)
+        rig = Rig(num_blocks=128, max_num_batched_tokens=48, max_num_seqs=6 // num_ranks, num_ranks=num_ranks)
+        overlapped = OverlappedRig(rig, late=True)
         stops = tuple(range(12))
         params = [
             SamplingParams(max_tokens=30, min_tokens=9, stop_token_ids=stops, presence_penalty=0.5 * (i % 2))

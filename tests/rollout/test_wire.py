@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from zerokl.kernels.ops import SampleResult, SamplingBatch, StepInputs, neutral_sampling
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import (
+    Begin,
     BringBack,
     Close,
+    Collect,
     Commit,
     Configure,
     Connect,
@@ -36,7 +38,7 @@ from zerokl.rollout.messages import (
     failure_of,
 )
 from zerokl.rollout.step_order import BlockMove, RoutedTokens, StepOrder, StepResult
-from zerokl.rollout.weight_source import FolderWeights, SharedWeights
+from zerokl.rollout.weight_source import DeviceWeights, FolderWeights, SharedWeights
 from zerokl.rollout.wire import PROTOCOL_VERSION, WireError, decode, encode
 from zerokl.rollout.wire_steps import (
     LOAD_ARRAYS,
@@ -46,7 +48,8 @@ from zerokl.rollout.wire_steps import (
     SAMPLING_ARRAYS,
     STEP_ARRAYS,
 )
-from zerokl.weight_sync import ChecksumError, Manifest, PublishedWeights
+from zerokl.weight_sync import ChecksumError, Manifest, PublishedDeviceWeights, PublishedWeights
+from zerokl.weight_sync.device_descriptor import encode_layout
 from zerokl.weight_sync.manifest import plan_layout
 
 
@@ -93,6 +96,11 @@ def published() -> PublishedWeights:
     return PublishedWeights(segment="/s", manifest=Manifest(version=4, tensors=specs, total_bytes=total_bytes))
 
 
+def on_device() -> PublishedDeviceWeights:
+    layout = encode_layout(published().manifest.tensors, published().manifest.total_bytes)
+    return PublishedDeviceWeights(segment="/s", key=3, version=4, layout=layout, checksums=bytes(16))
+
+
 def assert_equal(actual: Any, expected: Any) -> None:
     """Equality of dataclasses that hold arrays."""
     assert type(actual) is type(expected)
@@ -117,8 +125,10 @@ def vars_of(instance: Any) -> list[Any]:
         Hello(pid=1),
         Configure(options={"model": "/m", "seed": 2**64 - 1, "n": None}, rank=1, folder="/f", placement=[[[0, 1]]]),
         Connect(),
+        Collect(),
         Stage(source=FolderWeights(path="/weights/ü"), version=3),
         Stage(source=SharedWeights(published=published()), version=2**62),
+        Stage(source=DeviceWeights(published=on_device(), bucket_bytes=7), version=5),
         Commit(),
         Discard(),
         Pin(name="reference"),
@@ -179,6 +189,13 @@ def test_a_replayed_choice_of_experts_travels_too() -> None:
     assert_equal(execute.order.inputs, inputs)
 
 
+def test_a_step_to_be_begun_travels_with_the_rows_that_draw_its_tokens() -> None:
+    inputs = dataclasses.replace(a_step(), token_rows=np.array([3, -1, 0], np.int32))
+    _, begin = decode(encode(1, Begin(order=StepOrder(inputs=inputs))))
+    assert isinstance(begin, Begin)
+    assert_equal(begin.order.inputs, inputs)
+
+
 def test_strided_arrays_travel_in_c_order() -> None:
     inputs = dataclasses.replace(a_step(), block_tables=np.arange(12, dtype=np.int32).reshape(3, 4).T)
     _, execute = decode(encode(1, Execute(order=StepOrder(inputs=inputs))))
@@ -190,8 +207,7 @@ def test_the_tables_cover_every_field_of_the_records() -> None:
     def names(record: type[Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(record)}
 
-    # What is drawn on a device stays there: its worker is in the engine's process.
-    assert names(StepInputs) == set(STEP_ARRAYS) | {"sampling", "step", "policy", "token_rows"}
+    assert names(StepInputs) == set(STEP_ARRAYS) | {"sampling", "step", "policy"}
     assert names(SamplingBatch) == set(SAMPLING_ARRAYS) | {"want_raw"}
     assert names(SampleResult) == set(SAMPLE_ARRAYS)
     assert names(RoutedTokens) == set(ROUTED_ARRAYS)
@@ -215,8 +231,8 @@ RESULT = [RESULT_SHAPES, *NO_LOAD]
         ([], "expected 1 or 2 frames, got 0"),
         ([b"", b"", b""], "expected 1 or 2 frames, got 3"),
         ([b"\xc1"], "not msgpack"),
-        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 5 is not 4"),
-        ([msgpack.packb("hello")], "protocol version 'hello' is not 4"),
+        ([header(PROTOCOL_VERSION + 1, 0, "Done", [])], "protocol version 6 is not 5"),
+        ([msgpack.packb("hello")], "protocol version 'hello' is not 5"),
         ([header(PROTOCOL_VERSION, "0", "Done", [])], "header: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Reboot", [])], "unknown message kind 'Reboot'"),
         ([header(PROTOCOL_VERSION, 0, "Done", [1])], "Done: expected fields of types"),
@@ -224,6 +240,8 @@ RESULT = [RESULT_SHAPES, *NO_LOAD]
         ([header(PROTOCOL_VERSION, 0, "Hello", [True])], r"Hello: expected fields of types \[int\]"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["url", "x", 1])], "Stage: .* no known source"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["shared", b"x", 1])], "Stage: published weights"),
+        ([header(PROTOCOL_VERSION, 0, "Stage", ["device 7", b"x", 1])], "Stage: device weights"),
+        ([header(PROTOCOL_VERSION, 0, "Stage", ["device", b"x", 1])], "Stage: .* no known source"),
         ([header(PROTOCOL_VERSION, 0, "Stage", ["folder", "x", 1.5])], "Stage: expected fields of types"),
         ([header(PROTOCOL_VERSION, 0, "Done", []), b"12345678"], "arrays take 0 bytes, the frame has 8"),
         (

@@ -31,6 +31,7 @@ from zerokl.weight_sync import (
 )
 from zerokl.weight_sync.device_checksums import CHECKSUM_KIND, device_checksum
 from zerokl.weight_sync.device_descriptor import Descriptor, encode_layout
+from zerokl.weight_sync.device_host import copied_to_host
 from zerokl.weight_sync.device_receiver import DeviceLease, DeviceMappings
 from zerokl.weight_sync.manifest import Manifest
 
@@ -111,6 +112,9 @@ class Trainer:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+PEER, STRANGER = "0000:02:00.0", "0000:03:00.0"
 
 
 @pytest.fixture
@@ -340,3 +344,52 @@ def test_a_wrong_handle_is_told(
     with mappings.lease(trainer.published) as lease:
         assert len(seen(lease)) == len(SHAPES)
     mappings.release()
+
+
+def test_a_peer_reads_and_waits_for_no_event_of_another_gpu(
+    tmp_path: Path, start_trainer: Callable[..., Trainer]
+) -> None:
+    trainer, peer = start_trainer(), FakeGpu(tmp_path, PEER)
+    mappings = DeviceMappings(peer)
+    with mappings.lease(trainer.published) as lease:
+        first = seen(lease)
+    with mappings.lease(trainer.publish()) as lease:
+        assert (seen(lease)["embed"] != first["embed"]).any()
+    assert peer.done["open"] == len(SHAPES) - 1 and peer.done["open_event"] == peer.done["wait"] == 0
+    mappings.release()
+    assert peer.done["close"] == peer.done["open"]
+
+
+def test_memory_of_a_gpu_without_peer_access_is_refused_by_both_names(
+    tmp_path: Path, start_trainer: Callable[..., Trainer], gpu: FakeGpu
+) -> None:
+    trainer, stranger = start_trainer(), FakeGpu(tmp_path, STRANGER, strangers=[gpu.gpu])
+    named = rf"on GPU {gpu.gpu}, which GPU {STRANGER} has no peer access to"
+    with pytest.raises(DeviceHandleError, match=named), DeviceMappings(stranger).lease(trainer.published):
+        pass
+    assert stranger.done["open"] == 0
+
+
+def test_false_names_of_gpus_are_refused(gpu: FakeGpu) -> None:
+    for false in ("x" * 65, b"0000:01:00.0", None):
+        gpu.gpu = false  # type: ignore[assignment]
+        with DevicePublisher(gpu) as publisher:
+            published = publisher.publish(tensors_on(gpu), 1)
+            with pytest.raises(ManifestError, match="no name of a GPU"), DeviceMappings(gpu).lease(published):
+                pass
+
+
+def test_a_publication_of_another_process_is_copied_to_the_host(
+    gpu: FakeGpu, start_trainer: Callable[..., Trainer]
+) -> None:
+    trainer, mappings = start_trainer(), DeviceMappings(gpu)
+    with mappings.lease(trainer.published) as lease:
+        wanted = seen(lease)
+    mappings.release()
+    opened = gpu.done["open"]
+    copies = {spec.name: array for spec, array in copied_to_host(trainer.published, gpu)}
+    assert_equal(copies, {name: values.view(copies[name].dtype) for name, values in wanted.items()})
+    assert gpu.done["open"] == gpu.done["close"] == 2 * opened, "nothing stays mapped"
+    trainer.kill()
+    with pytest.raises(PublisherDiedError):
+        copied_to_host(trainer.published, gpu)

@@ -10,14 +10,12 @@ aborted it: there is no state in which a part of an update serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from zerokl.weight_sync.arrivals import ArrivingTensors
-from zerokl.weight_sync.checksums import checksum_of
 from zerokl.weight_sync.errors import (
     ChecksumError,
     IncompleteUpdateError,
@@ -28,8 +26,9 @@ from zerokl.weight_sync.errors import (
 )
 from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
 from zerokl.weight_sync.manifest import XXH3, Manifest, result_checksum
-from zerokl.weight_sync.tensor_spec import DTYPES, TensorSpec
-from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease, Piece
+from zerokl.weight_sync.staged_tensors import StagedTensors
+from zerokl.weight_sync.tensor_spec import TensorSpec
+from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease
 from zerokl.weight_sync.views import WideTensors, widen
 
 State = Literal["idle", "staging", "arriving", "placing", "verified", "committed", "published", "aborted"]
@@ -62,9 +61,7 @@ class UpdateSession:
         self._live = live
         self._read = read
         self._manifest: Manifest | None = None
-        self._stored: dict[str, NDArray[Any]] = {}
-        self._missing: dict[str, int] = {}
-        self._specs: dict[str, TensorSpec] = {}
+        self._staged: StagedTensors | None = None
         self._arriving: ArrivingTensors | None = None
 
     @property
@@ -86,8 +83,7 @@ class UpdateSession:
             self._check_parent(manifest)
             self.check_fit(manifest)
             self._manifest = manifest
-            self._specs = {spec.name: spec for spec in manifest.tensors}
-            self._missing = {spec.name: spec.nbytes for spec in manifest.tensors}
+            self._staged = StagedTensors(manifest)
             self.state = "staging"
 
     def check_fit(self, manifest: Manifest) -> None:
@@ -108,9 +104,10 @@ class UpdateSession:
     def stage(self, bucket: Bucket) -> None:
         """Take pieces of tensors. Raises ManifestError for a piece that is nowhere in the manifest or came before."""
         self._enter("stage", "staging")
+        assert self._staged is not None, "of this state"
         with _aborting(self):
             for piece in bucket.pieces:
-                self._take(piece, lasting=bucket.lasting)
+                self._staged.take(piece, lasting=bucket.lasting)
 
     def verify(self) -> WideTensors:
         """The tensors, by name, float32 on access, after their checksums and the result's were found as published.
@@ -118,12 +115,15 @@ class UpdateSession:
         Of a delta, those that it changes. Raises IncompleteUpdateError, ChecksumError, ParentMismatchError.
         """
         self._enter("verify", "staging")
+        staged, specs = self._staged, self.manifest.tensors
+        assert staged is not None, "of this state"
         with _aborting(self):
-            self._check_complete()
-            for spec in self.manifest.tensors:
+            staged.check_complete()
+            for spec in specs:
                 if self._read is None or self.manifest.parent is not None or spec.name in self._read:
-                    self._check_tensor(spec)
-            tensors = WideTensors(self._arrays(), {name: self._dtype_of(spec) for name, spec in self._specs.items()})
+                    self._compare(spec.name, staged.checksum(spec), spec.checksum)
+            arrays = {spec.name: self._array(spec, staged) for spec in specs if not self._is_elsewhere(spec)}
+            tensors = WideTensors(arrays, {spec.name: self._dtype_of(spec) for spec in specs})
             self._check_result(tensors)
             self.state = "verified"
             return tensors
@@ -160,8 +160,7 @@ class UpdateSession:
                 if name not in placed:
                     raise IncompleteUpdateError(f"version {self.manifest.version}: tensor {name!r} did not arrive")
             for name, actual in placed.items():
-                if actual != published[name]:
-                    self._refuse(name, actual, published[name])
+                self._compare(name, actual, published[name])
             self.state = "verified"
 
     def commit(self, flip: Callable[[], None]) -> None:
@@ -195,7 +194,8 @@ class UpdateSession:
             raise ProtocolError(f"{step} needs an update that is {needed}, this one is {self.state}")
 
     def _release(self) -> None:
-        self._stored = {}
+        if self._staged is not None:
+            self._staged.clear()
         if self._arriving is not None:
             self._arriving.release()
 
@@ -211,53 +211,15 @@ class UpdateSession:
             )
         self._live = self._live.in_dtype(manifest.result_dtype)
 
-    def _take(self, piece: Piece, *, lasting: bool) -> None:
-        spec = self._specs.get(piece.name)
-        if spec is None:
-            raise ManifestError(f"tensor {piece.name!r} is not in the manifest of version {self.manifest.version}")
-        end = piece.start + len(piece.data)
-        if not 0 <= piece.start <= end <= spec.nbytes:
-            raise ManifestError(f"tensor {piece.name!r}: bytes {piece.start} to {end} of {spec.nbytes} do not exist")
-        if lasting and len(piece.data) == spec.nbytes and piece.name not in self._stored:
-            self._stored[piece.name] = piece.data
-        else:
-            done = spec.nbytes - self._missing[piece.name]
-            if piece.start != done:
-                raise ManifestError(f"tensor {piece.name!r}: byte {piece.start} came where {done} was due")
-            if piece.name not in self._stored:
-                self._stored[piece.name] = np.empty(spec.nbytes, np.uint8)
-            self._stored[piece.name][piece.start : end] = piece.data
-        self._missing[piece.name] = spec.nbytes - end
-
-    def _check_complete(self) -> None:
-        missing = [name for name, count in self._missing.items() if count or name not in self._stored]
-        missing = [name for name in missing if self._specs[name].nbytes]
-        if missing:
-            raise IncompleteUpdateError(
-                f"version {self.manifest.version}: {len(missing)} tensors did not arrive whole, "
-                f"the first of them {missing[0]!r} ({self._missing[missing[0]]} bytes are missing)"
+    def _compare(self, name: str, actual: int, published: int) -> None:
+        if actual != published:
+            raise ChecksumError(
+                f"tensor {name!r} of version {self.manifest.version}: checksum {actual:016x} is not the "
+                f"manifest's {published:016x}; it was damaged or overwritten by a later publication"
             )
 
-    def _check_tensor(self, spec: TensorSpec) -> None:
-        stored = self._stored.get(spec.name)
-        self._compare(spec, xxhash.xxh3_64_intdigest(b"") if stored is None else checksum_of(stored))
-
-    def _compare(self, spec: TensorSpec, actual: int) -> None:
-        if actual != spec.checksum:
-            self._stored.clear()
-            self._refuse(spec.name, actual, spec.checksum)
-
-    def _refuse(self, name: str, actual: int, published: int) -> NoReturn:
-        raise ChecksumError(
-            f"tensor {name!r} of version {self.manifest.version}: checksum {actual:016x} is not the "
-            f"manifest's {published:016x}; it was damaged or overwritten by a later publication"
-        )
-
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        return {spec.name: self._array(spec) for spec in self.manifest.tensors if not self._is_elsewhere(spec)}
-
-    def _array(self, spec: TensorSpec) -> NDArray[Any]:
-        stored = self._stored.get(spec.name, np.empty(0, np.uint8)).view(DTYPES[spec.dtype])
+    def _array(self, spec: TensorSpec, staged: StagedTensors) -> NDArray[Any]:
+        stored = staged.elements(spec)
         if spec.spans is None:
             return stored.reshape(spec.shape)
         assert self._live is not None, "a span outside of a delta"
@@ -283,10 +245,10 @@ class UpdateSession:
         """Of a complete set, where all tensors are of one type that a delta may have."""
         if self.manifest.checksum_kind != XXH3:
             return
-        dtypes = {spec.dtype for spec in self._specs.values()}
+        dtypes = {spec.dtype for spec in self.manifest.tensors}
         if dtypes <= {"float32"} or dtypes <= {"bfloat16"}:
             self.dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
-            self.checksums = {name: spec.checksum for name, spec in self._specs.items()}
+            self.checksums = {spec.name: spec.checksum for spec in self.manifest.tensors}
 
     def _check_result(self, tensors: WideTensors) -> None:
         if self.manifest.parent is None:
@@ -294,7 +256,7 @@ class UpdateSession:
             return
         assert self._live is not None, "checked at the start"
         self.dtype = self.manifest.result_dtype
-        known = {name: self._whole_checksum(spec, tensors) for name, spec in self._specs.items()}
+        known = {spec.name: self._whole_checksum(spec, tensors) for spec in self.manifest.tensors}
         rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
         more = {name: value for name, value in self._live.checksums.items() if name in self._optional}
         self.checksums = {**rest, **more, **known}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zerokl.integrations.policy_forward import WeightDtype, refuse_gradients
 from zerokl.kernels.gpu.driver import current_gpu
-from zerokl.kernels.gpu.ops import Dtype
+from zerokl.kernels.gpu.packed import Dtype
 from zerokl.kernels.gpu.packed_ops import DEFAULT_CHUNK_ROWS, PackedGpuOps
 from zerokl.kernels.gpu.parameter_packing import ParameterPacker
 from zerokl.kernels.ops import DecoderParams, StepInputs

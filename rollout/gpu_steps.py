@@ -20,8 +20,9 @@ from zerokl.kernels.ops import DecoderParams, KVPool, StepInputs, neutral_sampli
 from zerokl.rollout.models.decoder import DecoderSpec, forward_begun
 
 if TYPE_CHECKING:
-    from zerokl.kernels.gpu.ops import FetchedSample, GpuOps
+    from zerokl.kernels.gpu.ops import GpuOps
     from zerokl.kernels.gpu.routing_record import FetchedRouting
+    from zerokl.kernels.gpu.step_results import FetchedSample
     from zerokl.rollout.config import EngineConfig
     from zerokl.rollout.models.moe_config import MoeConfig
 

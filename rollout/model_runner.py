@@ -1,19 +1,15 @@
-"""Runs steps of one model on one device: owns the ops, the KV pool and the named sets of weights.
+"""Runs steps of one model on one device: owns the ops and the KV pool, and packs sets of weights for `HeldSets`.
 
     made -> stage(tensors, version) -> commit() -> execute() ... stage(...) -> commit() -> execute() ...
 
-Staging packs a complete set beside the live one; committing only moves a reference, so it cannot fail and a step sees
-one set from beginning to end. Each set carries an epoch that never repeats, beside its publisher's version.
+Staging packs a complete set beside the live one; committing only moves a reference.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from zerokl.kernels.dispatch import (
@@ -25,52 +21,28 @@ from zerokl.kernels.dispatch import (
     release_spare_weights,
     weight_packer,
 )
-from zerokl.kernels.ops import DecoderParams, KVPool, SampleResult, StepInputs
+from zerokl.kernels.ops import DecoderParams, KVPool, StepInputs
 from zerokl.rollout.expert_parallel.placement import ExpertPlacement
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
 from zerokl.rollout.expert_parallel.rearrange import rearrange
 from zerokl.rollout.gpu_steps import make_gpu_steps
+from zerokl.rollout.held_sets import HeldSets, WeightSet
+from zerokl.rollout.host_steps import HostSteps
 from zerokl.rollout.models.config import ModelConfig
-from zerokl.rollout.models.decoder import DecoderSpec, forward
+from zerokl.rollout.models.decoder import DecoderSpec
 from zerokl.rollout.models.decoder_params import Previous, build_params, held_tensors
 from zerokl.rollout.models.loader import check_tensors
 from zerokl.rollout.models.rope import rope_table
-from zerokl.rollout.routing_capture import RoutingCapture
 from zerokl.rollout.spill import HostedSets, SpilledSets
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.step_outcome import IdleStep, PendingGpuStep, PendingStep, checked_rows, no_rows
+from zerokl.rollout.step_outcome import IdleStep, PendingGpuStep, PendingStep
 from zerokl.weight_sync.views import Overlay
 
 if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
     from zerokl.kernels.device_tensors import DeviceTensors
     from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
-    from zerokl.kernels.gpu.weight_slots import SlotUse
     from zerokl.rollout.config import EngineConfig
-
-LIVE = "policy"
-"""Name of the set that `commit` replaces."""
-
-_STAGED = ""
-"""No set has this name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSet:
-    """Packed weights, never changed after they were made."""
-
-    version: int
-    """As given by whoever staged it."""
-    epoch: int
-    """Counts the sets that this runner has staged; the key for anything computed from this set."""
-    params: DecoderParams[Any]
-    home: SlotUse | None = None
-    """Memory that sets take turns in; None: it is the set's own."""
-
-    @property
-    def place(self) -> int:
-        """Equal for sets that lie at the same addresses one after the other, so that recorded steps serve them all."""
-        return self.epoch if self.home is None else self.home.number
 
 
 class ModelRunner:
@@ -94,9 +66,7 @@ class ModelRunner:
         self._place.prepare(self._ops)
         self._gpu_steps = make_gpu_steps(config, self._ops, self._spec, model_config.moe)
         self._return_routing = config.return_routing != "none"
-        moe = model_config.moe if self._gpu_steps is None else None
-        self._capture = None if moe is None else RoutingCapture(self._ops, moe)
-        self._forward_ops = self._ops if self._capture is None else self._capture.recording_ops
+        self._host_steps = HostSteps(self._ops, self._spec, model_config.moe, returns_routing=self._return_routing)
         self._make_pool = partial(
             self._ops.kv_pool,
             model_config.num_hidden_layers,
@@ -107,15 +77,12 @@ class ModelRunner:
         self._pool: KVPool[Any] | None = self._make_pool()
         positions = config.max_model_len or model_config.max_position_embeddings
         self._rope = self._ops.tensor(rope_table(model_config.rope, model_config.head_dim, positions))
-        self._epochs = count(1)
-        self._staged: WeightSet | None = None
-        self._sets: dict[str, WeightSet] = {}
-        self._spilled: SpilledSets | HostedSets | None = None
+        self._sets = HeldSets()
 
     @property
     def weight_sets(self) -> Mapping[str, WeightSet]:
         """The committed sets by name: "policy" once there was a commit, and the pinned ones."""
-        return dict(self._sets)
+        return self._sets.committed
 
     @property
     def takes_patterns(self) -> bool:
@@ -138,11 +105,9 @@ class ModelRunner:
         """
         if self._gpu_steps is not None:
             return self.begin(order).result()
-        inputs = order.inputs
-        weights, pool = self._operands(inputs)
+        weights, pool = self._operands(order.inputs)
         self._place.begin_step(order, pool)
-        hidden = forward(self._forward_ops, weights.params, self._spec, inputs, pool)
-        return self._with_routing(self._sample(hidden, weights, inputs))
+        return self._host_steps.run(weights.params, order.inputs, pool)
 
     def begin(self, order: StepOrder) -> PendingStep:
         """`execute` on a GPU without waiting: further steps may be begun before the result is asked for.
@@ -158,17 +123,15 @@ class ModelRunner:
         return PendingGpuStep(fetched, order.inputs, self._config.moe)
 
     def _operands(self, inputs: StepInputs) -> tuple[WeightSet, KVPool[Any]]:
-        weights = self._sets.get(inputs.policy)
-        if weights is None:
-            raise ValueError(f"policy must be one of {sorted(self._sets)}, got {inputs.policy!r}")
+        weights = self._sets.named(inputs.policy)
         if self._pool is None:
             raise ValueError("there is no KV pool: it is asleep")
         return weights, self._pool
 
     def warm_up(self) -> None:
         """Before the first step, where the device gains by it: compile kernels and record steps."""
-        if self._gpu_steps is not None and self._pool is not None and LIVE in self._sets:
-            live = self._sets[LIVE]
+        live = self._sets.live
+        if self._gpu_steps is not None and self._pool is not None and live is not None:
             self._gpu_steps.warm_up(live.place, live.params, self._pool)
 
     def stage(self, tensors: Mapping[str, Any], version: int = 0, *, delta: bool = False) -> None:
@@ -182,8 +145,8 @@ class ModelRunner:
         ranks are not read. Raises ValueError naming missing, extra or misshapen tensors, and one that holds a NaN or an
         infinity; nothing is staged then.
         """
-        self._staged = None
-        live = self._sets.get(LIVE)
+        self._sets.discard_staged()
+        live = self._sets.live
         previous = None
         if delta:
             assert live is not None, "a delta without live weights"
@@ -204,7 +167,7 @@ class ModelRunner:
             share=self._place.share(self._placement),
             embeds_from_head=embeds_from_head(self._ops),
         )
-        self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params)
+        self._sets.stage(params, version)
 
     def stage_device(
         self, tensors: DeviceTensors, memory: SharedGpuMemory, version: int, bucket_bytes: int
@@ -214,7 +177,7 @@ class ModelRunner:
         Returns, once all are done, the checksums of what came to its place, by name, for the caller to compare. The
         same object as the last time stands for the same tensors at the same addresses.
         """
-        self._staged = None
+        self._sets.discard_staged()
         packer = device_packer(self._ops, memory)
 
         def pack() -> DecoderParams[Any]:
@@ -226,7 +189,7 @@ class ModelRunner:
         except BaseException:
             packer.abandon()
             raise
-        self._staged = WeightSet(version=version, epoch=next(self._epochs), params=params, home=packer.use)
+        self._sets.stage(params, version, home=packer.use)
         return checksums
 
     def live_tensors(self) -> Mapping[str, Any]:
@@ -238,7 +201,9 @@ class ModelRunner:
             raise ValueError(f"device {self._device!r} cannot read packed weights back: publish all tensors")
         from zerokl.rollout.models.packed_tensors import PackedTensors
 
-        return PackedTensors(self._sets[LIVE].params, self._config, self._place.share(self._placement))
+        live = self._sets.live
+        assert live is not None, "no live weights"
+        return PackedTensors(live.params, self._config, self._place.share(self._placement))
 
     def held_tensors(self) -> Collection[str]:
         """Names of the tensors that this rank packs: all but the experts of other ranks."""
@@ -254,14 +219,13 @@ class ModelRunner:
         old, moe = self._placement, self._config.moe
         if old is None or moe is None:
             raise ValueError("rearrange_experts needs expert_parallel_size above 1, got 1")
-        if self._spilled is not None:
+        if self._sets.are_asleep:
             raise ValueError("rearrange_experts needs the weights, which are asleep")
         new, take = old.like(placement), host_storage(self._ops)
         assert take is not None, "experts are spread on the CPU alone"
-        if self._staged is not None:
-            self._sets[_STAGED] = self._staged
-        rearrange(self._place.group, self._sets, moe.layers, old, new, take)
-        self._staged, self._placement = self._sets.pop(_STAGED, None), new
+        group, layers = self._place.group, moe.layers
+        self._sets.change(lambda sets: rearrange(group, sets, layers, old, new, take))
+        self._placement = new
 
     def relink(self, communicator: Communicator[Any]) -> None:
         """Reach the other ranks by another communicator: some of them have been replaced."""
@@ -269,47 +233,25 @@ class ModelRunner:
 
     def commit(self) -> None:
         """Make the staged set the live one, from the next step on."""
-        assert self._staged is not None, "commit without staged weights"
-        self._sets[LIVE], self._staged = self._staged, None
+        self._sets.commit()
         self._forget_dropped()
 
     def discard_staged(self) -> None:
-        """Forget the staged set, if there is one."""
-        self._staged = None
+        """See `HeldSets.discard_staged`."""
+        self._sets.discard_staged()
 
     def pin(self, name: str) -> None:
-        """Keep the live set under `name` too, without a copy; replaces an earlier pin of that name.
-
-        Raises ValueError for the name of the live set itself, or before the first commit.
-        """
-        if name == LIVE or not name:
-            raise ValueError(f"pin: name must be non-empty and not {LIVE!r}, got {name!r}")
-        if LIVE not in self._sets:
-            raise ValueError(f"pin: there are no live weights yet to keep as {name!r}")
-        self._sets[name] = self._sets[LIVE]
+        """See `HeldSets.pin`."""
+        self._sets.pin(name)
 
     def drop(self, name: str) -> None:
-        """Forget a pinned set. Raises ValueError if there is none of that name, and for the live set."""
-        if name == LIVE or name not in self._sets:
-            raise ValueError(f"drop: name must be one of {sorted(self._sets.keys() - {LIVE})}, got {name!r}")
-        del self._sets[name]
+        """See `HeldSets.drop`."""
+        self._sets.drop(name)
         self._forget_dropped()
 
     def _forget_dropped(self) -> None:
         if self._gpu_steps is not None:
-            self._gpu_steps.keep({weights.place for weights in self._sets.values()})
-
-    def _sample(self, hidden: Any, weights: WeightSet, inputs: StepInputs) -> SampleResult:
-        if not len(inputs.logit_rows):
-            return no_rows(inputs.sampling.want_raw)
-        return checked_rows(self._ops.sample(hidden, weights.params.lm_head, inputs.sampling), inputs)
-
-    def _with_routing(self, sampled: SampleResult) -> StepResult:
-        capture = self._capture
-        if capture is None:
-            return StepResult(sampled=sampled)
-        routed = capture.take() if self._return_routing else None
-        return StepResult(sampled=sampled, expert_tokens=capture.expert_tokens(), routed=routed)
+            self._gpu_steps.keep(self._sets.places)
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None = None) -> None:
@@ -319,10 +261,7 @@ class ModelRunner:
         Raises ValueError where that cannot be done; nothing is freed then.
         """
         if "weights" in tags:
-            spilled = self._spill(spill_dir) if level == 1 else None
-            if self._spilled is not None and self._spilled is not spilled:
-                self._spilled.close()
-            self._spilled, self._sets, self._staged = spilled, {}, None
+            self._sets.put_away(self._spill(spill_dir) if level == 1 else None)
         if "kv_cache" in tags:
             self._pool = None
         release_spare_weights(self._ops)
@@ -333,26 +272,24 @@ class ModelRunner:
 
     def wake_up(self, tags: Collection[str]) -> None:
         """Bring back what `sleep` has put away: the sets of level 1, and an empty KV pool."""
-        if "weights" in tags and self._spilled is not None:
+        if "weights" in tags and self._sets.are_asleep:
             take: Any = host_storage(self._ops) if self._gpu_steps is None else self._gpu_steps.put
             assert take is not None, "spilled without a way back"
-            self._sets = self._spilled.restore(take)
-            self._spilled.close()
-            self._spilled = None
+            self._sets.bring_back(take)
         if "kv_cache" in tags and self._pool is None:
             self._pool = self._make_pool()
 
     def close(self) -> None:
         """Wait for steps that were begun, and free the device's memory; nothing is to be run afterwards."""
-        self._sets, self._staged, self._pool = {}, None, None
+        self._sets.clear()
+        self._pool = None
         if self._gpu_steps is not None:
             release_spare_weights(self._ops)
             self._gpu_steps.forget()
 
-    def _spill(self, spill_dir: str | None) -> SpilledSets | HostedSets | None:
+    def _spill(self, spill_dir: str | None) -> Callable[[Mapping[str, WeightSet]], SpilledSets | HostedSets]:
         if self._gpu_steps is not None:
-            sets = {name: dataclasses.replace(weights, home=None) for name, weights in self._sets.items()}
-            return HostedSets(sets, self._gpu_steps.get, self._rope) if sets else self._spilled
+            return partial(HostedSets, get=self._gpu_steps.get, resident=self._rope)
         if host_storage(self._ops) is None:
             raise ValueError(f"level must be 2 on device {self._device!r}, got 1")
-        return SpilledSets(self._sets, spill_dir, self._rope) if self._sets else self._spilled
+        return partial(SpilledSets, folder=spill_dir, resident=self._rope)

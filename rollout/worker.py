@@ -305,7 +305,7 @@ class LocalWorker:
 
     def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
         from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
-        from zerokl.rollout.model_runner import LIVE
+        from zerokl.rollout.held_sets import LIVE
         from zerokl.weight_sync.live_weights import LiveWeights
 
         live = runner.weight_sets.get(LIVE)

@@ -12,7 +12,8 @@ from ranks_rig import communicators, each
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
-from zerokl.rollout.model_runner import LIVE, ModelRunner
+from zerokl.rollout.held_sets import LIVE
+from zerokl.rollout.model_runner import ModelRunner
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import step_inputs, tiny_moe_config
 from zerokl.rollout.step_order import StepOrder, StepResult

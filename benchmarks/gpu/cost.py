@@ -26,7 +26,8 @@ from variants import FastestProducts, TokensOnly, engines_use
 from workload import load, make_engine, prompts
 
 from models import model_folder
-from zerokl.kernels.gpu.ops import Dtype, GpuOps
+from zerokl.kernels.gpu.ops import GpuOps
+from zerokl.kernels.gpu.packed import Dtype
 from zerokl.kernels.gpu.step_arrays import bucket
 from zerokl.rollout.engine import RolloutEngine
 from zerokl.rollout.models.config import ModelConfig

@@ -122,5 +122,5 @@ def _own_prefixes(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with mock.patch.object(GpuOps, "_shared", lambda *_: None):
+    with mock.patch.object(GpuOps, "shares_prefixes", False):
         yield

@@ -14,8 +14,8 @@ from products import Products
 from zerokl.kernels.gpu import lm_head as heads
 from zerokl.kernels.gpu import matmul
 from zerokl.kernels.gpu.elementwise import Tensor
-from zerokl.kernels.gpu.ops import Dtype, GpuOps
-from zerokl.kernels.gpu.packed import PackedGateUp, PackedLinear
+from zerokl.kernels.gpu.ops import GpuOps
+from zerokl.kernels.gpu.packed import Dtype, PackedGateUp, PackedLinear
 from zerokl.rollout import model_runner
 
 
@@ -32,19 +32,19 @@ class FastestProducts(GpuOps):
         if weight.bias is not None or dtype != self.dtype:
             return super()._product(x, weight, dtype)
         (rows, k), n = x.shape, weight.weight.shape[0]
-        out = self._take(rows, n)
+        out = self._step.take(rows, n)
         self._products.linear(self._choices.find("linear", rows, n, k), x, weight.weight, out)
         return out
 
     def swiglu_linear(self, x: Tensor, weight: PackedGateUp) -> Tensor:
         (rows, k), n = x.shape, weight.weight.shape[0]
-        out = self._take(rows, n // 2)
+        out = self._step.take(rows, n // 2)
         self._products.swiglu(self._choices.find("swiglu", rows, n, k), x, weight.weight, out)
         return out
 
-    def _settle(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
+    def _settle(self, hidden: Tensor, lm_head: PackedLinear, options: Tensor, out: Tensor) -> None:
         with mock.patch.object(matmul, "linear_with_tile_max", self._head_product):
-            super()._settle(hidden, lm_head, at, out)
+            super()._settle(hidden, lm_head, options, out)
 
     def _head_product(self, x: Tensor, weight: Tensor, out: Tensor, tile_max: Tensor, *, tile: Any) -> None:
         (rows, k), n = x.shape, weight.shape[0]
@@ -54,13 +54,13 @@ class FastestProducts(GpuOps):
 class TokensOnly(GpuOps):
     """The same tokens without log-probabilities and entropy, for rows without options at a temperature above 0."""
 
-    def _settle(self, hidden: Tensor, lm_head: PackedLinear, at: dict[str, Tensor], out: Tensor) -> None:
+    def _settle(self, hidden: Tensor, lm_head: PackedLinear, options: Tensor, out: Tensor) -> None:
         rows, vocab = hidden.shape[0], lm_head.weight.shape[0]
         logits, tile_max = (
-            self._take(rows, width, dtype="float32") for width in (vocab, heads.num_tiles(rows, vocab, self.dtype))
+            self._step.take(rows, width, dtype="float32") for width in (vocab, heads.num_tiles(rows, vocab, self.dtype))
         )
-        masses = self._take(rows, heads.num_chunks(vocab), dtype="int64")
-        tokens_only.settle(hidden, lm_head.weight, at["options"], logits, tile_max, masses, out)
+        masses = self._step.take(rows, heads.num_chunks(vocab), dtype="int64")
+        tokens_only.settle(hidden, lm_head.weight, options, logits, tile_max, masses, out)
 
 
 @contextmanager

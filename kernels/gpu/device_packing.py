@@ -1,4 +1,4 @@
-"""Packs tensors that are on the device already: what `GpuOps` makes of arrays, by copies on the device alone."""
+"""Packs tensors that are on the device already: what `HostPacker` makes of arrays, by copies on the device alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.device_tensors import DeviceTensor, Placement, rows_of
 from zerokl.kernels.gpu.copy_plan import CopyPlan
-from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear, Tensor
+from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear, Tensor, dtype_of_shape
 from zerokl.kernels.row_stream import NonFiniteWeightsError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class _Filling:
 class DevicePacker:
     """A `zerokl.kernels.dispatch.WeightPacker` of DeviceTensors into a free slot; `fill` does the copying.
 
-    Matrices get the table's type, vectors float32, as `GpuOps` has them.
+    Matrices get the table's type, vectors float32, as `HostPacker` has them.
     """
 
     def __init__(self, slots: WeightSlots, dtype: str, place: Place) -> None:
@@ -51,15 +51,14 @@ class DevicePacker:
         self._placements: list[Placement] = []
 
     def tensor(self, values: DeviceTensor) -> Tensor:
-        """See `GpuOps.tensor`."""
-        is_matrix = len(values.shape) == 2 and values.shape[0] > 1
-        dtype = self._dtype if is_matrix else "float32"
+        """See `HostPacker.tensor`."""
+        dtype = dtype_of_shape(values.shape, self._dtype)
         target = self._slot.take(values.shape, dtype)
         self._add(values, target, dtype)
         return target
 
     def pack_linear(self, weights: Sequence[Any], biases: Sequence[Any]) -> PackedLinear:
-        """See `GpuOps.pack_linear`; of the biases all are there or none."""
+        """See `HostPacker.pack_linear`; of the biases all are there or none."""
         if len(weights) == 1 and not isinstance(weights[0], DeviceTensor):
             return PackedLinear(weights[0], None)
         weight = self._joined(weights, self._dtype)
@@ -69,7 +68,7 @@ class DevicePacker:
         return PackedLinear(weight, self._joined(biases, "float32"))
 
     def pack_gate_up(self, gate: DeviceTensor, up: DeviceTensor) -> PackedGateUp:
-        """See `GpuOps.pack_gate_up`."""
+        """See `HostPacker.pack_gate_up`."""
         rows, columns = gate.shape
         target = self._slot.take((2 * rows, columns), self._dtype)
         self._add_in_turn(gate, up, target, 0)
@@ -78,7 +77,7 @@ class DevicePacker:
     def pack_experts(
         self, count: int, experts: Iterable[tuple[DeviceTensor, DeviceTensor, DeviceTensor]]
     ) -> PackedExperts:
-        """See `GpuOps.pack_experts`."""
+        """See `HostPacker.pack_experts`."""
         parts = list(experts)
         assert len(parts) == count, f"{count} experts were promised, {len(parts)} came"
         rows, columns = parts[0][0].shape

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Tensor = Any  # as in `elementwise`, which needs Triton
+
+Dtype = Literal["float32", "bfloat16"]
+"""Of matrices, activations, keys and values."""
+
+
+def dtype_of_shape(shape: Sequence[int], dtype: str) -> str:
+    """Type of a tensor of weights in a table of this type: vectors and tables of one row are float32 in any."""
+    return dtype if len(shape) == 2 and shape[0] > 1 else "float32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,9 @@ class PackedGpuOps(GpuOps):
     All layers use the one layer of `scratch_pool` in turn. What `gather_rows` returns is the caller's to keep.
     """
 
+    spreads_splits = False
+    """A sequence of one token has one key, and the buffers would grow with the tokens of all others."""
+
     def scratch_pool(self, inputs: StepInputs, spec: AttentionSpec) -> KVPool[Tensor]:
         """A pool of one layer with room for the step."""
         return self.kv_pool(1, num_blocks(inputs), BLOCK_SIZE, spec)
@@ -34,15 +37,12 @@ class PackedGpuOps(GpuOps):
         """See `Ops.attention`."""
         return super().attention(qkv, 0, params, rope, spec)
 
-    def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> None:
-        """None: a sequence of one token has one key, and the buffers would grow with the tokens of all others."""
-
     def gather_rows(self, x: Tensor, rows: NDArray[np.int32]) -> Tensor:
         """See `Ops.gather_rows`; without padding."""
-        assert self._inputs is not None and rows is self._inputs.logit_rows
+        assert rows is self._step.inputs.logit_rows
         out = self.device.empty([len(rows), x.shape[1]], self.dtype)
         if len(rows):
-            gather(x, self._sections["rows"], out)
+            gather(x, self._step.sections["rows"], out)
         return out
 
     def logprobs(
@@ -67,8 +67,7 @@ class PackedGpuOps(GpuOps):
         results = self.device.empty([rows, int(sampling.NUM_RESULTS)], "int32")
         for first in range(0, rows, chunk_rows):
             last = min(first + chunk_rows, rows)
-            self._scratch.begin(("head", last - first))
-            at = {"options": flat[first * options : last * options]}
-            self._settle(hidden[first:last], lm_head, at, results[first:last])
+            self._step.begin_part(("head", last - first))
+            self._settle(hidden[first:last], lm_head, flat[first * options : last * options], results[first:last])
         columns: NDArray[Any] = self.device.get(results).view(np.float32)
         return columns[:, int(sampling.POLICY_LOGPROB)].copy(), columns[:, int(sampling.ENTROPY)].copy()

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # Kernel functions are Triton's language in Python's syntax: types do not apply.
-"""Packs weights that are on the GPU already: bit for bit the operands that `GpuOps` makes of the host's arrays."""
+"""Packs weights that are on the GPU already: bit for bit the operands that `HostPacker` makes of arrays."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import triton.language as tl
 from zerokl.kernels.gpu.device import Device
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.matmul import dtype_of
-from zerokl.kernels.gpu.ops import Dtype
-from zerokl.kernels.gpu.packed import PackedExperts, PackedGateUp, PackedLinear
+from zerokl.kernels.gpu.packed import Dtype, PackedExperts, PackedGateUp, PackedLinear, dtype_of_shape
 
 _BLOCK = 1024
 
@@ -42,7 +41,7 @@ def place_kernel(
 
 
 class ParameterPacker:
-    """The packing part of `GpuOps` for float32 tensors on its device. Launches copies on the stream of its steps.
+    """`HostPacker` for float32 tensors on the device of a `GpuOps`. Launches copies on the stream of its steps.
 
     What needs no other form is shared with the tensor that was given, not copied.
     """
@@ -54,12 +53,11 @@ class ParameterPacker:
         self._rounds = rounds
 
     def tensor(self, values: Tensor) -> Tensor:
-        """See `GpuOps.tensor`."""
-        matrix = len(values.shape) == 2 and values.shape[0] > 1
-        return self._matrix([values]) if matrix else self._joined([values], list(values.shape), "float32")
+        """See `HostPacker.tensor`."""
+        return self._joined([values], list(values.shape), dtype_of_shape(values.shape, self._dtype))
 
     def pack_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> PackedLinear:
-        """See `GpuOps.pack_linear`."""
+        """See `HostPacker.pack_linear`."""
         bias = None
         if any(part is not None for part in biases):
             sizes = [weight.shape[0] for weight in weights]
@@ -67,14 +65,14 @@ class ParameterPacker:
         return PackedLinear(self._matrix(weights), bias)
 
     def pack_gate_up(self, gate: Tensor, up: Tensor) -> PackedGateUp:
-        """See `GpuOps.pack_gate_up`."""
+        """See `HostPacker.pack_gate_up`."""
         rows, width = gate.shape
         out = self._device.empty([2 * rows, width], self._dtype)
         self._place_in_turn(gate, up, out, 0)
         return PackedGateUp(out)
 
     def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> PackedExperts:
-        """See `GpuOps.pack_experts`."""
+        """See `HostPacker.pack_experts`."""
         gate_up = down = None
         for number, (gate, up, back) in enumerate(experts):
             rows, width = gate.shape

@@ -210,7 +210,7 @@ def test_sequences_that_share_blocks_have_the_bits_of_each_alone(
     for at in range(20):
         alone = [decode([i], at)[0] for i in range(4)]
         together = decode([2, 0, 3, 1], at)
-        assert model.ops._layout.num_entries("shared_tiles") > 0
+        assert model.ops._step.layout.num_entries("shared_tiles") > 0
         for i, rows in zip([2, 0, 3, 1], together, strict=True):
             for column in rows:
                 np.testing.assert_array_equal(rows[column], alone[i][column], err_msg=f"{column} at {at}")

@@ -13,7 +13,8 @@ from spread_rig import BLOCK, FAMILIES, alone, assert_same, moe_config, order, p
 from zerokl.kernels.communicator import CommunicatorError
 from zerokl.rollout.expert_parallel import rearrange as rearranging
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
-from zerokl.rollout.model_runner import LIVE, ModelRunner
+from zerokl.rollout.held_sets import LIVE
+from zerokl.rollout.model_runner import ModelRunner
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.synthetic import random_tensors, step_inputs, tiny_config
 from zerokl.rollout.step_order import BlockMove, StepOrder

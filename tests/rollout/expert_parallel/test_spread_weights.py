@@ -15,7 +15,7 @@ from spread_rig import FAMILIES, alone, assert_same, moe_config, order, run, run
 from zerokl.kernels.row_stream import ArrayRows
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.expert_parallel.rank_place import RankPlace
-from zerokl.rollout.model_runner import LIVE
+from zerokl.rollout.held_sets import LIVE
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.saver import save_pretrained
 from zerokl.rollout.models.synthetic import random_tensors, tiny_moe_config

@@ -54,6 +54,8 @@ class FakeGpu:
         """`strangers` are GPUs that it has no peer access to."""
         self.folder = folder
         self.gpu = gpu
+        self.elsewhere: dict[int, str] = {}
+        """GPUs of allocations, by first address, that are on another one."""
         self._strangers = strangers
         self.done: Counter[str] = Counter()
         self.after_copy = lambda: None
@@ -85,6 +87,9 @@ class FakeGpu:
         return FakeTensor(self.allocate(max(size, 1)), shape, dtype)
 
     # -- DeviceMemory --------------------------------------------------------------------------------------------------
+    def gpu_of(self, base: int) -> str:
+        return self.elsewhere.get(base, self.gpu)
+
     def reaches(self, gpu: str) -> bool:
         return gpu not in self._strangers
 

@@ -18,6 +18,9 @@ class HostCalls:
     def __init__(self) -> None:
         self._arrays: dict[int, NDArray[np.uint8]] = {}
 
+    def gpu_of(self, base: int) -> str:
+        return self.gpu
+
     def reaches(self, gpu: str) -> bool:
         return True
 

@@ -88,6 +88,10 @@ class DeviceMemory(MappedMemory, Protocol):
         """A number of each allocation, by its first address, which no other of this process ever has."""
         ...
 
+    def gpu_of(self, base: int) -> str:
+        """The name, as `gpu`, of the one that an allocation of this process is on."""
+        ...
+
     def export_memory(self, base: int) -> bytes:
         """A handle of the allocation that begins at `base`."""
         ...

@@ -43,7 +43,8 @@ class KnownTensors:
 def look_at(memory: DeviceMemory, named: Sequence[tuple[str, Any]], last: KnownTensors | None) -> KnownTensors:
     """What is known of these tensors: `last`, if they are the same, or what is found of them now.
 
-    Raises ManifestError for what cannot be published, DeviceHandleError for a tensor that is in no allocation or more.
+    Raises ManifestError for what cannot be published, DeviceHandleError for a tensor that is in no allocation of this
+    GPU, or in more.
     """
     seen = _seen(named)
     if last is not None and seen == last.seen and _are_there(memory, last):
@@ -52,7 +53,7 @@ def look_at(memory: DeviceMemory, named: Sequence[tuple[str, Any]], last: KnownT
     specs, total_bytes = plan_layout(described)
     layout = encode_layout(specs, total_bytes)
     located = _located(memory, seen, specs)
-    bases = list(dict.fromkeys(base for base, _ in located if base))
+    bases = _bases(memory, located, specs)
     return KnownTensors(
         seen=seen,
         bases=bases,
@@ -111,3 +112,15 @@ def _located(memory: DeviceMemory, seen: Seen, specs: Sequence[TensorSpec]) -> l
             raise DeviceHandleError(f"tensor {spec.name!r} does not lie in one allocation")
         found.append((base, address - base))
     return found
+
+
+def _bases(memory: DeviceMemory, located: Sequence[Located], specs: Sequence[TensorSpec]) -> list[int]:
+    """The allocations, each once; all on this GPU: kernels may not reach another's memory, which ends the process."""
+    first: dict[int, str] = {}
+    for spec, (base, _) in zip(specs, located, strict=True):
+        if base:
+            first.setdefault(base, spec.name)
+    for base, name in first.items():
+        if (gpu := memory.gpu_of(base)) != memory.gpu:
+            raise DeviceHandleError(f"tensor {name!r} is on GPU {gpu}, but is published from GPU {memory.gpu}")
+    return list(first)

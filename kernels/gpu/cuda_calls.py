@@ -23,7 +23,7 @@ class CudaCalls:
     def __init__(self, number: int) -> None:
         self._number = number
         self._enter()
-        self.gpu = _text(check(runtime.cudaDeviceGetPCIBusId(_BUS_ID_BYTES, number)))
+        self.gpu = _bus_id(number)
         """Its PCI bus id: the same one in all processes, which may number their GPUs as they like."""
         least, _ = _two(runtime.cudaDeviceGetStreamPriorityRange())
         self.stream = int(check(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, least)))
@@ -57,6 +57,13 @@ class CudaCalls:
         self._enter()
         kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
         return [int(check(driver.cuPointerGetAttribute(kind, base))) for base in bases]
+
+    def gpu_of(self, base: int) -> str:
+        """The bus id of the GPU that an allocation of this process is on."""
+        self._enter()
+        kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        number = int(check(driver.cuPointerGetAttribute(kind, base)))
+        return self.gpu if number == self._number else _bus_id(number)
 
     def reaches(self, gpu: str) -> bool:
         """Whether this GPU may read the memory of the one with that bus id; one that is not seen here may be tried."""
@@ -146,7 +153,8 @@ def _two(answer: tuple[Any, Any, Any]) -> tuple[Any, Any]:
     return answer[1], answer[2]
 
 
-def _text(padded: bytes) -> str:
+def _bus_id(number: int) -> str:
+    padded: bytes = check(runtime.cudaDeviceGetPCIBusId(_BUS_ID_BYTES, number))
     return padded.split(b"\0")[0].decode()
 
 

@@ -52,6 +52,7 @@ class SharedGpuMemory:
         self._results = 0, 0
         """Address and size of memory for results."""
         self.gpu = calls.gpu
+        self.gpu_of = calls.gpu_of
         self.reaches = calls.reaches
         self.allocate = calls.allocate
         self.free = calls.free

@@ -210,6 +210,12 @@ def test_what_cannot_be_published_is_named(gpu: FakeGpu) -> None:
     ):
         with pytest.raises(error, match=text):
             DevicePublisher(gpu).publish({name: tensor}, 1)
+    base, _ = gpu.allocation_of(tensors["norm"].data_ptr())
+    gpu.elsewhere[base] = "0000:02:00.0"
+    for buffers in (0, 1):
+        with pytest.raises(DeviceHandleError, match=rf"'norm' is on GPU 0000:02:00.0, but .* from GPU {gpu.gpu}"):
+            DevicePublisher(gpu, buffers=buffers).publish(tensors, 1)
+    gpu.elsewhere.clear()
     with pytest.raises(ManifestError, match="version -1"):
         publisher.publish(tensors, -1)
     with DeviceMappings(gpu).lease(first) as lease:

@@ -1,9 +1,9 @@
 """Steps of one model on one GPU, launched without waiting for any; those that come again are recorded once as a graph.
 
-A step in which every sequence has one token is of a kind that the next one is likely to be, too: same bucket of
-sequences, same width of block tables, same way to draw. Launching its hundreds of kernels one by one takes the host
-longer than the GPU runs, so the launches of a kind are recorded when it comes for the second time and made at once from
-then on. Graphs hold addresses: they belong to one place of weights and one KV pool.
+A step is of a kind that others are likely to be, too: same buckets of tokens, rows, sequences and tiles of chunks, same
+width of block tables, same way to draw. Launching its hundreds of kernels one by one takes the host longer than the GPU
+runs, so the launches of a kind are recorded when it comes for the second time and made at once from then on. Graphs
+hold addresses: they belong to one place of weights and one KV pool.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
+MOST_GRAPHS = 128
+"""Per place of weights, half a MiB each: enough for the kinds that come again and again."""
 
 
 class FetchedStep(NamedTuple):
@@ -134,7 +136,7 @@ class GpuSteps:
 
         kind = self._ops.step_kind() if self._records else None
         graphs = self._graphs.setdefault(place, {})
-        if kind is not None and kind in self._known and kind not in graphs:
+        if kind is not None and kind in self._known and kind not in graphs and len(graphs) < MOST_GRAPHS:
             graphs[kind] = self._ops.record(launches)
         if kind in graphs:
             graphs[kind].launch()

@@ -114,7 +114,7 @@ class GpuOps:
     def step_kind(self) -> tuple[Any, ...] | None:
         """Equal for steps that launch the same kernels at the same addresses with equal parameters and pool.
 
-        None for a step with more than a token of any sequence, whose kind seldom comes again. After `begin_step`.
+        None for a step of so many tokens that its launches are not what is waited for. After `begin_step`.
         """
         step = self._step
         return (step.layout.key(), further_needs(step.inputs.sampling)) if step.may_come_again else None

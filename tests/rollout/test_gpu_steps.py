@@ -23,7 +23,7 @@ from zerokl.rollout.step_outcome import PendingGpuStep
 
 
 class FakeOps:
-    """A step's kind is its number of sequences, unless one has several tokens."""
+    """A step's kind is its numbers of sequences and tokens, unless it has very many."""
 
     def __init__(self) -> None:
         self.device = HostDevice()
@@ -33,9 +33,9 @@ class FakeOps:
     def begin_step(self, inputs: StepInputs, pool: Any) -> None:
         self.inputs = inputs
 
-    def step_kind(self) -> int | None:
-        lengths = np.diff(self.inputs.seq_starts)
-        return len(lengths) if (lengths == 1).all() else None
+    def step_kind(self) -> tuple[int, int] | None:
+        kind = len(self.inputs.context_lens), len(self.inputs.token_ids)
+        return kind if kind[1] <= 60 else None
 
     def record(self, launches: Any) -> Any:
         self.done["recorded"] += 1
@@ -107,8 +107,24 @@ def test_a_steps_routing_comes_with_its_result_and_is_counted() -> None:
     assert result.expert_tokens.tolist() == [[2, 1, 1, 1, 0, 0, 0, 1]] * 2
 
 
-def test_chunks_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
-    for steps, inputs in ((steps_over(ops), step(2, tokens=5)), (steps_over(ops, records=False), step(2))):
+def test_chunks_are_recorded_too(ops: FakeOps) -> None:
+    steps = steps_over(ops)
+    for _ in range(3):
+        steps.begin(1, PARAMS, step(2, tokens=5), None)  # type: ignore[arg-type]
+    assert ops.done == {"drawn": 1, "recorded": 1, "graph": 2}
+
+
+def test_no_more_are_recorded_than_are_kept(ops: FakeOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_steps, "MOST_GRAPHS", 2)
+    steps = steps_over(ops)
+    for place in (1, 2):
+        for sequences in (1, 2, 3) * 2:
+            steps.begin(place, PARAMS, step(sequences), None)  # type: ignore[arg-type]
+    assert steps.num_graphs == ops.done["recorded"] == 4
+
+
+def test_large_steps_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
+    for steps, inputs in ((steps_over(ops), step(5, tokens=13)), (steps_over(ops, records=False), step(2))):
         for _ in range(3):
             steps.begin(1, PARAMS, inputs, None)  # type: ignore[arg-type]
     assert ops.done == {"drawn": 6}

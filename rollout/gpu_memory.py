@@ -10,11 +10,14 @@ from zerokl.rollout.models.layout import expected_tensors
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
-OTHER_BYTES = 1 << 30
-"""For CUDA's context, compiled kernels and recorded graphs: 0.6 GiB on an H100, and some to spare."""
+OTHER_BYTES = 5 << 28
+"""For CUDA's context, compiled kernels (0.6 GiB on an H100) and recorded graphs, and some to spare."""
 
 ROWS_OF_LOGITS = 512
 """Rows whose logits are in memory at once."""
+
+PROGRAMS = 264
+"""Of attention over single tokens: where a program per token and key head makes fewer, each split of keys has one."""
 
 
 def weight_bytes(model: ModelConfig, dtype: str) -> int:
@@ -27,8 +30,10 @@ def step_bytes(model: ModelConfig, dtype: str, config: EngineConfig) -> int:
     """Bytes that the largest step needs on its way, from above."""
     size, tokens = DTYPE_BYTES[dtype], config.max_num_batched_tokens
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    per_token = 4 * model.hidden_size + size * (
-        6 * model.hidden_size + (3 * heads + 2 * kv_heads) * model.head_dim + 2 * model.intermediate_size
+    per_token = (
+        4 * model.hidden_size
+        + 4 * heads * (model.head_dim + 2)
+        + size * (6 * model.hidden_size + (3 * heads + 2 * kv_heads) * model.head_dim + 2 * model.intermediate_size)
     )
     if model.moe is not None:
         moe = model.moe
@@ -38,7 +43,7 @@ def step_bytes(model: ModelConfig, dtype: str, config: EngineConfig) -> int:
             per_token += 8 * moe.top_k * len(moe.layers)
     logits = 2 * 4 * model.vocab_size * min(ROWS_OF_LOGITS, max(tokens, 16))
     length = config.max_model_len or model.max_position_embeddings
-    split_states = 4 * 32 * heads * -(-length // 64) * (model.head_dim + 2)
+    split_states = 4 * max(16, PROGRAMS // kv_heads) * heads * -(-length // 64) * (model.head_dim + 2)
     return (tokens + 512) * per_token + logits + split_states
 
 

@@ -93,10 +93,11 @@ def attention_kernel(
 ):  # fmt: skip
     """One program per (tile of query tokens, key head), or with PARTIAL per (tile, key head, split).
 
-    The rows of a program are its tokens times the query heads of its key head. PARTIAL writes each split's state to
-    `partial` [T, H, max_splits, SIZE] and `state` [T, H, max_splits, 2] for `merge_kernel`. SHARED goes on from the
-    state that `shared_prefix_kernel` left in the same arrays (max_splits = 1). SKIP_MASKS takes the splits that every
-    row sees without masks: faster where there is much to compute, not where memory is waited for.
+    The rows of a program are its tokens times the query heads of its key head. PARTIAL, for tiles of one token, writes
+    each split's state to `partial` [tiles, H, max_splits, SIZE] and `state` [tiles, H, max_splits, 2] for
+    `merge_kernel`. SHARED goes on from the state that `shared_prefix_kernel` left in these arrays, which are then
+    [T, H, SIZE] and [T, H, 2]. SKIP_MASKS takes the splits that every row sees without masks: faster where there is
+    much to compute, not where memory is waited for.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     tile_ptr = tiles_ptr + tl.program_id(0) * _COLUMNS
@@ -122,7 +123,8 @@ def attention_kernel(
                     query, keys_ptr, values_ptr, table_ptr, first_block, kv_head, split * SPLIT, length, position,
                     scale, KV_HEADS, SIZE, SIZE_BLOCK, BLOCK_SIZE, SPLIT, False,
                 )  # fmt: skip
-                at = row * max_splits + split
+                own = tl.program_id(0).to(tl.int64) * HEADS + kv_head * GROUP + head
+                at = own * max_splits + split
                 tl.store(partial_ptr + at[:, None] * SIZE + d[None, :], acc, mask=mask)
                 tl.store(state_ptr + at * 2, m, mask=valid)
                 tl.store(state_ptr + at * 2 + 1, total, mask=valid)
@@ -203,13 +205,14 @@ def merge_kernel(
     d = tl.arange(0, SIZE_BLOCK)
     if tl.load(tile_ptr + 2) > 0:
         length = tl.load(tile_ptr + 3) + 1
+        own = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
         row = tl.load(tile_ptr + 1).to(tl.int64) * HEADS + tl.program_id(1)
         m = tl.full((1,), _NOTHING, tl.float32)
         total = tl.zeros((1,), tl.float32)
         acc = tl.zeros((1, SIZE_BLOCK), tl.float32)
         one = tl.arange(0, 1)
         for split in range(tl.cdiv(length, SPLIT)):
-            at = row * max_splits + split
+            at = own * max_splits + split
             m_i = tl.load(state_ptr + at * 2 + one)
             total_i = tl.load(state_ptr + at * 2 + 1 + one)
             acc_i = tl.load(partial_ptr + at * SIZE + d[None, :], mask=(d < SIZE)[None, :], other=0.0)
@@ -240,7 +243,7 @@ def attention(
     `norms.qkv_to_cache`.
 
     tables [S, max blocks] int32. A tile holds at most `tokens_per_tile(tile, spec)` tokens of one sequence; a tile of
-    no rows is skipped. With `partial`, a pair of float32 buffers [T, H, max splits, D] and [T, H, max splits, 2], every
+    no rows is skipped. With `partial`, a pair of float32 buffers [n, H, max splits, D] and [n, H, max splits, 2], every
     split has a program of its own; tiles must then hold one token each, at positions below max splits * SPLIT. With
     `shared` the splits that tiles of one token share are read once; without it tiles walk all of theirs.
     """

@@ -60,7 +60,7 @@ class StepAttention:
             if count:
                 partial = shared = None
                 if section == "single_tiles":
-                    partial = self._partial(qkv.shape[0], count, spec)
+                    partial = self._partial(count, spec)
                     shared = self._shared(qkv.shape[0], spec) if partial is None else None
                 tile_list = at[section].reshape([count, TILE_COLUMNS])
                 paged_attention.attention(
@@ -80,10 +80,11 @@ class StepAttention:
             self._step.take(tokens, spec.num_heads, 2, dtype="float32"),
         )
 
-    def _partial(self, tokens: int, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
-        """Buffers for a program per split, where a program per sequence and key head would leave the chip idle."""
+    def _partial(self, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
+        """Buffers for a program per split of `count` single tokens, where a program per token and key head would leave
+        the chip idle."""
         context = self._step.layout.max_blocks * self._step.pool.block_size
         if not self._spreads_splits or not paged_attention.splits_pay(count, spec.num_kv_heads, context):
             return None
-        take, shape = self._step.take, (tokens, spec.num_heads, triton.cdiv(context, paged_attention.SPLIT))
+        take, shape = self._step.take, (count, spec.num_heads, triton.cdiv(context, paged_attention.SPLIT))
         return take(*shape, spec.head_dim, dtype="float32"), take(*shape, 2, dtype="float32")

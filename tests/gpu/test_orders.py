@@ -138,7 +138,9 @@ class Attention:
         counts = [min(tokens, LENGTH - at) if positions is None else 1 for at in starts]
         tile_list = np.array([(0, at, n, at, 0) for at, n in zip(starts, counts, strict=True)], np.int32)
         out = rig.empty(LENGTH, SPEC.num_heads * SPEC.head_dim, dtype="float32")
-        shape = (LENGTH, SPEC.num_heads, -(-LENGTH // split))
+        if partial:
+            tile_list = tile_list[::-1].copy()  # states lie where their tile does, not their row
+        shape = (len(tile_list), SPEC.num_heads, -(-LENGTH // split))
         buffers = rig.empty(*shape, SPEC.head_dim, dtype="float32"), rig.empty(*shape, 2, dtype="float32")
         paged_attention.attention(
             self.query, self.pool, 0, self.table, rig.put(tile_list), out, SPEC,

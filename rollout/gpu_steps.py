@@ -1,16 +1,14 @@
-"""Steps of one model on one GPU, launched without waiting for any; those that come again are recorded once as a graph.
+"""Steps of one model on one GPU, launched without waiting for any; those that come again as one recorded graph.
 
 A step is of a kind that others are likely to be, too: same buckets of tokens, rows, sequences and tiles of chunks, same
-width of block tables, same way to draw. Launching its hundreds of kernels one by one takes the host longer than the GPU
-runs, so the launches of a kind are recorded when it comes for the second time and made at once from then on. Graphs
-hold addresses: they belong to one place of weights and one KV pool.
+width of block tables, same way to draw. See `RecordedSteps`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from zerokl.kernels.ops import DecoderParams, KVPool, StepInputs, neutral_sampling
 from zerokl.rollout.models.decoder import DecoderSpec, forward_begun
+from zerokl.rollout.recorded_steps import RecordedSteps
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.ops import GpuOps
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
-MOST_GRAPHS = 128
-"""Per place of weights, half a MiB each: enough for the kinds that come again and again."""
 
 
 class FetchedStep(NamedTuple):
@@ -66,10 +63,7 @@ class GpuSteps:
         self._max_num_seqs = max_num_seqs
         self._max_num_tokens = max_num_tokens
         self._max_blocks = max_blocks
-        self._known: set[Hashable] = set()
-        """Kinds that have run: their kernels are compiled, their memory is there."""
-        self._graphs: dict[int, dict[Hashable, Any]] = {}
-        """Per place of weights and kind."""
+        self._recorded = RecordedSteps(ops.record)
 
         self.get: Callable[[Any], NDArray[Any]] = ops.device.get
         """Copies a tensor to the host."""
@@ -79,7 +73,7 @@ class GpuSteps:
     @property
     def num_graphs(self) -> int:
         """Recorded steps that are kept."""
-        return sum(len(graphs) for graphs in self._graphs.values())
+        return self._recorded.num_graphs
 
     def begin(self, place: int, params: DecoderParams[Any], inputs: StepInputs, pool: KVPool[Any]) -> FetchedStep:
         """Launch a step with the weights in a place; what it gives is on its way to the host."""
@@ -93,13 +87,11 @@ class GpuSteps:
 
     def keep(self, places: Collection[int]) -> None:
         """Forget the graphs of weights in other places, which are gone; slots wait for their next set."""
-        for place in self._graphs.keys() - set(places) - self._ops.slots.numbers:
-            del self._graphs[place]
+        self._recorded.forget(set(self._recorded.places) - set(places) - self._ops.slots.numbers)
 
     def forget(self) -> None:
         """Forget all graphs and the memory of steps: weights or the KV pool go away. No step is under way."""
-        self._graphs.clear()
-        self._known.clear()
+        self._recorded.clear()
         self._ops.forget_step()
 
     def warm_up(self, place: int, params: DecoderParams[Any], pool: KVPool[Any]) -> None:
@@ -135,14 +127,10 @@ class GpuSteps:
                 self._ops.draw(hidden, params.lm_head, begun.sampling)
 
         kind = self._ops.step_kind() if self._records else None
-        graphs = self._graphs.setdefault(place, {})
-        if kind is not None and kind in self._known and kind not in graphs and len(graphs) < MOST_GRAPHS:
-            graphs[kind] = self._ops.record(launches)
-        if kind in graphs:
-            graphs[kind].launch()
-        else:
+        if kind is None:
             launches()
-            self._known.add(kind)
+        else:
+            self._recorded.launch(place, kind, launches)
 
     def _decodes(self) -> Iterator[StepInputs]:
         """A step of every bucket of sequences and width of block tables, the largest first."""

@@ -116,8 +116,8 @@ class GpuOps:
 
         None for a step of so many tokens that its launches are not what is waited for. After `begin_step`.
         """
-        step = self._step
-        return (step.layout.key(), further_needs(step.inputs.sampling)) if step.may_come_again else None
+        place = self._step.place
+        return None if place is None else (place, further_needs(self._step.inputs.sampling))
 
     def record(self, launches: Callable[[], None]) -> Any:
         """A `device.Graph` of the ops that `launches` calls for the step that has begun; it serves its kind."""

@@ -114,15 +114,6 @@ def test_chunks_are_recorded_too(ops: FakeOps) -> None:
     assert ops.done == {"drawn": 1, "recorded": 1, "graph": 2}
 
 
-def test_no_more_are_recorded_than_are_kept(ops: FakeOps, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_steps, "MOST_GRAPHS", 2)
-    steps = steps_over(ops)
-    for place in (1, 2):
-        for sequences in (1, 2, 3) * 2:
-            steps.begin(place, PARAMS, step(sequences), None)  # type: ignore[arg-type]
-    assert steps.num_graphs == ops.done["recorded"] == 4
-
-
 def test_large_steps_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
     for steps, inputs in ((steps_over(ops), step(5, tokens=13)), (steps_over(ops, records=False), step(2))):
         for _ in range(3):

@@ -11,7 +11,7 @@ from gpu_cases import Case, Shape
 from gpu_timing import Bench, copies_past_cache
 
 from zerokl.kernels.gpu import norms, paged_attention, tiles
-from zerokl.kernels.gpu.attention_tiles import attention_tiles, share_prefixes
+from zerokl.kernels.gpu.attention_tiles import SPLIT, attention_tiles, share_prefixes, splits_pay
 from zerokl.kernels.gpu.tiles import Tile
 
 CONTEXT = 384
@@ -22,7 +22,7 @@ BLOCK_SIZE = 16
 
 
 def attention_cases(
-    bench: Bench, shape: Shape, rows: int, tile: Tile | None = None, split: int = paged_attention.SPLIT
+    bench: Bench, shape: Shape, rows: int, tile: Tile | None = None, split: int = SPLIT
 ) -> Iterator[Case]:
     """The write of keys and values, and attention: `rows` sequences at CONTEXT, or one prefill of `rows` tokens."""
     step = AttentionStep(bench, shape, rows)
@@ -84,7 +84,7 @@ class AttentionStep:
         """The groups of the step."""
         members = paged_attention.members_per_tile(self.spec)
         singles = self._tiles(tiles.DECODE_ATTENTION)
-        listed = share_prefixes(singles, self._tables, BLOCK_SIZE, members, paged_attention.SPLIT)
+        listed = share_prefixes(singles, self._tables, BLOCK_SIZE, members, SPLIT)
         self._shared_singles = self._bench.ints(singles)
         acc, state = (
             self._bench.empty(self._rows, self.spec.num_heads, width, dtype="float32")
@@ -93,7 +93,7 @@ class AttentionStep:
         return paged_attention.Shared(self._bench.ints(listed), acc, state, walk)
 
     def case(
-        self, op: str, *, tile: Tile | None = None, split: int = paged_attention.SPLIT,
+        self, op: str, *, tile: Tile | None = None, split: int = SPLIT,
         shared: paged_attention.Shared | None = None,
     ) -> Case:  # fmt: skip
         """Attention; `shared` is of this step."""
@@ -102,7 +102,7 @@ class AttentionStep:
         tile = tile or (tiles.PREFILL_ATTENTION if self._prefill else tiles.DECODE_ATTENTION)
         tile_list = self._shared_singles if shared else self._bench.ints(self._tiles(tile))
         partial = None
-        if not self._prefill and paged_attention.splits_pay(rows, spec.num_kv_heads, self._context) and not shared:
+        if not self._prefill and splits_pay(rows, spec.num_kv_heads, self._context) and not shared:
             buffer = (rows, heads, -(-self._context // split))
             partial = (
                 self._bench.empty(*buffer, size, dtype="float32"), self._bench.empty(*buffer, 2, dtype="float32"),

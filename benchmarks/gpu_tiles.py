@@ -14,7 +14,7 @@ from gpu_attention_cases import CONTEXT, attention_cases
 from gpu_cases import MODELS, Case, Shape, head_case, launches, linear_case, mixture_case, swiglu_case
 from gpu_timing import PEAK, Bench
 
-from zerokl.kernels.gpu import paged_attention
+from zerokl.kernels.gpu.attention_tiles import SPLIT
 from zerokl.kernels.gpu.tiles import Tile
 
 MakeCase = Callable[[Tile], Case]
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64, 128, 256, 2048])
     options = parser.parse_args()
     bench = Bench()
-    print(bench.name, bench.ceilings(), f"context {CONTEXT}, split {paged_attention.SPLIT}", flush=True)
+    print(bench.name, bench.ceilings(), f"context {CONTEXT}, split {SPLIT}", flush=True)
     for op, name, rows in combinations(options.ops, options.models, options.rows):
         sweep(bench, op, name, MODELS[name], rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from zerokl.kernels.gpu.attention_tiles import ENOUGH_PROGRAMS, MOST_STATES, SPLIT
 from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import expected_tensors
@@ -15,9 +16,6 @@ OTHER_BYTES = 5 << 28
 
 ROWS_OF_LOGITS = 512
 """Rows whose logits are in memory at once."""
-
-PROGRAMS = 264
-"""Of attention over single tokens: where a program per token and key head makes fewer, each split of keys has one."""
 
 
 def weight_bytes(model: ModelConfig, dtype: str) -> int:
@@ -43,7 +41,9 @@ def step_bytes(model: ModelConfig, dtype: str, config: EngineConfig) -> int:
             per_token += 8 * moe.top_k * len(moe.layers)
     logits = 2 * 4 * model.vocab_size * min(ROWS_OF_LOGITS, max(tokens, 16))
     length = config.max_model_len or model.max_position_embeddings
-    split_states = 4 * max(16, PROGRAMS // kv_heads) * heads * -(-length // 64) * (model.head_dim + 2)
+    # Block tables have up to four times the width that is needed.
+    num_states = min(MOST_STATES, max(16, ENOUGH_PROGRAMS // kv_heads) * -(-4 * length // SPLIT))
+    split_states = 4 * num_states * heads * (model.head_dim + 2)
     return (tokens + 512) * per_token + logits + split_states
 
 

@@ -9,10 +9,25 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
 
+SPLIT = 64
+"""Keys per split: part of the definition."""
+
 TILE_COLUMNS = 5
 """Columns of a tile: sequence, first row, rows, position of the first row, splits of keys that others walk for it."""
 SHARED_HEAD = 4
 """Columns of a shared tile before the rows of its members: sequence whose table serves, members, splits, 0."""
+
+MOST_STATES = 1 << 15
+"""Splits of single tokens that may have a program each, which leaves H (D + 2) float32 in memory."""
+
+ENOUGH_PROGRAMS = 264
+"""Of attention: two for each multiprocessor of an H100 or H200."""
+
+
+def splits_pay(tokens: int, kv_heads: int, context: int) -> bool:
+    """Whether so many single tokens, at up to `context` keys, leave the chip idle but for programs per split."""
+    splits = -(-context // SPLIT)
+    return splits > 1 and tokens * kv_heads < ENOUGH_PROGRAMS and tokens * splits <= MOST_STATES
 
 
 def attention_tiles(seq_starts: Ints, context_lens: Ints, tokens_per_tile: int) -> tuple[Ints, Ints]:

@@ -17,17 +17,13 @@ import triton
 import triton.language as tl
 
 from zerokl.kernels.gpu import tiles
-from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS
+from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, SPLIT, TILE_COLUMNS
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.reductions import row_sums_by_dot
 from zerokl.kernels.gpu.tiles import Tile
 from zerokl.kernels.ops import AttentionSpec, KVPool
 
-SPLIT = 64
-"""Keys per split: part of the definition."""
-
 LOG2_E = 1.4426950408889634
-_ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 _ENOUGH_SHARED_ROWS = 16  # least rows of a product on tensor cores
 _MEMBERS = 8
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
@@ -280,11 +276,6 @@ def _walk_shared(query, pool, where, shared, spec, constants):
         first_block, max_blocks, MEMBERS=members_per_tile(spec), num_warps=shared.tile.num_warps,
         num_stages=shared.tile.num_stages, **constants,
     )  # fmt: skip
-
-
-def splits_pay(sequences: int, kv_heads: int, context: int) -> bool:
-    """Whether single tokens of `sequences`, at up to `context` keys, leave the chip idle but for programs per split."""
-    return context > SPLIT and sequences * kv_heads < _ENOUGH_PROGRAMS
 
 
 def tokens_per_tile(tile: Tile, spec: AttentionSpec) -> int:

@@ -7,7 +7,14 @@ import triton
 from numpy.typing import NDArray
 
 from zerokl.kernels.gpu import norms, paged_attention, tiles
-from zerokl.kernels.gpu.attention_tiles import SHARED_HEAD, TILE_COLUMNS, attention_tiles, share_prefixes
+from zerokl.kernels.gpu.attention_tiles import (
+    SHARED_HEAD,
+    SPLIT,
+    TILE_COLUMNS,
+    attention_tiles,
+    share_prefixes,
+    splits_pay,
+)
 from zerokl.kernels.gpu.current_step import CurrentStep
 from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.packed import Dtype
@@ -39,7 +46,7 @@ class StepAttention:
         per_tile = paged_attention.tokens_per_tile(self._chunk_tile, spec)
         singles, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, per_tile)
         members = paged_attention.members_per_tile(spec)
-        shared = share_prefixes(singles, inputs.block_tables, block_size, members, paged_attention.SPLIT)
+        shared = share_prefixes(singles, inputs.block_tables, block_size, members, SPLIT)
         if len(shared):
             # To the most that so many sequences can have: a recorded step serves any groups.
             shared = np.pad(shared, ((0, bucket(len(singles)) // 2 - len(shared)), (0, 0)))
@@ -84,7 +91,7 @@ class StepAttention:
         """Buffers for a program per split of `count` single tokens, where a program per token and key head would leave
         the chip idle."""
         context = self._step.layout.max_blocks * self._step.pool.block_size
-        if not self._spreads_splits or not paged_attention.splits_pay(count, spec.num_kv_heads, context):
+        if not self._spreads_splits or not splits_pay(count, spec.num_kv_heads, context):
             return None
-        take, shape = self._step.take, (count, spec.num_heads, triton.cdiv(context, paged_attention.SPLIT))
+        take, shape = self._step.take, (count, spec.num_heads, triton.cdiv(context, SPLIT))
         return take(*shape, spec.head_dim, dtype="float32"), take(*shape, 2, dtype="float32")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 rig.require_device()
 
 from zerokl.kernels.gpu import paged_attention, tiles  # noqa: E402
-from zerokl.kernels.gpu.attention_tiles import attention_tiles, share_prefixes  # noqa: E402
+from zerokl.kernels.gpu.attention_tiles import SPLIT, attention_tiles, share_prefixes  # noqa: E402
 from zerokl.kernels.gpu.tiles import Tile  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -71,13 +71,13 @@ class Step:
         """(single tiles, shared tiles)."""
         singles, _ = attention_tiles(np.arange(len(self.lengths) + 1, dtype=np.int32), self.lengths, 1)
         members = paged_attention.members_per_tile(self.spec)
-        return singles, share_prefixes(singles, self.tables, BLOCK, members, paged_attention.SPLIT)
+        return singles, share_prefixes(singles, self.tables, BLOCK, members, SPLIT)
 
     def run(
         self, lists: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None,
-        own: Tile = tiles.DECODE_ATTENTION, walk: Tile = tiles.SHARED_ATTENTION,
+        own: Tile = tiles.DECODE_ATTENTION, walk: Tile = tiles.SHARED_ATTENTION, spread: bool = False,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """Outputs [T, H D]: with `lists` the shared way, otherwise each sequence on its own."""
+        """Outputs [T, H D]: with `lists` the shared way, otherwise each sequence, or each of its splits, on its own."""
         rows, heads, size = len(self.lengths), self.spec.num_heads, self.spec.head_dim
         out = rig.empty(rows, heads * size, dtype="float32")
         singles, shared_tiles = lists or (self.lists()[0], None)
@@ -85,6 +85,10 @@ class Step:
         if shared_tiles is not None:
             buffers = rig.empty(rows, heads, size, dtype="float32"), rig.empty(rows, heads, 2, dtype="float32")
             shared = paged_attention.Shared(rig.put(shared_tiles), *buffers, walk)
+        if spread:
+            singles = singles[::-1].copy()  # states lie where their tile does, not their row
+            shape = (rows, heads, -(-int(self.lengths.max()) // SPLIT))
+            partial = rig.empty(*shape, size, dtype="float32"), rig.empty(*shape, 2, dtype="float32")
         paged_attention.attention(
             self.query, self.pool, 0, rig.put(self.tables), rig.put(singles), out, self.spec,
             shared=shared, partial=partial, tile=own,
@@ -123,6 +127,7 @@ def test_shared_prefixes_have_the_bits_of_own_keys(shape: tuple[int, int, int]) 
     expected = step.run()
     assert rig.relative_error(expected, step.exact()) < (1e-6 if rig.INTERPRETED else 5e-3)
     same(step.run((singles, shared)), expected)
+    same(step.run(spread=True), expected)
 
 
 @pytest.mark.skipif(rig.INTERPRETED, reason="the interpreter knows neither warps nor stages")
@@ -146,7 +151,7 @@ def test_a_shared_split_that_is_not_whole_is_found_out() -> None:
     """The control: members walk one split more together than they share."""
     step = Step.random(SHAPES[0])
     singles, shared = step.lists()
-    visible = np.array([(singles[rows[4 : 4 + rows[1]], 3] + 1).min() // paged_attention.SPLIT for rows in shared])
+    visible = np.array([(singles[rows[4 : 4 + rows[1]], 3] + 1).min() // SPLIT for rows in shared])
     more = np.flatnonzero(visible > shared[:, 2])
     assert len(more)
     for tile in more:

@@ -23,7 +23,7 @@ if not paddle.device.is_compiled_with_cuda() or paddle.device.cuda.device_count(
     pytest.skip("needs a GPU that Paddle can use", allow_module_level=True)
 
 from zerokl.kernels.dispatch import get_ops  # noqa: E402
-from zerokl.kernels.gpu import paged_attention  # noqa: E402
+from zerokl.kernels.gpu import attention_tiles, paged_attention  # noqa: E402
 from zerokl.kernels.ops import SampleResult, StepInputs, neutral_sampling  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
 from zerokl.rollout.models.decoder import DecoderSpec, forward, forward_begun  # noqa: E402
@@ -206,7 +206,7 @@ def test_sequences_that_share_blocks_have_the_bits_of_each_alone(
         rows = model.run(plain(step_inputs(tokens, [96 + at] * len(which), [tables[i] for i in which], 16)))
         return [{name: values[k : k + 1] for name, values in rows.items()} for k in range(len(which))]
 
-    monkeypatch.setattr(paged_attention, "_ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(attention_tiles, "ENOUGH_PROGRAMS", 1)
     for at in range(20):
         alone = [decode([i], at)[0] for i in range(4)]
         together = decode([2, 0, 3, 1], at)

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "preemption": {"num_blocks": 150},
     OWN_PREFIXES: {},
 }
-GROUPS = {"A": 32, "M": 32, "SmolLM2": 32, "B": 8}
+GROUPS = {"A": 32, "M": 32, "SmolLM2": 32, "B": 8, "C": 16}
 """Prompts of the rollouts that all others are compared with."""
 
 

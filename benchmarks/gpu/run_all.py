@@ -48,7 +48,7 @@ SIZES = {
 }
 """Numbers of sequences by part, where none are given; of part ranks for each rank."""
 MODELS = {
-    "exact": ("A", "M", "SmolLM2", "B"),
+    "exact": ("A", "M", "SmolLM2", "B", "C"),
     "policy": ("A", "M", "SmolLM2", "B"),
     "cost": ("A", "B"),
     "reference": ("smollm2", "A, 4 layers"),

@@ -100,9 +100,9 @@ class ExpertPlacement:
         """A placement for a load [M, X] (tokens, at least 0) that evens the ranks out (EPLB).
 
         Redundant slots go one by one to the expert whose replicas have the most each. Replicas are then dealt to the
-        ranks in rounds of E, heaviest first, the heaviest of a round to the rank that has least: no rank has more than
-        the mean and one replica's load. A mixture whose fullest rank would not have less stays as it is, and in the
-        others experts stay where they can. Deterministic.
+        ranks in rounds of E, heaviest first, the heaviest of a round to the rank that has least, of those without that
+        expert: no rank has more than the mean and one replica's load. A mixture whose fullest rank would not have less
+        stays as it is, and in the others experts stay where they can. Deterministic.
         """
         if np.shape(load) != (len(self.experts), self.num_experts) or np.any(np.asarray(load) < 0):
             raise ValueError(f"load must be [{len(self.experts)}, {self.num_experts}], at least 0; got {load!r}")
@@ -131,8 +131,12 @@ class ExpertPlacement:
         bins: list[list[int]] = [[] for _ in range(ranks)]
         loads = np.zeros(ranks)
         for start in range(0, len(order), ranks):
-            for which, replica in zip(np.argsort(loads, kind="stable"), order[start : start + ranks], strict=True):
-                bins[which].append(int(replicas[replica]))
+            free = np.argsort(loads, kind="stable").tolist()
+            for expert in replicas[order[start : start + ranks]].tolist():
+                # What is left of an expert from the round before comes first here: there is a rank without it.
+                which = next((rank for rank in free if expert not in bins[rank]), free[0])
+                free.remove(which)
+                bins[which].append(expert)
             loads = np.array([sum(tokens[expert] / counts[expert] for expert in some) for some in bins])
         return self._kept_in_place(mixture, bins)
 

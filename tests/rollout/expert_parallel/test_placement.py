@@ -39,7 +39,9 @@ def test_rebalanced_placements(old: ExpertPlacement, seed: int, zeros: float) ->
         counts = Counter(slots.reshape(-1).tolist())
         assert sorted(counts) == list(range(old.num_experts))  # every expert has a slot, every slot an expert
         # Replicas dealt afresh: no rank has more than the mean and one replica's load.
-        fresh = Counter(np.array(old._dealt(mixture, load[mixture])).reshape(-1).tolist())
+        dealt = np.array(old._dealt(mixture, load[mixture]))
+        assert slots.shape[1] > old.num_experts or all(len(set(rank)) == len(rank) for rank in dealt.tolist())
+        fresh = Counter(dealt.reshape(-1).tolist())
         heaviest = max(load[mixture, expert] / count for expert, count in fresh.items())
         assert loads[mixture].max() <= loads[mixture].mean() + heaviest + 1e-9
     assert not any(moves(new, new.rebalanced(load))), "balanced already: nothing moves"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Literal, TypeVar
 
+from zerokl.rollout.awaited_boundary import AwaitedBoundary
 from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, StepAbandonedError, WorkerError
 from zerokl.rollout.histogram import HistogramData
@@ -94,6 +95,11 @@ class EngineLoop:
     def cause(self) -> BaseException | None:
         """What made the engine fail; None while it has not."""
         return self._inbox.cause
+
+    @property
+    def awaited_boundary(self) -> AwaitedBoundary:
+        """Where a change announces itself, so that it need not wait for a step launched ahead."""
+        return self._steps.awaited
 
     @property
     def num_held(self) -> int:

@@ -17,7 +17,7 @@ from zerokl.kernels.row_stream import NamedRows, WholeTensors
 if TYPE_CHECKING:
     from zerokl.kernels.cpu.ops import CpuOps
     from zerokl.kernels.gpu.cuda_calls import CudaCalls
-    from zerokl.kernels.gpu.device_packing import DevicePacker
+    from zerokl.kernels.gpu.device_packing import DevicePacker, Place
     from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
 
 Array = TypeVar("Array")
@@ -177,12 +177,14 @@ def device_reader(number: int = 0) -> CudaCalls:
     return CudaCalls(number)
 
 
-def device_packer(ops: EngineOps[Any], memory: SharedGpuMemory) -> DevicePacker:
-    """What packs a new set of weights of `ops`, on a GPU, from `zerokl.kernels.device_tensors.DeviceTensors`."""
+def device_packer(ops: EngineOps[Any], place: Place) -> DevicePacker:
+    """What packs a new set of weights of `ops`, on a GPU, from `zerokl.kernels.device_tensors.DeviceTensors`; `place`
+    copies them.
+    """
     from zerokl.kernels.gpu.device_packing import DevicePacker
 
     gpu: Any = ops
-    return DevicePacker(gpu.slots, gpu.dtype, memory.place)
+    return DevicePacker(gpu.slots, gpu.dtype, place)
 
 
 def embeds_from_head(ops: EngineOps[Any]) -> bool:

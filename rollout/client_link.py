@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from zerokl.rollout.client_calls import PendingCall, token_chunks
+from zerokl.rollout.client_open_calls import OpenCalls
 from zerokl.rollout.client_socket import ClientSocket, LinkOptions
 from zerokl.rollout.protocol.codec import MAX_HEADER_BYTES, Message, decode, encode, size_of
 from zerokl.rollout.protocol.failures import BusyError, exception_of
@@ -19,8 +20,6 @@ from zerokl.rollout.protocol.schema import SERVER_MESSAGES
 
 _ACK_BYTES = 256 << 10
 """Received and not yet acknowledged at most; the server's window is larger."""
-_MAX_CALLS = 1024
-"""In flight; below the server's own limit."""
 _SILENT_BEATS = 3
 """Heartbeats without a word from the server after which the connection counts as lost."""
 _BYE_MS = 200
@@ -49,12 +48,7 @@ class ClientLink:
         """Held while a call is submitted, and while the end of submissions is declared."""
         self._is_closing = False
         # The thread's own:
-        self._waiting: deque[PendingCall] = deque()
-        """Not sent, or to be sent again under a new number."""
-        self._in_flight: dict[int, PendingCall] = {}
-        self._parked: deque[PendingCall] = deque()
-        """The server had no room for them."""
-        self._last_number = 0
+        self._calls = OpenCalls()
         self._session: bytes | None = None
         self._received = 0
         self._unacknowledged = 0
@@ -75,7 +69,7 @@ class ClientLink:
         with self._lock:
             if self._is_closing:
                 raise ConnectionError("the client is closed")
-            self._order(lambda: self._enqueue(call))
+            self._order(lambda: self._calls.add(call))
 
     def cancel(self, call: PendingCall) -> None:
         """Give a call up; its future resolves as ever, soon."""
@@ -158,7 +152,7 @@ class ClientLink:
                 self._act(message)
             except ValueError as error:
                 self._refusal = f"the server said what is no message: {error}"
-                self._fail_all(ProtocolError(self._refusal))
+                self._calls.fail_all(ProtocolError(self._refusal))
                 self._session, self._received = None, 0
                 self._reconnect()
                 return
@@ -169,26 +163,28 @@ class ClientLink:
         elif message.kind == "refused":
             self._refusal = message.body["text"]
             if message.body["code"] == "version":
-                self._fail_all(ServerLostError(self._refusal))
+                self._calls.fail_all(ServerLostError(self._refusal))
         elif message.kind == "room":
-            self._unpark(_UNPARKED_BY_ROOM)
+            self._calls.unpark(_UNPARKED_BY_ROOM)
         elif message.kind == "tokens":
             for number, chunk in token_chunks(message):
-                if number in self._in_flight:
-                    self._in_flight[number].take_tokens(chunk)
-        elif message.call in self._in_flight:
-            self._answer(self._in_flight[message.call], message)
+                call = self._calls.find(number)
+                if call is not None:
+                    call.take_tokens(chunk)
+        elif (answered := self._calls.find(message.call)) is not None:
+            self._answer(answered, message)
 
     def _answer(self, call: PendingCall, message: Message) -> None:
         if not message.ends_call:
             call.take(message)
             return
-        del self._in_flight[call.number]
         error = exception_of(message.body) if message.kind == "error" else None
         if isinstance(error, BusyError) and not call.is_cancelled:
-            self._parked.append(call)
+            self._calls.park(call)
             return
-        self._unpark(_UNPARKED_BY_ANSWER)
+        self._calls.answered(call)
+        # Each that is begun and answered later brings further ones, each refusal a `room`.
+        self._calls.unpark(_UNPARKED_BY_ANSWER)
         if error is not None:
             call.fail(error)
             return
@@ -197,50 +193,36 @@ class ClientLink:
         except (ValueError, TypeError, KeyError) as wrong:  # the result is not what the call's kind gives
             call.fail(ProtocolError(f"the result of {call.kind} is malformed: {wrong!r:.200}"))
 
-    def _unpark(self, count: int) -> None:
-        """Try some calls again. Each that is begun and answered later brings further ones, each refusal a `room`."""
-        for _ in range(min(count, len(self._parked))):
-            self._waiting.append(self._parked.popleft())
-
     def _settle_in(self, message: Message) -> None:
         if not message.body["resumed"]:
             if self._session is not None:
-                self._fail_in_flight(ServerLostError("the server does not know this client any more: it was restarted"))
+                lost = ServerLostError("the server does not know this client any more: it was restarted")
+                self._calls.fail_in_flight(lost)
             self._received = 0
         self._session = message.body["session"]
         self._heartbeat = message.body["heartbeat"]
         self._max_frame = message.body["limits"].get("max_message_bytes", MAX_HEADER_BYTES)
         self._is_greeted = True
-        for call in self._in_flight.values():
+        for call in self._calls.in_flight:
             self._send_call(call)
 
     # -- sending ------------------------------------------------------------------------------------------------------
-    def _enqueue(self, call: PendingCall) -> None:
-        call.waits_since = time.monotonic()
-        self._waiting.append(call)
-
     def _cancel(self, call: PendingCall) -> None:
         if call.future.done():
             return
         call.is_cancelled = True
-        if call.number in self._in_flight:
+        if self._calls.find(call.number) is not None:
             self._send(Message(kind="cancel", call=call.number))
             return
-        for calls in (self._waiting, self._parked):
-            if call in calls:
-                calls.remove(call)
-                call.fail(ConnectionError("the call was given up"))
+        self._calls.remove(call)
+        call.fail(ConnectionError("the call was given up"))
 
     def _send_waiting(self) -> None:
-        while self._is_greeted and self._waiting and len(self._in_flight) < _MAX_CALLS:
-            call = self._waiting.popleft()
-            self._last_number += 1
-            call.number = self._last_number
-            self._in_flight[call.number] = call
+        while self._is_greeted and (call := self._calls.next_to_send()) is not None:
             try:
                 self._send_call(call)
             except ValueError as error:
-                del self._in_flight[call.number]
+                self._calls.answered(call)
                 call.fail(error)
 
     def _send_call(self, call: PendingCall) -> None:
@@ -266,7 +248,7 @@ class ClientLink:
     # -- time ---------------------------------------------------------------------------------------------------------
     def _keep_alive(self, now: float) -> None:
         if self._is_greeted:
-            if self._unacknowledged and (self._unacknowledged >= _ACK_BYTES or not self._in_flight):
+            if self._unacknowledged and (self._unacknowledged >= _ACK_BYTES or not self._calls.in_flight):
                 self._send(Message(kind="ping"))
             if now - self._last_sent >= self._heartbeat:
                 self._send(Message(kind="ping"))
@@ -275,37 +257,18 @@ class ClientLink:
             return
         seconds = self._options.reconnect_seconds
         lost = ServerLostError(f"{self._options.endpoint}: {self._refusal}, for {seconds:g} s")
-        for call in [*self._waiting, *self._parked, *self._in_flight.values()]:
-            if now - max(call.waits_since, self._lost_since) > seconds:
-                self._forget(call)
+        if now - self._lost_since > seconds:
+            for call in self._calls.waiting_since(now - seconds):
+                self._calls.remove(call)
                 call.fail(lost)
         if now > self._hello_again:
             self._reconnect()
-
-    def _forget(self, call: PendingCall) -> None:
-        self._in_flight.pop(call.number, None)
-        for calls in (self._waiting, self._parked):
-            if call in calls:
-                calls.remove(call)
-
-    def _fail_in_flight(self, error: Exception) -> None:
-        calls, self._in_flight = list(self._in_flight.values()), {}
-        for call in calls:
-            call.fail(error)
-
-    def _fail_all(self, error: Exception) -> None:
-        calls = [*self._waiting, *self._parked]
-        self._waiting.clear()
-        self._parked.clear()
-        self._fail_in_flight(error)
-        for call in calls:
-            call.fail(error)
 
     def _end(self) -> None:
         if self._is_greeted:
             self._send(Message(kind="bye"))
         while self._orders:
             self._orders.popleft()()
-        self._fail_all(ConnectionError("the client was closed while the call was in flight"))
+        self._calls.fail_all(ConnectionError("the client was closed while the call was in flight"))
         self._socket.close(_BYE_MS)
         os.close(self._wake_fd)

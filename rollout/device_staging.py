@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from zerokl.weight_sync.session import UpdateSession
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from zerokl.kernels.gpu.device_packing import Place
     from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.rollout.models.config import ModelConfig
@@ -45,13 +47,16 @@ class DeviceStaging:
             session.begin_placed(lease.mapped.layout.with_version(source.published.version))
             check_tied(lease.contents(EMBED, LM_HEAD), self._expected)
             try:
-                placed = runner.stage_device(tensors, self._memory, version, source.bucket_bytes)
+                placed = runner.stage_device(tensors, self._placing(source), version)
                 lease.check_owner()
                 session.verify_placed(lease.checksums, placed)
             except BaseException:
                 runner.discard_staged()
                 raise
         return session
+
+    def _placing(self, source: DeviceWeights) -> Place:
+        return partial(self._memory.place, bucket_bytes=source.bucket_bytes, nearly_done=source.nearly_staged)
 
     def release(self) -> None:
         """Unmap all."""

@@ -17,12 +17,14 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Literal, TypeVar
 
-from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up, settle
+from zerokl.rollout.awaited_boundary import AwaitedBoundary
+from zerokl.rollout.control import Call, Exclusive, WeightSets, ending_error, gave_up
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, StepAbandonedError, WorkerError
 from zerokl.rollout.histogram import HistogramData
 from zerokl.rollout.loop_inbox import LoopInbox
 from zerokl.rollout.loop_meter import LoopMeter
 from zerokl.rollout.pause import GenerationPause, PauseMode
+from zerokl.rollout.pending_change import PendingChange
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.request import Request
 from zerokl.rollout.routing_store import NO_ROUTING, RankRouting
@@ -31,6 +33,7 @@ from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_pipeline import Begin, DoneStep, StepPipeline
 from zerokl.rollout.step_plan import Hold, StepPlan
+from zerokl.rollout.step_watchers import StepWatchers
 from zerokl.rollout.stop import StopStrings
 
 CLOSE_SECONDS = 5.0
@@ -67,13 +70,12 @@ class EngineLoop:
         self._steps = StepPipeline(scheduler, ranks, block_size, routing, self._take_results, begin_step)
         self._inbox = LoopInbox(check_awake, clock)
         self._calls = RunningCalls(scheduler, self._inbox, stop_strings, check_awake)
-        self._draining: Exclusive | None = None
         self._pause = GenerationPause()
-        self._watchers: tuple[Callable[[], None], ...] = ()
-        self._watchers_lock = threading.RLock()
+        self._watchers = StepWatchers()
         self._hold: Hold | None = None
         """Set while the scheduler has nothing to compute but requests that a collection window holds."""
         self._meter = LoopMeter(scheduler, weights)
+        self._change = PendingChange(scheduler, self._pause, self._meter)
         self._thread = threading.Thread(target=self._run, name="zerokl-engine-loop", daemon=True)
 
     # -- any thread ---------------------------------------------------------------------------------------------------
@@ -88,12 +90,17 @@ class EngineLoop:
             return self._inbox.ended
         if self._pause.holds_calls and (self._pause.is_frozen or not self._scheduler.num_unfinished):
             return "paused"
-        return "draining" if self._draining is not None or self._pause.holds_calls else "running"
+        return "draining" if self._change.exists or self._pause.holds_calls else "running"
 
     @property
     def cause(self) -> BaseException | None:
         """What made the engine fail; None while it has not."""
         return self._inbox.cause
+
+    @property
+    def awaited_boundary(self) -> AwaitedBoundary:
+        """Where a change announces itself, so that it need not wait for a step launched ahead."""
+        return self._steps.awaited
 
     @property
     def num_held(self) -> int:
@@ -146,14 +153,7 @@ class EngineLoop:
 
     def watch_steps(self, watcher: Callable[[], None]) -> Callable[[], None]:
         """Have `watcher` called on the loop thread after each step, quick and without raising; returns what ends it."""
-        with self._watchers_lock:
-            self._watchers = (*self._watchers, watcher)
-
-        def end() -> None:
-            with self._watchers_lock:
-                self._watchers = tuple(other for other in self._watchers if other is not watcher)
-
-        return end
+        return self._watchers.add(watcher)
 
     def metrics(self) -> dict[str, float]:
         """Counters since the start and sizes of now: see `LoopMeter.metrics`; calls and changes held."""
@@ -216,8 +216,8 @@ class EngineLoop:
     def _has_work(self) -> bool:
         unfinished = self._scheduler.num_unfinished > 0
         if unfinished and self._pause.is_frozen:  # a change that is draining stands still too
-            return self._inbox.num_changes > 0 and self._draining is None
-        if self._draining is not None or (self._inbox.num_changes if self._pause.holds_calls else self._inbox):
+            return self._inbox.num_changes > 0 and not self._change.exists
+        if self._change.exists or (self._inbox.num_changes if self._pause.holds_calls else self._inbox):
             return True
         if self._hold is not None:
             return self._clock() >= self._hold.until
@@ -226,62 +226,28 @@ class EngineLoop:
     @property
     def _is_open(self) -> bool:
         """Whether further calls are let in: neither a change nor a pause waits for those in flight."""
-        return self._draining is None and not self._pause.holds_calls
+        return not self._change.exists and not self._pause.holds_calls
 
     def _is_asked(self) -> bool:
         """Whether there is anything to do that is done while no step is under way: all but letting calls in."""
         if self._inbox.num_urgent:
             return True
-        return self._inbox.num_changes > 0 if self._draining is None else self._is_due(self._draining)
+        return self._change.is_due if self._change.exists else self._inbox.num_changes > 0
 
     def _take_inbox(self) -> None:
-        while True:
-            if self._draining is not None and not self._apply_change():
-                return
+        while self._change.settle():
             item = self._inbox.take(only_changes=self._pause.holds_calls)
             if item is None:
                 return
             if isinstance(item, Call):
                 self._calls.add(item)
             else:
-                self._begin_change(item)
+                self._change.begin(item)
 
     def _begin_pause(self, mode: PauseMode, holds: Future[None]) -> None:
         self._pause.begin(mode, holds)
         if mode == "abort":
             self._calls.abort_generating()
-
-    def _begin_change(self, change: Exclusive) -> None:
-        self._draining = change
-        try:
-            if change.waits:
-                self._pause.check_can_drain(self._scheduler.num_unfinished)
-            change.prepare()
-        except WorkerError:
-            raise
-        except Exception as error:  # noqa: BLE001 - bad weights, a missing file, too little memory: the caller's to see
-            change.discard()
-            self._draining = None
-            if change.future.set_running_or_notify_cancel():
-                change.future.set_exception(error)
-        self._meter.begin_drain()
-
-    def _apply_change(self) -> bool:
-        """Apply or drop the change that is due; False while requests must still finish before it."""
-        change = self._draining
-        assert change is not None
-        if not self._is_due(change):
-            return False
-        self._meter.end_drain()
-        if change.future.set_running_or_notify_cancel():
-            settle(change.future, change.apply)
-        else:
-            change.discard()
-        self._draining = None
-        return True
-
-    def _is_due(self, change: Exclusive) -> bool:
-        return not (change.waits and self._scheduler.num_unfinished) or change.future.cancelled()
 
     def _step(self) -> None:
         # While nobody else is let in nothing is worth waiting for.
@@ -304,8 +270,7 @@ class EngineLoop:
         self._meter.count_step(
             step.plan, start=step.start, plan_seconds=step.plan_seconds, worker_seconds=step.worker_seconds
         )
-        for watcher in self._watchers:
-            watcher()
+        self._watchers.call()
 
     def deliver(self, request: Request) -> None:
         """Hand a request that has ended to its call; on the loop thread only, as `refuse`."""
@@ -317,9 +282,8 @@ class EngineLoop:
 
     def _end(self, state: Literal["failed", "closed"], error: BaseException | None) -> None:
         futures, changes = self._inbox.end(state, error)
-        if self._draining is not None:
-            changes.append(self._draining)
-            self._draining = None
+        pending = self._change.take()
+        changes += [] if pending is None else [pending]
         futures += self._pause.take_waiters()
         futures += [change.future for change in changes if not gave_up(change.future)]
         for future in futures:

@@ -41,7 +41,7 @@ from zerokl.weight_sync.views import Overlay
 if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
     from zerokl.kernels.device_tensors import DeviceTensors
-    from zerokl.kernels.gpu.shared_memory import SharedGpuMemory
+    from zerokl.kernels.gpu.device_packing import Place
     from zerokl.rollout.config import EngineConfig
 
 
@@ -169,23 +169,21 @@ class ModelRunner:
         )
         self._sets.stage(params, version)
 
-    def stage_device(
-        self, tensors: DeviceTensors, memory: SharedGpuMemory, version: int, bucket_bytes: int
-    ) -> dict[str, int]:
-        """`stage` of a complete set in a GPU's memory, by copies on the device; otherwise as it.
+    def stage_device(self, tensors: DeviceTensors, place: Place, version: int) -> dict[str, int]:
+        """`stage` of a complete set in a GPU's memory, by copies on the device, which `place` does; otherwise as it.
 
         Returns, once all are done, the checksums of what came to its place, by name, for the caller to compare. The
         same object as the last time stands for the same tensors at the same addresses.
         """
         self._sets.discard_staged()
-        packer = device_packer(self._ops, memory)
+        packer = device_packer(self._ops, place)
 
         def pack() -> DecoderParams[Any]:
             check_tensors(tensors, self._config)
             return build_params(packer, self._config, tensors, self._rope, keep=packer.tensor)
 
         try:
-            params, checksums = packer.fill(tensors, pack, bucket_bytes)
+            params, checksums = packer.fill(tensors, pack)
         except BaseException:
             packer.abandon()
             raise

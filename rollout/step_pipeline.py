@@ -1,7 +1,7 @@
 """Steps under way: launched on the ranks, results not yet taken. Two where the device runs while the host goes on.
 
 begin(plan k)     launch k
-run_ahead()       launch k + 1, if it follows; then take the results of k
+run_ahead()       launch k + 1, if it follows and nobody is about to ask for a boundary; then take the results of k
 finish()          take the results of all
 """
 
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from zerokl.rollout.awaited_boundary import AwaitedBoundary
 from zerokl.rollout.ranks import Ranks
 from zerokl.rollout.routing_store import RankRouting
 from zerokl.rollout.run_ahead import order_ahead
@@ -67,6 +68,8 @@ class StepPipeline:
         self._routing = routing
         self._take = take
         self._begin = begin
+        self.awaited = AwaitedBoundary()
+        """While it is near no step is launched ahead."""
         self._launched: deque[_Launched] = deque()
         self._start = 0.0
 
@@ -91,7 +94,7 @@ class StepPipeline:
         """
         start = time.perf_counter()
         (last,) = self._launched
-        ahead = self._scheduler.plan_ahead(last.plan, now)
+        ahead = None if self.awaited.is_near else self._scheduler.plan_ahead(last.plan, now)
         if ahead is not None:
             requests = self._scheduler.requests
             orders = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class DeviceWeights:
     published: PublishedDeviceWeights
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     """Bytes that are copied at a time, between which steps may begin."""
+    nearly_staged: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    """Called in the thread that stages, when only the last bytes are awaited; not told to other processes."""
 
 
 WeightSource = TensorWeights | FolderWeights | SharedWeights | DeviceWeights

@@ -13,11 +13,11 @@ from zerokl.rollout.control import POLICY, Exclusive, WeightSets
 from zerokl.rollout.errors import EngineClosedError, EngineFailedError, WorkerError
 from zerokl.rollout.hooks import UpdateEvent, UpdateHooks
 from zerokl.rollout.in_flight import InFlightOptions, InFlightRequests
+from zerokl.rollout.weight_source import DeviceWeights, WeightSource
 
 if TYPE_CHECKING:
     from zerokl.rollout.engine_loop import EngineLoop
     from zerokl.rollout.sleep import Sleep
-    from zerokl.rollout.weight_source import WeightSource
 
 
 class WeightUpdates:
@@ -39,6 +39,7 @@ class WeightUpdates:
         self.num_failures = 0
         """Updates that left the old version serving."""
         self._discarded: Future[None] | None = None
+        self.boundary = loop.awaited_boundary
         self._loop = loop
         self._weights = weights
         self._in_flight = in_flight
@@ -47,7 +48,12 @@ class WeightUpdates:
     def make(
         self, source: WeightSource, version: int | None, options: InFlightOptions, *, allow_rewind: bool
     ) -> WeightUpdate:
-        """An update that nobody knows of until it is run."""
+        """An update that nobody knows of until it is run.
+
+        One that does not wait for requests announces its commit, where its staging tells that it is nearly done.
+        """
+        if isinstance(source, DeviceWeights) and options.mode != "wait":
+            source = dataclasses.replace(source, nearly_staged=self.boundary.announce)
         return WeightUpdate(self, source, version, options, allow_rewind=allow_rewind)
 
     @property
@@ -103,6 +109,7 @@ class WeightUpdates:
         self._in_flight.make_way(POLICY, self._weights.staged_version, options)
         version = self._weights.commit(keep_running=options.keeps_kv)
         self._sleep.weights_came()
+        self.boundary.is_near = False
         return version
 
 
@@ -129,7 +136,10 @@ class WeightUpdate:
         try:
             hooks.call("before_update", self._event)
             with self._updates.lock:
-                live = self._stage_and_apply()
+                try:
+                    live = self._stage_and_apply()
+                finally:
+                    self._updates.boundary.is_near = False
         except BaseException as error:
             self._updates.num_failures += 1
             hooks.call("on_failure", dataclasses.replace(self._event, error=error))

@@ -14,35 +14,21 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Collection
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zerokl.kernels.dispatch import device_memory
 from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.step_order import StepOrder, StepResult
-from zerokl.rollout.weight_source import (
-    DeviceWeights,
-    FolderWeights,
-    SharedWeights,
-    TensorWeights,
-    WeightSource,
-    as_array,
-)
+from zerokl.rollout.weight_source import WeightSource
 
 if TYPE_CHECKING:
     from zerokl.kernels.communicator import Communicator
     from zerokl.rollout.config import EngineConfig
-    from zerokl.rollout.device_staging import DeviceStaging
     from zerokl.rollout.expert_parallel.rank_place import RankPlace
     from zerokl.rollout.model_runner import ModelRunner
     from zerokl.rollout.step_outcome import PendingStep
-    from zerokl.weight_sync import PublishedFile, PublishedWeights
-    from zerokl.weight_sync.live_weights import LiveWeights
-    from zerokl.weight_sync.session import UpdateSession
-    from zerokl.weight_sync.transport import Lease
 
 
 class Worker(Protocol):
@@ -136,17 +122,11 @@ class LocalWorker:
         # Late: the model code pulls in the C++ extension, which an engine with a worker process of its own never needs.
         from zerokl.rollout.model_runner import ModelRunner
         from zerokl.rollout.models.config import ModelConfig
-        from zerokl.weight_sync.receiver import SegmentMappings
+        from zerokl.rollout.source_staging import SourceStaging
 
-        self._model_config = ModelConfig.from_json(config.model)
-        self._runner: ModelRunner | None = ModelRunner(config, self._model_config, place)
-        self._session: UpdateSession | None = None
-        self._checksums: dict[str, int] = {}
-        self._checksum_dtype = "float32"
-        self._segments = SegmentMappings()
-        self._device, self._gpu = config.device, config.gpu_of(0 if place is None else place.rank)
-        self._device_staging: DeviceStaging | None = None
-        """Made with the first weights that come from a GPU's memory."""
+        model = ModelConfig.from_json(config.model)
+        self._runner: ModelRunner | None = ModelRunner(config, model, place)
+        self._staging = SourceStaging(model, config.device, config.gpu_of(0 if place is None else place.rank))
         self._num_threads = config.num_threads or len(os.sched_getaffinity(0))
 
     def execute(self, order: StepOrder) -> StepResult:
@@ -163,37 +143,15 @@ class LocalWorker:
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         """As `Worker.stage_weights`."""
-        runner = self._live_runner()
-        self._session = None
-        if isinstance(source, TensorWeights):
-            runner.stage({name: as_array(name, tensor) for name, tensor in source.tensors.items()}, version)
-        elif isinstance(source, FolderWeights):
-            from zerokl.rollout.models.loader import open_tensors
-
-            # Read tensor by tensor while packing: the folder's tensors are never in memory all at once.
-            folder = open_tensors(source.path, self._model_config, patterns=runner.takes_patterns)
-            runner.stage(folder, version)
-        elif isinstance(source, DeviceWeights):
-            self._session = self._staging_on_device().stage(runner, source, version)
-        else:
-            self._stage_published(runner, source, version)
+        self._staging.stage(self._live_runner(), source, version)
 
     def commit_weights(self) -> None:
         """As `Worker.commit_weights`."""
-        runner, session = self._live_runner(), self._session
-        if session is None:
-            runner.commit()
-            self._checksums = {}
-        else:
-            session.commit(runner.commit)
-            self._checksums, self._checksum_dtype = session.checksums, session.dtype
-            session.publish()
-        self._session = None
+        self._staging.commit(self._live_runner())
 
     def discard_staged(self) -> None:
         """As `Worker.discard_staged`."""
-        self._session = None
-        self._live_runner().discard_staged()
+        self._staging.discard(self._live_runner())
 
     def pin_weights(self, name: str) -> None:
         """As `Worker.pin_weights`."""
@@ -206,7 +164,7 @@ class LocalWorker:
     def sleep(self, tags: Collection[str], level: int, spill_dir: str | None) -> None:
         """As `Worker.sleep`."""
         self._live_runner().sleep(tags, level, spill_dir)
-        self._release_sources()
+        self._staging.release()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """As `Worker.wake_up`."""
@@ -235,84 +193,7 @@ class LocalWorker:
         if self._runner is not None:
             self._runner.close()
         self._runner = None
-        self._release_sources()
-
-    def _release_sources(self) -> None:
-        self._segments.release()
-        if self._device_staging is not None:
-            self._device_staging.release()
-
-    def _staging_on_device(self) -> DeviceStaging:
-        if self._device_staging is None:
-            from zerokl.rollout.device_staging import DeviceStaging
-
-            self._device_staging = DeviceStaging(self._model_config, device_memory(self._device, self._gpu))
-        return self._device_staging
-
-    def _stage_published(self, runner: ModelRunner, source: SharedWeights, version: int) -> None:
-        from zerokl.weight_sync.shards import PublishedShards
-
-        published = source.published
-        if isinstance(published, PublishedShards):
-            with published.verified() as tensors:
-                runner.stage(tensors, version)
-            return
-        with self._lease(published) as lease:
-            if lease.manifest.parent is None:
-                self._session = self._stage_arriving(runner, lease, version, source.bucket_bytes)
-            else:
-                self._session = self._stage_delta(runner, lease, version)
-
-    def _lease(self, published: PublishedWeights | PublishedFile) -> AbstractContextManager[Lease]:
-        from zerokl.weight_sync import PublishedWeights
-
-        return self._segments.lease(published) if isinstance(published, PublishedWeights) else published.open()
-
-    def _stage_arriving(self, runner: ModelRunner, lease: Lease, version: int, bucket_bytes: int) -> UpdateSession:
-        """Pack a complete set while it is read and checked."""
-        from zerokl.rollout.device_staging import check_tied
-        from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
-        from zerokl.weight_sync.session import UpdateSession
-
-        expected = expected_tensors(self._model_config)
-        read = {*runner.held_tensors(), LM_HEAD}
-        session = UpdateSession(expected, optional={LM_HEAD: expected[EMBED]}, read=read)
-        session.begin(version, lease.manifest)
-        ends = [spec for spec in lease.manifest.tensors if spec.name in (EMBED, LM_HEAD)]
-        check_tied({spec.name: (spec.dtype, spec.checksum) for spec in ends}, expected)
-        try:
-            runner.stage(session.arriving(lease.buckets(bucket_bytes)), version)
-            session.verify_read()
-        except BaseException:
-            runner.discard_staged()
-            raise
-        finally:
-            session.release()
-        return session
-
-    def _stage_delta(self, runner: ModelRunner, lease: Lease, version: int) -> UpdateSession:
-        from zerokl.rollout.models.layout import EMBED, LM_HEAD, expected_tensors
-        from zerokl.weight_sync.session import UpdateSession, receive
-
-        expected = expected_tensors(self._model_config)
-        read = {*runner.held_tensors(), LM_HEAD}
-        session = UpdateSession(expected, self._live_weights(runner), {LM_HEAD: expected[EMBED]}, read=read)
-        try:
-            runner.stage(receive(session, version, lease), version, delta=True)
-        finally:
-            session.release()
-        return session
-
-    def _live_weights(self, runner: ModelRunner) -> LiveWeights | None:
-        from zerokl.rollout.expert_parallel.own_tensors import OwnTensors
-        from zerokl.rollout.held_sets import LIVE
-        from zerokl.weight_sync.live_weights import LiveWeights
-
-        live = runner.weight_sets.get(LIVE)
-        if live is None:
-            return None
-        tensors = OwnTensors(runner.live_tensors(), self._model_config)
-        return LiveWeights(version=live.version, tensors=tensors, checksums=self._checksums, dtype=self._checksum_dtype)
+        self._staging.release()
 
     def _live_runner(self) -> ModelRunner:
         if self._runner is None:

@@ -21,19 +21,13 @@ from zerokl.rollout.errors import WorkerError
 from zerokl.rollout.messages import Failed, Message, exception_of, is_consequence
 from zerokl.rollout.rank_faults import FaultMeter
 from zerokl.rollout.rank_watch import TICK_SECONDS
+from zerokl.rollout.reachable_sources import ReachableSources
 from zerokl.rollout.step_order import StepOrder, StepResult
 from zerokl.rollout.supervision import Supervision
-from zerokl.rollout.weight_source import (
-    DeviceWeights,
-    FolderWeights,
-    SharedWeights,
-    TensorWeights,
-    WeightSource,
-    as_array,
-)
+from zerokl.rollout.weight_source import WeightSource
 from zerokl.rollout.worker_channels import Channels, WorkerDiedError, WorkerLink
 from zerokl.rollout.worker_child import WorkerChild
-from zerokl.weight_sync import PublishedFile, WeightPublisher, reap_dead_segments
+from zerokl.weight_sync import reap_dead_segments
 
 if TYPE_CHECKING:
     from zerokl.rollout.config import EngineConfig
@@ -61,7 +55,7 @@ class RankProcesses:
         self.faults = FaultMeter()
         self._config = config
         self._options = dataclasses.asdict(config)
-        self._publisher: WeightPublisher | None = None
+        self._sources = ReachableSources()
         self._away: frozenset[str] = frozenset()
         """Parts that are put away."""
         self._num_tokens = 0
@@ -109,38 +103,19 @@ class RankProcesses:
         Arrays of this process (TensorWeights) are copied once into shared memory, which all ranks read and which is
         kept for the next call, until `sleep` of "weights" or `close`.
         """
-        reachable = self._reachable(source, version)
+        reachable = self._sources.reachable(source, version)
         try:
             self._done(messages.Stage(source=reachable, version=version), channels=self._link.staging)
         except WorkerError:
-            self._free_publisher()  # a rank is gone: what was published may still be read
+            self._sources.free()  # a rank is gone: what was published may still be read
             raise
         except Exception:
             self._done(messages.Discard(), channels=self._link.staging)
             raise
         except BaseException:  # Ctrl-C: afterwards no rank is still at it, unless a second one cuts it short
-            self._free_publisher()
+            self._sources.free()
             self._done(messages.Discard(), channels=self._link.staging)
             raise
-
-    def _reachable(self, source: WeightSource, version: int) -> FolderWeights | SharedWeights | DeviceWeights:
-        """The source as other processes can read it. Working directories may have parted."""
-        if isinstance(source, TensorWeights):
-            if self._publisher is None:
-                self._publisher = WeightPublisher("staging", buffers=1)
-            arrays = ((name, as_array(name, tensor)) for name, tensor in source.tensors.items())
-            return SharedWeights(published=self._publisher.publish(arrays, version))
-        if isinstance(source, FolderWeights):
-            return FolderWeights(path=str(Path(source.path).absolute()))
-        if isinstance(source.published, PublishedFile):
-            path = str(Path(source.published.path).absolute())
-            return dataclasses.replace(source, published=dataclasses.replace(source.published, path=path))
-        return source
-
-    def _free_publisher(self) -> None:
-        if self._publisher is not None:
-            self._publisher.close()
-            self._publisher = None
 
     def commit_weights(self) -> None:
         """See Ranks."""
@@ -172,7 +147,7 @@ class RankProcesses:
                 raise
             self._away |= {tag}
         if "weights" in tags:
-            self._free_publisher()
+            self._sources.free()
 
     def wake_up(self, tags: Collection[str]) -> None:
         """See Ranks. Where a rank fails to, it may be called again: what is there stays."""
@@ -186,7 +161,7 @@ class RankProcesses:
     def close(self) -> None:
         """End the processes: asked first, killed if they have not ended after 5 seconds."""
         self._close()
-        self._free_publisher()
+        self._sources.free()
 
     @property
     def pids(self) -> list[int]:

@@ -11,7 +11,7 @@ import mmap
 import os
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,6 @@ class FakeGpu:
     def close_event(self, event: int) -> None:
         self.done["close_event"] += 1
 
-    def record(self, event: int) -> None:
-        (self.folder / self._events[event]).touch()
-
     def wait(self, event: int) -> None:
         assert (self.folder / self._events[event]).exists(), "an event that was not recorded"
         self.done["wait"] += 1
@@ -168,13 +165,18 @@ class FakeGpu:
         self.done["plan"] += 1
         return CopyPlan.of_tensors(tensors, targets)
 
-    def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
-        return self.place(plan)[0]
+    def checksums(self, plan: CopyPlan, event: int) -> NDArray[np.uint64]:
+        found = self.place(plan)[0]
+        (self.folder / self._events[event]).touch()
+        return found
 
-    def place(self, plan: CopyPlan, bucket_bytes: int = 0) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    def place(
+        self, plan: CopyPlan, bucket_bytes: int = 0, nearly_done: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
         if plan.copies:
             for placement in plan.placements:
                 _target(placement)[...] = converted(_source(placement), placement.dtype, placement.target_dtype)
+            nearly_done()
             self.after_copy()
         sums, broken = [], []
         for placement in plan.placements:

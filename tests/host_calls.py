@@ -33,6 +33,8 @@ class HostCalls:
     def free(self, base: int) -> None:
         del self._arrays[base]
 
+    allocate_pinned, free_pinned = allocate, free
+
     def allocation_of(self, address: int) -> tuple[int, int]:
         """The page, as if all that follows belonged to it."""
         return address & ~0xFFF, 1 << 30
@@ -52,6 +54,8 @@ class HostCalls:
     def record(self, event: int, stream: int) -> None: ...
 
     def wait(self, event: int) -> None: ...
+
+    def await_event(self, event: int) -> None: ...
 
     def upload(self, address: int, host: int, size: int) -> None:
         ctypes.memmove(address, host, size)

@@ -112,10 +112,6 @@ class DeviceMemory(MappedMemory, Protocol):
         """A handle of the event."""
         ...
 
-    def record(self, event: int) -> None:
-        """Have the event reached once all that was asked for so far is done."""
-        ...
-
     def follow(self, stream: int | None) -> None:
         """Have it wait for what was launched on a stream of this process so far; None: the framework's current one."""
         ...
@@ -124,8 +120,8 @@ class DeviceMemory(MappedMemory, Protocol):
         """How to read these tensors, and with `targets` copy each to an address: for any number of `checksums`."""
         ...
 
-    def checksums(self, plan: Any) -> NDArray[np.uint64]:
+    def checksums(self, plan: Any, event: int) -> NDArray[np.uint64]:
         """Carry a plan out, once all that was asked for before is done: `device_checksum` of each tensor, of a copy as
-        it is where it was copied to.
+        it is where it was copied to. The event is reached behind it, and has been when this returns.
         """
         ...

@@ -112,8 +112,7 @@ class DevicePublisher:
                 reading = self._read_into_buffer(turn, known)
             else:
                 self._held = [tensor for _, tensor in named]
-            checksums = self._memory.checksums(reading.plan)
-            self._memory.record(self._event)
+            checksums = self._memory.checksums(reading.plan, self._event)
             key = secrets.randbits(63)
             write(shared, key, reading.descriptor)
         self._next = (self._next + 1) % len(self._turns)

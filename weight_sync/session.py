@@ -12,24 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from zerokl.weight_sync.arrivals import ArrivingTensors
 from zerokl.weight_sync.errors import (
     ChecksumError,
     IncompleteUpdateError,
-    ManifestError,
     ParentMismatchError,
     ProtocolError,
     VersionOrderError,
 )
-from zerokl.weight_sync.live_weights import LiveWeights, checksum_as
-from zerokl.weight_sync.manifest import XXH3, Manifest, result_checksum
+from zerokl.weight_sync.live_weights import LiveWeights
+from zerokl.weight_sync.manifest import XXH3, Manifest
 from zerokl.weight_sync.staged_tensors import StagedTensors
-from zerokl.weight_sync.tensor_spec import TensorSpec
 from zerokl.weight_sync.transport import DEFAULT_BUCKET_BYTES, Bucket, Lease
-from zerokl.weight_sync.views import WideTensors, widen
+from zerokl.weight_sync.views import WideTensors
+from zerokl.weight_sync.whole_tensors import WholeTensors
 
 State = Literal["idle", "staging", "arriving", "placing", "verified", "committed", "published", "aborted"]
 
@@ -122,9 +118,9 @@ class UpdateSession:
             for spec in specs:
                 if self._read is None or self.manifest.parent is not None or spec.name in self._read:
                     self._compare(spec.name, staged.checksum(spec), spec.checksum)
-            arrays = {spec.name: self._array(spec, staged) for spec in specs if not self._is_elsewhere(spec)}
-            tensors = WideTensors(arrays, {spec.name: self._dtype_of(spec) for spec in specs})
-            self._check_result(tensors)
+            whole = WholeTensors(self.manifest, self._live, self._read)
+            tensors = whole.of(staged)
+            self._note_result(whole, tensors)
             self.state = "verified"
             return tensors
 
@@ -218,29 +214,6 @@ class UpdateSession:
                 f"manifest's {published:016x}; it was damaged or overwritten by a later publication"
             )
 
-    def _array(self, spec: TensorSpec, staged: StagedTensors) -> NDArray[Any]:
-        stored = staged.elements(spec)
-        if spec.spans is None:
-            return stored.reshape(spec.shape)
-        assert self._live is not None, "a span outside of a delta"
-        if spec.dtype not in ("float32", "bfloat16"):
-            raise ManifestError(f"tensor {spec.name!r}: spans must be of float32 or bfloat16, got {spec.dtype}")
-        whole = np.array(self._live.tensors[spec.name], np.float32, order="C")
-        flat, values = whole.reshape(-1), widen(stored, spec.dtype)
-        place = 0
-        for start, stop in spec.spans:
-            flat[start:stop] = values[place : place + stop - start]
-            place += stop - start
-        return whole
-
-    def _is_elsewhere(self, spec: TensorSpec) -> bool:
-        """Whether it is a range of a tensor of which only another rank has the rest."""
-        return spec.spans is not None and self._read is not None and spec.name not in self._read
-
-    def _dtype_of(self, spec: TensorSpec) -> str:
-        """That of `_array`: tensors made of spans are float32."""
-        return spec.dtype if spec.spans is None else "float32"
-
     def _note_checksums(self) -> None:
         """Of a complete set, where all tensors are of one type that a delta may have."""
         if self.manifest.checksum_kind != XXH3:
@@ -250,30 +223,13 @@ class UpdateSession:
             self.dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
             self.checksums = {spec.name: spec.checksum for spec in self.manifest.tensors}
 
-    def _check_result(self, tensors: WideTensors) -> None:
+    def _note_result(self, whole: WholeTensors, tensors: WideTensors) -> None:
+        """Checksums of the set that this update makes."""
         if self.manifest.parent is None:
             self._note_checksums()
-            return
-        assert self._live is not None, "checked at the start"
-        self.dtype = self.manifest.result_dtype
-        known = {spec.name: self._whole_checksum(spec, tensors) for spec in self.manifest.tensors}
-        rest = {name: self._live.checksum(name) for name in self._expected if name not in known}
-        more = {name: value for name, value in self._live.checksums.items() if name in self._optional}
-        self.checksums = {**rest, **more, **known}
-        actual = result_checksum(self.checksums)
-        if actual != self.manifest.result:
-            raise ParentMismatchError(
-                f"version {self.manifest.version}: applied to version {self.manifest.parent} as it is here, the delta "
-                f"gives a set of checksum {actual:016x}, its publisher has {self.manifest.result:016x}"
-            )
-
-    def _whole_checksum(self, spec: TensorSpec, tensors: WideTensors) -> int:
-        """Of a tensor of the result."""
-        if self._is_elsewhere(spec):
-            return spec.whole  # the rank that has the rest computes it; a false one gives another result here
-        if spec.spans is None and spec.dtype == self.dtype:
-            return spec.checksum
-        return checksum_as(self.dtype, spec.name, tensors[spec.name])
+        else:
+            self.checksums = whole.checksums(tensors, self._expected, self._optional)
+            self.dtype = self.manifest.result_dtype
 
 
 def receive(

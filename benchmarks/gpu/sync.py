@@ -1,7 +1,8 @@
 """Part `sync` of run_all.py: weights of a trainer's process through the GPU's memory into an engine that generates.
 
 An update takes from the trainer's call of `publish`, its values being written, to the end of `update_weights`: publish,
-transfer (encoded, through a pipe, decoded), stage (opened, copied, checked) and commit (between two steps). While
+transfer (encoded, through a pipe, decoded), stage (opened, copied, checked) and commit (between two steps). It is
+announced some time before the end of the staging, and no step launched ahead from then on (announced_before_ms). While
 sequences run, what generation loses is told by the device: the longest time between two steps around the commit, over
 the usual one. The floor is the bytes that have to move at the datasheet's bandwidth: published in place they are read
 by the trainer's checksum, read and written by the copy, and read by the engine's checksum; buffers add a copy.
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,18 @@ PROMPT, OUTPUT = 64, 1500
 class SyncedWorker(TimedWorker):
     """Weights of its own at first, then those that a trainer publishes."""
 
-    staged = 0.0
-    """When the last of these were, on the monotonic clock."""
+    announced = staged = 0.0
+    """When the last of these were nearly staged, and staged, on the monotonic clock."""
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         if isinstance(source, DeviceWeights):
-            LocalWorker.stage_weights(self, source, version)
+            announce = source.nearly_staged
+
+            def noted() -> None:
+                announce()
+                SyncedWorker.announced = time.monotonic()
+
+            LocalWorker.stage_weights(self, replace(source, nearly_staged=noted), version)
             SyncedWorker.staged = time.monotonic()
         else:
             super().stage_weights(source, version)
@@ -115,7 +123,8 @@ def update(engine: RolloutEngine, trainer: Trainer, version: int, sequences: int
     clock = [answer["begun"], answer["published"], answer["received"], SyncedWorker.staged, done]
     spans = [1e3 * (end - begin) for begin, end in itertools.pairwise(clock)]
     row = dict(zip(("publish_ms", "transfer_ms", "stage_ms", "commit_ms"), spans, strict=True))
-    return row | {"total_ms": sum(spans)} | pauses(worker.log, calm, answer["begun"])
+    row |= {"total_ms": sum(spans), "announced_before_ms": 1e3 * (SyncedWorker.staged - SyncedWorker.announced)}
+    return row | pauses(worker.log, calm, answer["begun"])
 
 
 def pauses(log: list[Any], calm: int, begun: float) -> Row:

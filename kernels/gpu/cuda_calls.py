@@ -40,6 +40,16 @@ class CudaCalls:
         self._enter()
         check(runtime.cudaFree(base))
 
+    def allocate_pinned(self, size: int) -> int:
+        """New memory of the host, which copies to it are launched to without waiting."""
+        self._enter()
+        return int(check(runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault)))
+
+    def free_pinned(self, host: int) -> None:
+        """Give it back."""
+        self._enter()
+        check(runtime.cudaFreeHost(host))
+
     def allocation_of(self, address: int) -> tuple[int, int]:
         """First address and size of the allocation that holds an address, on this GPU or mapped from a peer."""
         self._enter()
@@ -120,6 +130,11 @@ class CudaCalls:
         """Have what is launched on our stream from now on wait for the event."""
         self._enter()
         check(runtime.cudaStreamWaitEvent(self.stream, event, 0))
+
+    def await_event(self, event: int) -> None:
+        """Wait on the host; not at all for one that was never recorded."""
+        self._enter()
+        check(runtime.cudaEventSynchronize(event))
 
     # -- our stream ----------------------------------------------------------------------------------------------------
     def upload(self, address: int, host: int, size: int) -> None:

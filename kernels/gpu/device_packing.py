@@ -17,9 +17,9 @@ from zerokl.kernels.row_stream import NonFiniteWeightsError
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.weight_slots import SlotUse, WeightSlots
 
-Place = Callable[[CopyPlan, int], tuple[NDArray[np.uint64], NDArray[np.int32]]]
-"""Carries a plan out, in pieces of some bytes; gives each source's checksum, as of what came to its place, and how
-often it holds a NaN or an infinity."""
+Place = Callable[[CopyPlan], tuple[NDArray[np.uint64], NDArray[np.int32]]]
+"""Carries a plan out and waits; gives each source's checksum, as of what came to its place, and how often it holds a
+NaN or an infinity."""
 
 _SIZES = {"bfloat16": 2, "float32": 4}
 
@@ -88,8 +88,8 @@ class DevicePacker:
             self._add(out, down, self._dtype, first=expert * rows * columns)
         return PackedExperts(gate_up, down)
 
-    def fill(self, tensors: object, pack: Callable[[], Any], bucket_bytes: int) -> tuple[Any, dict[str, int]]:
-        """Copy all that `pack` packs here of these tensors, `bucket_bytes` at a time, and wait.
+    def fill(self, tensors: object, pack: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
+        """Copy all that `pack` packs here of these tensors, and wait.
 
         Returns what `pack` returns, and the checksums of what came to its place, by name. Where the tensors that filled
         this slot last were the same object, `pack` is not called: its result, and what goes where, were kept. Raises
@@ -100,7 +100,7 @@ class DevicePacker:
             packed = pack()
             filling = _Filling(tensors, packed, tuple(self._names), CopyPlan(self._placements))
             self._slot.filling = filling
-        checksums, broken = self._place(filling.plan, bucket_bytes)
+        checksums, broken = self._place(filling.plan)
         if broken.any():
             raise NonFiniteWeightsError(filling.names[int(broken.argmax())])
         return filling.packed, dict(zip(filling.names, checksums.tolist(), strict=True))

@@ -5,6 +5,7 @@ All work is launched on one stream that gives way to the steps. Two threads may 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zerokl.kernels.gpu.copies import launch
-from zerokl.kernels.gpu.copy_plan import CopyPlan, Group, Tables, buckets
+from zerokl.kernels.gpu.copy_plan import PIECE_WORDS, CopyPlan, Group, Tables, buckets
 
 if TYPE_CHECKING:
     from zerokl.kernels.gpu.cuda_calls import CudaCalls
 
-_BUCKET_BYTES = 256 << 20
-"""Of a trainer's launches, which wait for it and have no step of its own to let through."""
+_AT_ONCE = 1 << 46
+"""Bytes of a trainer's launch: all there are. It has no step of its own to let through."""
+_LAST_BYTES = 4 << 30
+"""So many are left to copy when a copy is nearly done: beside steps they take longer than a step."""
 _PLANS_KEPT = 8
 """Plans whose tables stay on the device: the same memory is read again, and copied into one of two places."""
 
@@ -31,6 +34,21 @@ class _Loaded(NamedTuple):
     size: int
     tables: list[Tables]
     """By group, counted from the address."""
+
+
+class _Results(NamedTuple):
+    """Memory for what a plan finds: on the device, and pinned on the host, so that nothing waits for its copy."""
+
+    address: int
+    host: int
+    size: int
+
+
+class _Found(NamedTuple):
+    """What a plan finds, by placement; there once the device is done, and until the next plan."""
+
+    sums: NDArray[np.uint64]
+    broken: NDArray[np.int32]
 
 
 class SharedGpuMemory:
@@ -49,8 +67,9 @@ class SharedGpuMemory:
         self._follows: list[int] = []
         self._loaded: dict[CopyPlan, _Loaded] = {}
         """The oldest first."""
-        self._results = 0, 0
-        """Address and size of memory for results."""
+        self._results = _Results(0, 0, 0)
+        self._nearly_done = 0
+        """An event, once there is use for one."""
         self.gpu = calls.gpu
         self.gpu_of = calls.gpu_of
         self.reaches = calls.reaches
@@ -67,10 +86,6 @@ class SharedGpuMemory:
         self.close_event = calls.close_event
         self.wait = calls.wait
 
-    def record(self, event: int) -> None:
-        """See `DeviceMemory.record`."""
-        self._calls.record(event, self._calls.stream)
-
     def follow(self, stream: int | None) -> None:
         """See `DeviceMemory.follow`."""
         streams = self._written_on() if stream is None else [stream]
@@ -84,35 +99,65 @@ class SharedGpuMemory:
         """See `DeviceMemory.plan`."""
         return CopyPlan.of_tensors(tensors, targets)
 
-    def checksums(self, plan: CopyPlan) -> NDArray[np.uint64]:
-        """See `DeviceMemory.checksums`."""
-        return self.place(plan, _BUCKET_BYTES)[0]
+    def checksums(self, plan: CopyPlan, event: int) -> NDArray[np.uint64]:
+        """See `DeviceMemory.checksums`. All is launched before anything is waited for, once.
 
-    def place(self, plan: CopyPlan, bucket_bytes: int) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+        Beside the work of another process each wait costs a slice of time.
+        """
+        found = self._carry_out(plan, _AT_ONCE, lambda: self._calls.record(event, self._calls.stream))
+        return np.array(found.sums)
+
+    def place(
+        self, plan: CopyPlan, bucket_bytes: int, nearly_done: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
         """Copy tensors to their places, `bucket_bytes` at a time, and wait.
 
-        Returns, for each, the checksum of its source as the place now tells it (of one that was rounded: of what was
-        read), and whether there is a NaN or an infinity in it, as a number above 0.
+        `nearly_done` is called once everything is launched and only the last gigabytes are to be copied. Returns, for
+        each tensor, the checksum of its source as the place now tells it (of one that was rounded: of what was read),
+        and whether there is a NaN or an infinity in it, as a number above 0.
         """
-        count = len(plan.placements)
-        found = np.zeros(12 * count, np.uint8)
-        sums, broken = found[: 8 * count].view(np.uint64), found[8 * count :].view(np.int32)
-        if not plan.groups:
-            return sums, broken
-        loaded, results = self._load(plan), self._results_of(found.nbytes)
-        self._calls.clear(results, found.nbytes)
-        try:
-            with self._launching_on(self._calls.stream):
-                for group, tables in zip(plan.groups, loaded.tables, strict=True):
-                    there = tables.at(loaded.address)
-                    for first, some in buckets(tables.num_pieces, bucket_bytes):
-                        _launch(group, first, some, there, (results, results + 8 * count), copies=plan.copies)
-            self._calls.download(found.ctypes.data, results, found.nbytes)
-        finally:
-            self._calls.synchronize()  # a lease that ends now must not be read under any more
-        return sums, broken
+        event = self._nearly_done = self._nearly_done or self._calls.new_event()
+
+        def await_most() -> None:
+            self._calls.await_event(event)
+            nearly_done()
+
+        found = self._carry_out(plan, bucket_bytes, await_most, event)
+        return np.array(found.sums), np.array(found.broken)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+    def _carry_out(
+        self, plan: CopyPlan, bucket_bytes: int, before_wait: Callable[[], None], nearly_done: int = 0
+    ) -> _Found:
+        """Launch a plan, call `before_wait`, and wait. The event `nearly_done` is reached before the last bytes."""
+        try:
+            found = self._launch(plan, bucket_bytes, nearly_done)
+            before_wait()
+        finally:
+            self._calls.synchronize()  # a lease that ends now must not be read under any more
+        return found
+
+    def _launch(self, plan: CopyPlan, bucket_bytes: int, nearly_done: int) -> _Found:
+        """Launch a plan's kernels and the copy of what they find, which is there once that is done."""
+        count = len(plan.placements)
+        if not plan.groups:
+            return _Found(np.zeros(count, np.uint64), np.zeros(count, np.int32))
+        loaded, results = self._load(plan), self._results_of(12 * count)
+        self._calls.clear(results.address, 12 * count)
+        there = results.address, results.address + 8 * count
+        left = sum(tables.num_pieces for tables in loaded.tables) * 8 * PIECE_WORDS
+        with self._launching_on(self._calls.stream):
+            for group, tables in zip(plan.groups, loaded.tables, strict=True):
+                for first, some in buckets(tables.num_pieces, bucket_bytes):
+                    if nearly_done and left <= _LAST_BYTES:
+                        self._calls.record(nearly_done, self._calls.stream)
+                        nearly_done = 0
+                    _launch(group, first, some, tables.at(loaded.address), there, copies=plan.copies)
+                    left -= some * 8 * PIECE_WORDS
+        self._calls.download(results.host, results.address, 12 * count)
+        found = np.ctypeslib.as_array((ctypes.c_uint8 * (12 * count)).from_address(results.host))
+        return _Found(found[: 8 * count].view(np.uint64), found[8 * count :].view(np.int32))
+
     def _load(self, plan: CopyPlan) -> _Loaded:
         """The plan's tables on the device, where they stay for the next time."""
         loaded = self._loaded.pop(plan, None)
@@ -132,15 +177,15 @@ class SharedGpuMemory:
             self._calls.free(oldest.address)
         return self._calls.allocate(size), size
 
-    def _results_of(self, size: int) -> int:
+    def _results_of(self, size: int) -> _Results:
         """Memory of at least this size, the same one each time while it suffices."""
-        address, known = self._results
-        if known < size:
-            if known:
-                self._calls.free(address)
-            address = self._calls.allocate(2 * size)
-            self._results = address, 2 * size
-        return address
+        known = self._results
+        if known.size < size:
+            if known.size:
+                self._calls.free(known.address)
+                self._calls.free_pinned(known.host)
+            self._results = _Results(self._calls.allocate(2 * size), self._calls.allocate_pinned(2 * size), 2 * size)
+        return self._results
 
 
 def _launch(group: Group, first: int, count: int, tables: Tables, results: tuple[int, int], *, copies: bool) -> None:

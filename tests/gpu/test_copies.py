@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 the kernels run on the CPU, over the host's memory: the
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import gpu_rig as rig
@@ -19,6 +20,7 @@ rig.require_device()
 
 from zerokl.kernels.device_tensors import DeviceTensor, DeviceTensors, Placement  # noqa: E402
 from zerokl.kernels.dispatch import device_packer, weight_packer  # noqa: E402
+from zerokl.kernels.gpu import shared_memory as shared_memory_module  # noqa: E402
 from zerokl.kernels.gpu.copy_plan import CopyPlan  # noqa: E402
 from zerokl.kernels.gpu.ops import GpuOps  # noqa: E402
 from zerokl.kernels.gpu.shared_memory import SharedGpuMemory, shared_gpu_memory  # noqa: E402
@@ -112,14 +114,83 @@ def test_all_come_to_their_places_at_once(bench: Bench, bucket_bytes: int) -> No
 def test_checksums_alone(bench: Bench) -> None:
     stored = [placement[:4] for placement in bench.placements]
     plan = bench.memory.plan(stored)
+    event = bench.memory.new_event()
     for _ in range(2):
-        assert bench.memory.checksums(plan).tolist() == [device_checksum(source) for source in bench.sources]
-    assert bench.memory.checksums(bench.memory.plan([])).tolist() == []
+        assert bench.memory.checksums(plan, event).tolist() == [device_checksum(source) for source in bench.sources]
+    assert bench.memory.checksums(bench.memory.plan([]), event).tolist() == []
+
+
+class NotedCalls:
+    """Calls, and what was asked of them in turn: launches, the rest by name."""
+
+    def __init__(self, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.asked = calls, []
+        launch = shared_memory_module.launch
+
+        def noted(*given: Any, **more: Any) -> None:
+            self.asked.append("launch")
+            launch(*given, **more)
+
+        monkeypatch.setattr(shared_memory_module, "launch", noted)
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.append(name)
+        return getattr(self.calls, name)
+
+
+@pytest.fixture
+def noted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> NotedCalls:
+    bench.place()  # its tables are there, and memory for results
+    noted = NotedCalls(bench.calls, monkeypatch)
+    monkeypatch.setattr(bench.memory, "_calls", noted)
+    return noted
+
+
+def test_checksums_wait_once_behind_all_that_was_launched(bench: Bench, noted: NotedCalls) -> None:
+    """One launch for each way to read; the event others wait for is reached when a publisher goes on."""
+    plan = bench.memory.plan([placement[:4] for placement in bench.placements])
+    event = bench.calls.new_event()
+    bench.memory.checksums(plan, event)
+    noted.asked.clear()
+    bench.memory.checksums(plan, event)
+    kinds = len(plan.groups)
+    assert [word for word in noted.asked if word != "stream"] == [
+        "clear", *["launch"] * kinds, "download", "record", "synchronize",
+    ]  # fmt: skip
+
+
+def test_a_copy_says_when_only_its_last_bytes_are_awaited(
+    bench: Bench, noted: NotedCalls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its last launch, and before the wait for them all; the more of it that counts as the last, the earlier."""
+    places = []
+    for last_bytes in (0, 1 << 17, 4 << 30):
+        monkeypatch.setattr(shared_memory_module, "_LAST_BYTES", last_bytes)
+        noted.asked.clear()
+        checksums, _ = bench.memory.place(bench.plan, 1 << 16, lambda: noted.asked.append("nearly done"))
+        assert checksums.tolist() == [device_checksum(source) for source in bench.sources]
+        asked = [word for word in noted.asked if word != "stream"]
+        assert asked[-4:] == ["download", "await_event", "nearly done", "synchronize"]
+        assert asked.count("synchronize") == asked.count("await_event") == asked.count("nearly done") == 1
+        places.append(asked.index("record") if "record" in asked else len(asked))
+    assert 1 == places[2] < places[1] < places[0], places
+
+
+def test_who_hears_of_it_may_fail_and_the_copy_is_awaited(bench: Bench, noted: NotedCalls) -> None:
+    class OffError(Exception): ...
+
+    def fail() -> None:
+        raise OffError
+
+    noted.asked.clear()
+    with pytest.raises(OffError):
+        bench.memory.place(bench.plan, 64 << 20, fail)
+    assert noted.asked[-1] == "synchronize"
 
 
 def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
     memory = shared_memory()
-    calls, sources, plans = memory._calls, [], []
+    calls, sources, plans, event = memory._calls, [], [], memory.new_event()
     for number in range(11):
         source = np.random.default_rng(number).integers(0, 1 << 16, (1 + number % 3, 24)).astype(np.uint16)
         address = calls.allocate(source.nbytes)
@@ -136,7 +207,7 @@ def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
 
     calls.upload = counted
     for number in (0, 1, 0, 1, *range(11), *range(11), 10, 9, 3):
-        found = memory.checksums(plans[number]).tolist()
+        found = memory.checksums(plans[number], event).tolist()
         assert found == [device_checksum(sources[number])] * len(plans[number].placements)
     assert len(loaded) == 2 + 9 + 11, "those of the last eight are there"
     assert len(set(loaded)) <= 2 * 8
@@ -190,11 +261,9 @@ def test_a_set_is_packed_as_from_arrays(model: str, dtype: str) -> None:
     packer: Any
     packer, operands = weight_packer(ops, arrays)
     expected = build_params(packer, config, operands, None, keep=packer.tensor)
-    packer = device_packer(ops, memory)
+    packer = device_packer(ops, partial(memory.place, bucket_bytes=1 << 20))
     tensors = DeviceTensors(sources)
-    made, _ = packer.fill(
-        tensors, lambda: build_params(packer, config, tensors, None, keep=packer.tensor), bucket_bytes=1 << 20
-    )
+    made, _ = packer.fill(tensors, lambda: build_params(packer, config, tensors, None, keep=packer.tensor))
     assert len(leaves(made)) == len(leaves(expected)) > 10
     for one, other in zip(leaves(made), leaves(expected), strict=True):
         assert list(one.shape) == list(other.shape)

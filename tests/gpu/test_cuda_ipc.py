@@ -173,9 +173,9 @@ def test_a_killed_trainer_leaves_the_old_version(
         before, published = bits(engine), trainer.publish(2, 2)
         place = SharedGpuMemory.place
 
-        def kill_and_place(*given: Any) -> Any:
+        def kill_and_place(*given: Any, **more: Any) -> Any:
             trainer.kill()
-            return place(*given)
+            return place(*given, **more)
 
         with monkeypatch.context() as patch:
             if when == "while it is read":

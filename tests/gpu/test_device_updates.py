@@ -21,7 +21,7 @@ if not rig.INTERPRETED:
 
 from zerokl.kernels.gpu import ops  # noqa: E402
 from zerokl.kernels.gpu.shared_memory import SharedGpuMemory  # noqa: E402
-from zerokl.rollout import worker  # noqa: E402
+from zerokl.rollout import source_staging  # noqa: E402
 from zerokl.rollout.config import EngineConfig  # noqa: E402
 from zerokl.rollout.engine import RolloutEngine  # noqa: E402
 from zerokl.rollout.models.config import ModelConfig  # noqa: E402
@@ -66,7 +66,7 @@ def bits(engine: RolloutEngine) -> bytes:
 def test_updates_have_the_bits_of_fresh_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = rig.HostDevice()
     monkeypatch.setattr(ops, "_gpu", lambda number: device)
-    monkeypatch.setattr(worker, "device_memory", shared_memory)
+    monkeypatch.setattr(source_staging, "device_memory", shared_memory)
     expected = {}
     for seed in (1, 2):
         with engine_with(tmp_path, seed) as engine:

@@ -265,9 +265,9 @@ def test_a_flipped_bit_is_found_and_the_old_set_stays(rig: Any, where: str) -> N
         placed: list[Any] = []
         place_all = one.gpu.place
 
-        def keep(plan: Any, bucket_bytes: int) -> Any:
+        def keep(plan: Any, **more: Any) -> Any:
             placed[:] = plan.placements
-            return place_all(plan, bucket_bytes)
+            return place_all(plan, **more)
 
         def damage() -> None:
             target = FakeTensor(placed[-1].target, (placed[-1].columns,), "bfloat16")
@@ -284,6 +284,19 @@ def test_a_flipped_bit_is_found_and_the_old_set_stays(rig: Any, where: str) -> N
     one.stage(published)
     one.check()
     assert len(one.ops.slots.numbers) == 2
+
+
+def test_that_it_is_nearly_staged_is_told_once_in_each_update(rig: Any) -> None:
+    """Beside the copy: nothing of it has been checked then."""
+    one, told = rig(), []
+    for seed in range(3):
+        published = one.publish(seed)
+        source = DeviceWeights(published=published, nearly_staged=lambda: told.append("nearly"))
+        one.gpu.after_copy = lambda: told.append("copied")
+        session = one.staging.stage(one.runner, source, published.version)
+        assert told == ["nearly", "copied"] * (seed + 1)
+        session.commit(one.runner.commit)
+        one.check()
 
 
 def test_what_is_not_finite_is_refused(rig: Any) -> None:

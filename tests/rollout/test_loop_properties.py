@@ -111,6 +111,11 @@ class ControlPlane(RuleBasedStateMachine):
         names = None if everything else [name for call in self.calls[pick % 4 :: 4] for name in call.groups]
         self.aborts.append(self.rig.loop.abort(names))
 
+    @rule(is_near=st.booleans())
+    def announce(self, is_near: bool) -> None:
+        """As an update does that stages beside the steps; what it announces may come late, or never."""
+        self.rig.loop.awaited_boundary.is_near = is_near
+
     # -- pauses -------------------------------------------------------------------------------------------------------
     @rule(mode=st.sampled_from(["wait", "abort", "keep"]), gives_up=st.sampled_from([False] * 4 + [True]))
     def pause(self, mode: Any, gives_up: bool) -> None:

@@ -120,17 +120,19 @@ class GpuSteps:
         self._launch(place, params)
 
     def _launch(self, place: int, params: DecoderParams[Any]) -> None:
+        draws = len(self._ops.inputs.logit_rows) > 0
+
         def launches() -> None:
             begun = self._ops.inputs  # of the step that the launches are made for, if they are made again
             hidden = forward_begun(self._ops, params, self._spec, begun)
-            if len(begun.logit_rows):
+            if draws:
                 self._ops.draw(hidden, params.lm_head, begun.sampling)
 
         kind = self._ops.step_kind() if self._records else None
         if kind is None:
             launches()
         else:
-            self._recorded.launch(place, kind, launches)
+            self._recorded.launch(place, (kind, draws), launches)
 
     def _decodes(self) -> Iterator[StepInputs]:
         """A step of every bucket of sequences and width of block tables, the largest first."""

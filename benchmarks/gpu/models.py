@@ -19,6 +19,7 @@ from zerokl.kernels.gpu.elementwise import Tensor
 from zerokl.kernels.gpu.ops import GpuOps
 from zerokl.kernels.gpu.parameter_packing import ParameterPacker
 from zerokl.rollout import model_runner
+from zerokl.rollout.config import EngineConfig
 from zerokl.rollout.models.config import ModelConfig
 from zerokl.rollout.models.layout import expected_tensors
 from zerokl.rollout.weight_source import WeightSource
@@ -75,6 +76,10 @@ def smollm2_folder(folder: Path) -> Path | None:
 
 class RandomWeights(LocalWorker):
     """A worker that makes the weights of its model on the GPU: the same ones for each version, whatever the source."""
+
+    def __init__(self, config: EngineConfig, *given: Any, **options: Any) -> None:
+        super().__init__(config, *given, **options)
+        self._model_config = ModelConfig.from_json(config.model)
 
     def stage_weights(self, source: WeightSource, version: int) -> None:
         def packer(ops: GpuOps, tensors: RandomTensors) -> tuple[ParameterPacker, RandomTensors]:

@@ -114,6 +114,21 @@ def test_chunks_are_recorded_too(ops: FakeOps) -> None:
     assert ops.done == {"drawn": 1, "recorded": 1, "graph": 2}
 
 
+def test_a_step_that_draws_is_not_one_that_does_not(ops: FakeOps) -> None:
+    """A chunk that leaves its prompt unfinished has no rows, and the bucket of a few."""
+    steps, drawing = steps_over(ops), step(2, tokens=5)
+    silent = replace(drawing, logit_rows=np.zeros(0, np.int32), sampling=neutral_sampling(0))
+    for inputs, done in (
+        (silent, {}),
+        (silent, {"recorded": 1, "graph": 1}),
+        (drawing, {"recorded": 1, "graph": 1, "drawn": 1}),
+        (drawing, {"recorded": 2, "graph": 2, "drawn": 1}),
+        (silent, {"recorded": 2, "graph": 3, "drawn": 1}),
+    ):
+        steps.begin(1, PARAMS, inputs, None)  # type: ignore[arg-type]
+        assert ops.done == done
+
+
 def test_large_steps_and_engines_without_graphs_launch_every_kernel(ops: FakeOps) -> None:
     for steps, inputs in ((steps_over(ops), step(5, tokens=13)), (steps_over(ops, records=False), step(2))):
         for _ in range(3):

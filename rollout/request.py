@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.result_columns import ResultColumns
-from zerokl.rollout.results import Origin, ResultArrays, enlarged
+from zerokl.rollout.results import ResultArrays, Rows, enlarged
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
@@ -44,8 +43,8 @@ class Request(ResultColumns):
     `num_output_tokens` counts results collected so far: for a score request they cover a prefix of the forced tokens.
     Results outlive a preemption; only keys and values are computed again, to the same bits.
 
-    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results, a
-    `RoutingStore` the routing of what was computed until the request last let go of its blocks.
+    Who writes: the scheduler progress and status, the KV cache manager the block fields, a `ResultIntake` the results,
+    a `RoutingStore` the routing of what was computed until the request last let go of its blocks.
     """
 
     __slots__ = (
@@ -239,21 +238,6 @@ class Request(ResultColumns):
 
     # -- tokens and results ------------------------------------------------------------------------
     @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """[num_tokens] int32 view: prompt and output, or all tokens to score."""
-        return self._tokens[: self.num_tokens]
-
-    @property
-    def prompt_token_ids(self) -> NDArray[np.int32]:
-        """[num_prompt_tokens] int32 view."""
-        return self._tokens[: self.num_prompt_tokens]
-
-    @property
-    def output_token_ids(self) -> NDArray[np.int32]:
-        """[num_output_tokens] int32 view: sampled tokens, or the forced tokens scored so far."""
-        return self._tokens[self.num_prompt_tokens : self.num_prompt_tokens + self.num_output_tokens]
-
-    @property
     def next_row(self) -> int:
         """Position of the first token whose row of results is still wanted; keys before it may come from the cache."""
         return self.num_prompt_tokens + self.num_output_tokens - 1
@@ -263,20 +247,28 @@ class Request(ResultColumns):
         """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
 
-    def record(self, result: SampleResult, first_row: int, num_rows: int, origin: Origin) -> None:
-        """Take rows first_row .. first_row + num_rows of a step's result; a generate request grows by its token."""
-        self.results.extend(result, first_row, num_rows, origin)
-        if self.kind == "generate":
-            assert num_rows == 1, f"{self.request_id} draws one token a step, got {num_rows} rows"
-            if self.num_tokens == len(self._tokens):
-                self._tokens = enlarged(self._tokens, 2 * len(self._tokens))
-            self._tokens[self.num_tokens] = result.tokens[first_row]
-            self.num_tokens += 1
-            self.compute_target = self.num_tokens
+    def take_token(self, token: int, cell: Any) -> None:
+        """Grow by a token that was drawn; `cell` is its row, of `zerokl.rollout.results.cells_of`."""
+        at, size, results = self.num_output_tokens, self.num_tokens, self.results
+        if at == results.capacity:
+            results.reserve(at + 1)
+        results.cells[at] = cell
+        if size == len(self._tokens):
+            self._tokens = enlarged(self._tokens, 2 * size)
+        self._tokens[size] = token
+        self.num_output_tokens = at + 1
+        self.num_tokens = self.compute_target = size + 1
+        history = self.sampling.history
+        if history is not None:
+            history.append(token)
+
+    def take_rows(self, rows: Rows) -> None:
+        """The next forced tokens of a score request are rated by these rows."""
+        self.results.put(self.num_output_tokens, rows)
         begin = self.num_prompt_tokens + self.num_output_tokens
-        self.num_output_tokens += num_rows
+        self.num_output_tokens += len(rows)
         if self.sampling.history is not None:
-            for token in self._tokens[begin : begin + num_rows].tolist():
+            for token in self._tokens[begin : begin + len(rows)].tolist():
                 self.sampling.history.append(token)
 
     def take_over(self, token_ids: NDArray[np.int32], results: ResultArrays) -> None:
@@ -295,7 +287,7 @@ class Request(ResultColumns):
         assert self.num_blocks == 0, f"{self.request_id} holds blocks"
         if self.kind == "generate":
             self.num_tokens = self.compute_target = self.num_prompt_tokens
-        self.num_output_tokens = self.results.size = 0
+        self.num_output_tokens = 0
         self.routing = None
         self.sampling.restart(self.prompt_token_ids)
         self.block_keys.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -41,34 +41,35 @@ class ResultIntake:
         step here, unless it was foreseen.
         """
         ended: list[tuple[Request, End]] = []
+        is_foreseen = plan.step == self._progress.foreseen_step
         for rank_plan, result in zip(plan.ranks, results, strict=True):
             num_rows = len(result.sampled.tokens)
             assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
             members = [None if entry[0] in left else requests[entry[0]] for entry in rank_plan.entries]
+            if not is_foreseen:
+                self._progress.move(rank_plan, members)
             rows = _rows(plan, rank_plan, members, result)
-            num_generated = self._take_rank(plan, rank_plan, members, rows, result.sampled.tokens.tolist(), ended)
+            advance = None if is_foreseen else self._residents.running[rank_plan.rank].advance
+            num_generated = self._take_rank(rank_plan, members, rows, result.sampled.tokens.tolist(), ended, advance)
             self._meter.count_results(plan, rank_plan, num_generated)
         return ended
 
     def _take_rank(
         self,
-        plan: StepPlan,
         rank_plan: RankPlan,
         members: Sequence[Request | None],
         rows: Rows,
         tokens: Sequence[int],
         ended: list[tuple[Request, End]],
+        advance: Callable[[Request], None] | None,
     ) -> int:
-        """The rows of one rank; returns how many are tokens that were drawn."""
-        is_foreseen, cells = plan.step == self._progress.foreseen_step, cells_of(rows)
-        kv_cache, running = self._residents.kv_caches[rank_plan.rank], self._residents.running[rank_plan.rank]
+        """The rows of one rank; `advance` is told of requests that go on. Returns how many rows are drawn tokens."""
+        cells = cells_of(rows)
         end_row = num_generated = 0
         for entry, request in zip(rank_plan.entries, members, strict=True):
             row, end_row = end_row, end_row + entry[3]
             if request is None:
                 continue
-            if not is_foreseen:
-                self._progress.move(request, entry, kv_cache)
             end = None
             if request.kind == "score":
                 if row < end_row:
@@ -86,8 +87,8 @@ class ResultIntake:
                     end = find_end(request, token, self._stop_checker)
             if end is not None:
                 ended.append((request, end))
-            elif not is_foreseen:
-                running.advance(request)
+            elif advance is not None:
+                advance(request)
         return num_generated
 
 

@@ -6,7 +6,7 @@ has one more token then, which the device has already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
@@ -39,6 +39,13 @@ class Progress:
                 kv_cache.publish(request)
             if has_leaders and self._has_computed_shared(request):
                 self._leaders.append(request)
+
+    def note_moved(self, rank_plan: RankPlan, members: Sequence[Request | None], ended: Set[str]) -> None:
+        """After `move`, and once results are taken: what the next step computes of all but those that have `ended`."""
+        advance = self._residents.running[rank_plan.rank].advance
+        for request in members:
+            if request is not None and request.request_id not in ended:
+                advance(request)
 
     def release_groups(self) -> None:
         """Let the samples join that wait for a prompt which has been computed by now."""

@@ -247,9 +247,12 @@ class Request(ResultColumns):
         """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
 
-    def take_token(self, token: int, cell: Any) -> None:
-        """Grow by a token that was drawn; `cell` is its row, of `zerokl.rollout.results.cells_of`."""
-        at, size, results = self.num_output_tokens, self.num_tokens, self.results
+    def take_token(self, token: int, cell: Any) -> bool:
+        """Grow by a token that was drawn; `cell` is its row, of `zerokl.rollout.results.cells_of`.
+
+        False where the request goes on without a doubt; else it may be the first token, or the last.
+        """
+        at, size, results, sampling = self.num_output_tokens, self.num_tokens, self.results, self.sampling
         if at == results.capacity:
             results.reserve(at + 1)
         results.cells[at] = cell
@@ -257,10 +260,10 @@ class Request(ResultColumns):
             self._tokens = enlarged(self._tokens, 2 * size)
         self._tokens[size] = token
         self.num_output_tokens = at + 1
-        self.num_tokens = self.compute_target = size + 1
-        history = self.sampling.history
-        if history is not None:
-            history.append(token)
+        self.num_tokens = self.compute_target = size = size + 1
+        if sampling.history is not None:
+            sampling.history.append(token)
+        return at == 0 or token in sampling.stop_ids or size == self.max_num_tokens or sampling.has_stop_strings
 
     def take_rows(self, rows: Rows) -> None:
         """The next forced tokens of a score request are rated by these rows."""

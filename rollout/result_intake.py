@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -40,7 +40,7 @@ class ResultIntake:
         `left`: ids of those whose results are dropped; `requests` holds all others. Requests are moved forward by the
         step here, unless it was foreseen.
         """
-        ended: list[tuple[Request, End]] = []
+        all_ended: list[tuple[Request, End]] = []
         is_foreseen = plan.step == self._progress.foreseen_step
         for rank_plan, result in zip(plan.ranks, results, strict=True):
             num_rows = len(result.sampled.tokens)
@@ -49,47 +49,37 @@ class ResultIntake:
             if not is_foreseen:
                 self._progress.move(rank_plan, members)
             rows = _rows(plan, rank_plan, members, result)
-            advance = None if is_foreseen else self._residents.running[rank_plan.rank].advance
-            num_generated = self._take_rank(rank_plan, members, rows, result.sampled.tokens.tolist(), ended, advance)
+            ended, num_generated = self._take_rank(rank_plan, members, rows, result.sampled.tokens.tolist())
+            if not is_foreseen:
+                self._progress.note_moved(rank_plan, members, {request.request_id for request, _ in ended})
             self._meter.count_results(plan, rank_plan, num_generated)
-        return ended
+            all_ended += ended
+        return all_ended
 
     def _take_rank(
-        self,
-        rank_plan: RankPlan,
-        members: Sequence[Request | None],
-        rows: Rows,
-        tokens: Sequence[int],
-        ended: list[tuple[Request, End]],
-        advance: Callable[[Request], None] | None,
-    ) -> int:
-        """The rows of one rank; `advance` is told of requests that go on. Returns how many rows are drawn tokens."""
-        cells = cells_of(rows)
+        self, rank_plan: RankPlan, members: Sequence[Request | None], rows: Rows, tokens: Sequence[int]
+    ) -> tuple[list[tuple[Request, End]], int]:
+        """The rows of one rank: who ends with them, and how many are tokens that were drawn."""
+        cells, ended = cells_of(rows), list[tuple[Request, End]]()
         end_row = num_generated = 0
         for entry, request in zip(rank_plan.entries, members, strict=True):
             row, end_row = end_row, end_row + entry[3]
-            if request is None:
+            if request is None or row == end_row:
                 continue
-            end = None
-            if request.kind == "score":
-                if row < end_row:
-                    request.take_rows(rows[row:end_row])
-                    end = find_end(request, tokens[row], None)
-            elif row < end_row:
-                token = tokens[row]
-                request.take_token(token, cells[row])
+            if request.kind == "generate":
+                assert end_row - row == 1, f"{request.request_id} draws one token a step"
                 num_generated += 1
+                # Most go on: a thousand need not be asked for every reason to end.
+                if not request.take_token(tokens[row], cells[row]):
+                    continue
                 if request.num_output_tokens == 1:
                     self._meter.count_first_token(request)
-                # Most go on: a thousand need not be asked for every reason to end.
-                is_last = token in request.sampling.stop_ids or request.num_tokens == request.max_num_tokens
-                if is_last or request.sampling_params.stop:
-                    end = find_end(request, token, self._stop_checker)
+            else:
+                request.take_rows(rows[row:end_row])
+            end = find_end(request, tokens[row], self._stop_checker)
             if end is not None:
                 ended.append((request, end))
-            elif advance is not None:
-                advance(request)
-        return num_generated
+        return ended, num_generated
 
 
 def _rows(plan: StepPlan, rank_plan: RankPlan, members: Sequence[Request | None], result: StepResult) -> Rows:

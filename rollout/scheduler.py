@@ -18,9 +18,10 @@ from zerokl.rollout.result_intake import ResultIntake
 from zerokl.rollout.run_ahead import carried_first
 from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.scheduler_meter import SchedulerMeter
-from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
+from zerokl.rollout.snapshot import Decision, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
 from zerokl.rollout.step_plan import Hold, RankPlan, StepPlan
+from zerokl.rollout.transitions import Transitions
 from zerokl.rollout.waiting_queue import WaitingQueue
 from zerokl.rollout.weight_turns import WeightTurns
 
@@ -61,6 +62,7 @@ class Scheduler:
         self._num_arrivals = 0
         self.meter = SchedulerMeter(self._residents, clock)
         """Any thread may read it."""
+        self._transitions = Transitions(self._residents, self._queue, self.meter)
         self._intake = ResultIntake(self._residents, self._progress, self.meter, stop_checker)
 
     # -- weight sets -------------------------------------------------------------------------------
@@ -147,13 +149,13 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is None or request.status is not RequestStatus.RUNNING:
             return False
-        self._preempt(request)
+        self._transitions.preempt(request)
         return True
 
     def preempt_all(self) -> None:
         """Preempt every running request; their order is kept."""
         for request in reversed(self._residents.in_order()):
-            self._preempt(request)
+            self._transitions.preempt(request)
 
     def lose_ranks(self, ranks: Collection[int]) -> None:
         """The KV pools of these ranks are empty now: preempt what runs there, or was to come from there.
@@ -161,7 +163,7 @@ class Scheduler:
         Between a step that failed and the next plan, or between any other two.
         """
         for request in reversed(self._residents.with_blocks_on(ranks)):
-            self._preempt(request)
+            self._transitions.preempt(request)
         for rank in ranks:
             self._residents.kv_caches[rank].reset()
 
@@ -251,7 +253,7 @@ class Scheduler:
     def _commit(self, decision: Decision, policy: str) -> StepPlan:
         """`policy`: the decision's."""
         self._step += 1
-        self._change_residents(decision)
+        self._transitions.carry_out(decision)
         self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step)
         for tried in decision.left:
             self._queue.note_tried(tried)
@@ -269,37 +271,6 @@ class Scheduler:
             handovers=self._residents.handovers(self._step),
             preempted=tuple(request.request_id for rank in decision.ranks for request in rank.preempted),
         )
-
-    def _change_residents(self, decision: Decision) -> None:
-        self._residents.share(decision)
-        for number, rank in enumerate(decision.ranks):
-            for request in rank.preempted:
-                self._preempt(request)
-            self._residents.grow(number, rank.grown)
-        for move in decision.moves:
-            self._residents.move(move)
-            self.meter.count_handover()
-        for outcome in decision.outcomes:
-            if isinstance(outcome, Join):
-                self._start_running(outcome)
-            else:
-                self._queue.note_blocked(outcome.request)
-
-    def _start_running(self, join: Join) -> None:
-        request = join.request
-        self._residents.start(join)
-        self._queue.remove(request)
-        self._queue.note_joined(request)
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.num_computed_tokens
-        self.meter.count_admission(request)
-
-    def _preempt(self, request: Request) -> None:
-        self._residents.stop(request)
-        request.status = RequestStatus.WAITING
-        request.num_preemptions += 1
-        self._queue.add_front(request)
-        self.meter.count_preemption(request)
 
     def _shareable_tokens(self, request: Request) -> int:
         return self._residents.kv_caches[0].shareable_tokens(request)

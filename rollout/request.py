@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zerokl.rollout.result_columns import ResultColumns
-from zerokl.rollout.results import ResultArrays, Rows, enlarged
+from zerokl.rollout.growing_tokens import GrowingTokens, RequestKind
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
 from zerokl.rollout.token_ids import as_token_ids
 
-RequestKind = Literal["generate", "score"]
 FinishReason = Literal["stop", "length", "abort"]
-
-FIRST_OUTPUT_CAPACITY = 64
 
 
 class RequestStatus(enum.Enum):
@@ -30,7 +26,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-class Request(ResultColumns):
+class Request(GrowingTokens):
     """A sequence to continue (generate) or whose given tokens are to be rated (score).
 
     Both are one thing to the scheduler: `num_computed_tokens` catches up with `compute_target`, and from position
@@ -48,41 +44,30 @@ class Request(ResultColumns):
     """
 
     __slots__ = (
-        "_tokens",
         "admission",
         "arrival",
         "arrival_time",
         "block_keys",
         "block_table",
-        "compute_target",
         "finish_reason",
         "gathers",
         "group_id",
         "has_older_kv",
         "key_root",
-        "kind",
-        "max_num_tokens",
         "num_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_kept_updates",
         "num_matched_tokens",
-        "num_output_tokens",
         "num_overtaken",
         "num_preemptions",
-        "num_prompt_tokens",
         "num_published_blocks",
         "num_restarts",
-        "num_tokens",
         "policy",
         "prompt_index",
         "rank",
-        "request_id",
-        "results",
         "routing",
         "sample_index",
-        "sampling",
-        "sampling_params",
         "seed",
         "status",
         "stop_reason",
@@ -120,27 +105,9 @@ class Request(ResultColumns):
             eos_token_ids=eos_token_ids,
         )
         self._begin_tokens(tokens, num_prompt_tokens)
+        self.routing: RolloutRouting | None = None
         self._begin_progress()
         self._begin_blocks()
-
-    def _begin_tokens(self, tokens: NDArray[np.int32], num_prompt_tokens: int) -> None:
-        sampling_params, kind = self.sampling_params, self.kind
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = len(tokens)
-        self.num_output_tokens = 0
-        self.max_num_tokens = len(tokens) + (sampling_params.max_tokens if kind == "generate" else 0)
-        """Prompt and output tokens at its longest."""
-        self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
-        """Tokens to compute: those known, for a score request without the last one. While a step is under way that
-        draws the next token, that one too."""
-        if kind == "generate":
-            capacity = min(sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
-            self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])
-        else:
-            capacity = len(tokens) - num_prompt_tokens
-            self._tokens = tokens.copy()
-        self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
-        self.routing: RolloutRouting | None = None
 
     def _begin_progress(self) -> None:
         self.status = RequestStatus.WAITING
@@ -246,44 +213,6 @@ class Request(ResultColumns):
     def is_finished(self) -> bool:
         """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
-
-    def take_token(self, token: int, cell: Any) -> bool:
-        """Grow by a token that was drawn; `cell` is its row, of `zerokl.rollout.results.cells_of`.
-
-        False where the request goes on without a doubt; else it may be the first token, or the last.
-        """
-        at, size, results, sampling = self.num_output_tokens, self.num_tokens, self.results, self.sampling
-        if at == results.capacity:
-            results.reserve(at + 1)
-        results.cells[at] = cell
-        if size == len(self._tokens):
-            self._tokens = enlarged(self._tokens, 2 * size)
-        self._tokens[size] = token
-        self.num_output_tokens = at + 1
-        self.num_tokens = self.compute_target = size = size + 1
-        if sampling.history is not None:
-            sampling.history.append(token)
-        return at == 0 or token in sampling.stop_ids or size == self.max_num_tokens or sampling.has_stop_strings
-
-    def take_rows(self, rows: Rows) -> None:
-        """The next forced tokens of a score request are rated by these rows."""
-        self.results.put(self.num_output_tokens, rows)
-        begin = self.num_prompt_tokens + self.num_output_tokens
-        self.num_output_tokens += len(rows)
-        if self.sampling.history is not None:
-            for token in self._tokens[begin : begin + len(rows)].tolist():
-                self.sampling.history.append(token)
-
-    def take_over(self, token_ids: NDArray[np.int32], results: ResultArrays) -> None:
-        """Go on after N tokens [N] that an earlier request sampled, with their results; before it is queued."""
-        assert self.kind == "generate" and not self.num_output_tokens, self.request_id
-        self._tokens = np.concatenate([self.prompt_token_ids, token_ids, np.zeros(FIRST_OUTPUT_CAPACITY, np.int32)])
-        self.results = results
-        self.num_output_tokens = len(token_ids)
-        self.num_tokens = self.compute_target = self.num_prompt_tokens + len(token_ids)
-        if self.sampling.history is not None:
-            for token in token_ids.tolist():
-                self.sampling.history.append(token)
 
     def restart(self) -> None:
         """Forget all results, of a request that holds no blocks: it is computed again from its first wanted row."""

@@ -24,9 +24,14 @@ class ResultColumns:
     num_tokens: int
     _tokens: NDArray[np.int32]
 
+    def settle(self) -> None:
+        """Fetch tokens and rows that wait elsewhere."""
+        raise NotImplementedError
+
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """[num_tokens] int32 view: prompt and output, or all tokens to score."""
+        self.settle()
         return self._tokens[: self.num_tokens]
 
     @property
@@ -37,6 +42,7 @@ class ResultColumns:
     @property
     def output_token_ids(self) -> NDArray[np.int32]:
         """[num_output_tokens] int32 view: sampled tokens, or the forced tokens scored so far."""
+        self.settle()
         return self._tokens[self.num_prompt_tokens : self.num_prompt_tokens + self.num_output_tokens]
 
     @property
@@ -57,6 +63,7 @@ class ResultColumns:
     @property
     def raw_logprobs(self) -> NDArray[np.float32] | None:
         """[num_output_tokens] view, under softmax(logits); None unless asked for."""
+        self.settle()
         raw = self.results.column("raw_logprobs")
         return None if raw is None else raw[: self.num_output_tokens]
 
@@ -86,6 +93,7 @@ class ResultColumns:
         return self._column("ranks")
 
     def _column(self, name: str) -> NDArray[Any]:
+        self.settle()
         column = self.results.column(name)
         assert column is not None, name
         return column[: self.num_output_tokens]

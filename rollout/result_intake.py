@@ -6,15 +6,21 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
+from numpy.typing import NDArray
 
+from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.completion import End, StopChecker, find_end
 from zerokl.rollout.progress import Progress
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
 from zerokl.rollout.results import DECODE, PREFILL, Origin, Rows, cells_of, make_rows
+from zerokl.rollout.row_log import RowLog
 from zerokl.rollout.scheduler_meter import SchedulerMeter
 from zerokl.rollout.step_order import StepResult
-from zerokl.rollout.step_plan import RankPlan, StepPlan
+from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
+
+Members = Sequence[Request | None]
+"""The request of each entry; None where nobody is to have its rows."""
 
 
 class ResultIntake:
@@ -31,6 +37,7 @@ class ResultIntake:
         self._progress = progress
         self._meter = meter
         self._stop_checker = stop_checker
+        self._log = RowLog()
 
     def take(
         self, plan: StepPlan, results: Sequence[StepResult], left: AbstractSet[str], requests: Mapping[str, Request]
@@ -46,23 +53,78 @@ class ResultIntake:
             num_rows = len(result.sampled.tokens)
             assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
             members = [None if entry[0] in left else requests[entry[0]] for entry in rank_plan.entries]
-            if not is_foreseen:
+            sampled = result.sampled
+            if is_foreseen:
+                ended, num_generated = self._take_foreseen(plan, rank_plan, members, sampled)
+            else:
                 self._progress.move(rank_plan, members)
-            rows = _rows(plan, rank_plan, members, result)
-            ended, num_generated = self._take_rank(rank_plan, members, rows, result.sampled.tokens.tolist())
-            if not is_foreseen:
+                rows = make_rows(sampled, _origin(plan, rank_plan, rank_plan.entries, members))
+                ended, num_generated = self._take_each(rank_plan.entries, members, rows, sampled.tokens.tolist())
                 self._progress.note_moved(rank_plan, members, {request.request_id for request, _ in ended})
             self._meter.count_results(plan, rank_plan, num_generated)
             all_ended += ended
         return all_ended
 
-    def _take_rank(
-        self, rank_plan: RankPlan, members: Sequence[Request | None], rows: Rows, tokens: Sequence[int]
+    def _take_foreseen(
+        self, plan: StepPlan, rank_plan: RankPlan, members: Members, sampled: SampleResult
     ) -> tuple[list[tuple[Request, End]], int]:
-        """The rows of one rank: who ends with them, and how many are tokens that were drawn."""
+        """As `_take_each`, of all entries; the log takes the rows of those that have a lane."""
+        entries = rank_plan.entries
+        lanes = np.array([-1 if request is None else request.lane for request in members], np.int64)
+        logged = np.flatnonzero(lanes >= 0) if rank_plan.num_rows == len(entries) else lanes[:0]
+        ended, num_generated = list[tuple[Request, End]](), len(logged)
+        if len(logged) < len(entries):
+            has_lane = set(logged.tolist())
+            others = [None if index in has_lane else request for index, request in enumerate(members)]
+            rows = make_rows(sampled, _origin(plan, rank_plan, entries, others))
+            ended, num_drawn = self._take_each(entries, others, rows, sampled.tokens.tolist())
+            self._enter(others, ended)
+            num_generated += num_drawn
+        if len(logged):
+            ended_early, ended = ended, self._take_logged(plan, rank_plan, members, lanes, logged, sampled)
+            ended = _in_order(members, ended_early, ended) if ended_early else ended
+        return ended, num_generated
+
+    def _take_logged(
+        self,
+        plan: StepPlan,
+        rank_plan: RankPlan,
+        members: Members,
+        lanes: NDArray[np.int64],
+        logged: NDArray[np.intp],
+        sampled: SampleResult,
+    ) -> list[tuple[Request, End]]:
+        """Write the rows of the members `logged`, which decode and have these `lanes`; who ends with them."""
+        lane_list, tokens = lanes.tolist(), sampled.tokens
+        requests = [one for one, lane in zip(members, lane_list, strict=True) if one is not None and lane >= 0]
+        lanes = lanes[logged]
+        rows = make_rows(sampled, Origin(plan.policy_version, plan.step, DECODE, 0, rank_plan.rank))
+        if len(logged) < len(members):
+            rows, tokens = rows[logged], tokens[logged]
+        rows["cached_lens"] = self._log.cached_lens[lanes]
+        ended = []
+        for index in self._log.write(requests, lanes, tokens, rows):
+            end = find_end(requests[index], int(tokens[index]), self._stop_checker)
+            if end is not None:
+                ended.append((requests[index], end))
+        return ended
+
+    def _enter(self, members: Members, ended: Sequence[tuple[Request, End]]) -> None:
+        """Those that drew a token, and go on, have a lane from the next step on."""
+        gone = {request.request_id for request, _ in ended}
+        for request in members:
+            if request is None or not request.num_output_tokens or request.request_id in gone:
+                continue
+            if self._log.serves(request):
+                self._log.enter(request)
+
+    def _take_each(
+        self, entries: Sequence[PlanEntry], members: Members, rows: Rows, tokens: Sequence[int]
+    ) -> tuple[list[tuple[Request, End]], int]:
+        """Give requests their rows one by one: who ends with them, and how many are tokens that were drawn."""
         cells, ended = cells_of(rows), list[tuple[Request, End]]()
         end_row = num_generated = 0
-        for entry, request in zip(rank_plan.entries, members, strict=True):
+        for entry, request in zip(entries, members, strict=True):
             row, end_row = end_row, end_row + entry[3]
             if request is None or row == end_row:
                 continue
@@ -82,15 +144,23 @@ class ResultIntake:
         return ended, num_generated
 
 
-def _rows(plan: StepPlan, rank_plan: RankPlan, members: Sequence[Request | None], result: StepResult) -> Rows:
-    """All rows of a rank's result with where they come from; of requests that have left it does not matter."""
+def _origin(plan: StepPlan, rank_plan: RankPlan, entries: Sequence[PlanEntry], members: Members) -> Origin:
+    """Of all rows of a rank's result; where nobody takes them it does not matter."""
     decodes = [
         num_tokens == 1 and request is not None and start >= request.num_prompt_tokens and request.kind == "generate"
-        for (_, start, num_tokens, _), request in zip(rank_plan.entries, members, strict=True)
+        for (_, start, num_tokens, _), request in zip(entries, members, strict=True)
     ]
     cached = [0 if request is None else request.num_matched_tokens for request in members]
     phases, cached_lens = np.where(decodes, DECODE, PREFILL), np.array(cached, np.int32)
     if rank_plan.num_rows != len(members):
-        counts = [entry.num_rows for entry in rank_plan.entries]
+        counts = [entry.num_rows for entry in entries]
         phases, cached_lens = np.repeat(phases, counts), np.repeat(cached_lens, counts)
-    return make_rows(result.sampled, Origin(plan.policy_version, plan.step, phases, cached_lens, rank_plan.rank))
+    return Origin(plan.policy_version, plan.step, phases, cached_lens, rank_plan.rank)
+
+
+def _in_order(
+    members: Members, some: list[tuple[Request, End]], others: list[tuple[Request, End]]
+) -> list[tuple[Request, End]]:
+    """Those that have ended, of two lists of them, as they stand among the members."""
+    place = {request.request_id: index for index, request in enumerate(members) if request is not None}
+    return sorted([*some, *others], key=lambda pair: place[pair[0].request_id])

@@ -42,7 +42,7 @@ ROW = np.dtype(
 )
 """All that is kept of a token beside its id. One copy of so many bytes costs a ninth of nine numbers, one by one."""
 
-_CELL = np.dtype((np.void, ROW.itemsize))
+CELL = np.dtype((np.void, ROW.itemsize))
 """The same bytes, of which NumPy knows no fields: it copies them several times as fast."""
 
 Rows = NDArray[np.void]
@@ -64,7 +64,7 @@ def make_rows(result: SampleResult, origin: Origin) -> Rows:
 
 def cells_of(rows: Rows) -> list[Any]:
     """Each row for an entry of `ResultArrays.cells`."""
-    return list(rows.view(_CELL))
+    return list(rows.view(CELL))
 
 
 class ResultArrays:
@@ -78,7 +78,7 @@ class ResultArrays:
 
     def _take(self, rows: Rows) -> None:
         self._rows = rows
-        self.cells = rows.view(_CELL)
+        self.cells = rows.view(CELL)
         """[capacity]; an entry of `cells_of` may be assigned to one of these."""
         self.capacity = len(rows)
 
@@ -87,10 +87,12 @@ class ResultArrays:
         if size > self.capacity:
             self._take(enlarged(self._rows, max(size, 2 * self.capacity)))
 
-    def put(self, first: int, rows: Rows) -> None:
-        """Fill rows from `first` on."""
-        self.reserve(first + len(rows))
-        self._rows[first : first + len(rows)] = rows
+    def put(self, first: int, cells: NDArray[np.void]) -> None:
+        """Fill rows from `first` on; `cells`: of type CELL."""
+        end = first + len(cells)
+        if end > self.capacity:
+            self.reserve(end)
+        self.cells[first:end] = cells
 
     def column(self, name: str) -> NDArray[Any] | None:
         """A field of ROW of all rows there is room for, as a view; None for raw logprobs that nobody asked for."""
@@ -98,7 +100,7 @@ class ResultArrays:
 
 
 def enlarged(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """A copy of `array` with `size` entries, new ones 0."""
-    larger = np.zeros(size, array.dtype)
+    """A copy of `array` [n, ...] with `size` entries, new ones 0."""
+    larger = np.zeros((size, *array.shape[1:]), array.dtype)
     larger[: len(array)] = array
     return larger

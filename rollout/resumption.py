@@ -11,7 +11,7 @@ import numpy as np
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
-from zerokl.rollout.results import ROW, ResultArrays
+from zerokl.rollout.results import CELL, ROW, ResultArrays
 from zerokl.rollout.routing import RolloutRouting
 
 
@@ -103,5 +103,5 @@ def _results(name: str, rollout: Rollout) -> ResultArrays:
         if given is None or len(given) != size:
             raise ValueError(f"{name}.{column} must have an entry for each of its {size} tokens")
         rows[column] = given
-    results.put(0, rows)
+    results.put(0, rows.view(CELL))
     return results

@@ -163,9 +163,9 @@ class KVCacheManager:
         num_full = request.num_computed_tokens // self.block_size
         if num_full <= request.num_published_blocks or request.has_older_kv or not self._shares(request):
             return
-        keys = self._make_keys(request, num_full)
-        for index in range(request.num_published_blocks, num_full):
-            self._prefixes.insert(keys[index], int(request.block_table[index]))
+        keys, first, insert = self._make_keys(request, num_full), request.num_published_blocks, self._prefixes.insert
+        for key, block in zip(keys[first:num_full], request.block_table[first:num_full].tolist(), strict=True):
+            insert(key, block)
         request.num_published_blocks = num_full
 
     def keep_older(self, request: Request) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zerokl.kernels.ops import SampleResult
+from zerokl.rollout import row_log
 from zerokl.rollout.request import Request
 from zerokl.rollout.results import ROW, Origin, ResultArrays, cells_of, make_rows
+from zerokl.rollout.row_log import RowLog
 from zerokl.rollout.sampling_params import SamplingParams
 
 COLUMNS = {
@@ -95,3 +98,102 @@ def test_every_field_of_a_row_is_a_column() -> None:
     assert {name: column.tolist() for name, column in last.items() if column is not None} == {
         "policy_versions": [9], "steps": [8], "phases": [1], "cached_lens": [6], "ranks": [5]
     }  # fmt: skip
+
+
+# -- rows that wait in the log ----------------------------------------------------------------------------------------
+STOPS: list[tuple[int, ...]] = [(), (3,), (3, 5, 8)]
+
+
+def decoding(number: int, stops: int, max_tokens: int) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=STOPS[stops])
+    request = Request.generate(f"r{number}", [1] * (1 + number % 3), params, seed=number)
+    request.num_matched_tokens = 7 * number
+    return request
+
+
+def seen(request: Request) -> list[Any]:
+    columns = [getattr(request, name) for name in COLUMNS]
+    return [request.token_ids.tolist(), *(None if column is None else column.tobytes() for column in columns)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 150)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.sampled_from("ssssssrle"), st.integers(0, 5), st.integers(0, 60)), max_size=60),
+    st.sampled_from([2, 64]),
+)
+def test_requests_with_lanes_are_those_that_take_each_token(
+    members: list[tuple[int, int]], events: list[tuple[str, int, int]], depth: int
+) -> None:
+    """Steps of some of them; one reads what it has, takes a token outside of the log, leaves or enters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_log, "DEPTH", depth)
+        play(members, events)
+
+
+def play(members: list[tuple[int, int]], events: list[tuple[str, int, int]]) -> None:
+    log, numbers = RowLog(), np.random.default_rng(0)
+    pairs = [(decoding(number, *how), decoding(number, *how)) for number, how in enumerate(members)]
+    running = dict(enumerate(pairs))
+    for logged, _ in pairs:
+        log.enter(logged)
+    for step, (event, number, size) in enumerate(events):
+        if event == "s":
+            some = [running[index] for index in sorted(running) if (index + size) % 3 and running[index][0].log]
+            if not some:
+                continue
+            result = drawn(numbers, len(some), raw=False)
+            result.tokens[:] %= 50
+            cached = np.array([request.num_matched_tokens for request, _ in some], np.int32)
+            rows = make_rows(result, Origin(2, step, 1, cached, 4))
+            lanes = np.array([request.lane for request, _ in some])
+            last = log.write([request for request, _ in some], lanes, result.tokens, rows)
+            plain = [
+                index
+                for index, (_, request) in enumerate(some)
+                if request.take_token(int(result.tokens[index]), cells_of(rows)[index])
+                and (request.num_tokens == request.max_num_tokens or result.tokens[index] in request.sampling.stop_ids)
+            ]
+            assert set(plain) <= set(last) and last == sorted(last)
+            for index in plain:
+                log.leave(some[index][0])
+                del running[int(some[index][0].request_id[1:])]
+        elif number in running:
+            logged, other = running[number]
+            if event == "r":
+                assert seen(logged) == seen(other)
+            elif event == "l" and logged.log is not None:
+                log.leave(logged)
+            elif event == "e" and logged.log is None and logged.num_tokens < logged.max_num_tokens:
+                log.enter(logged)
+        assert [(one.num_tokens, one.num_output_tokens) for one, _ in pairs] == [
+            (other.num_tokens, other.num_output_tokens) for _, other in pairs
+        ]
+    assert [seen(one) for one, _ in pairs] == [seen(other) for _, other in pairs]
+
+
+def test_negative_control_rows_of_the_lane_before_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, events = [(0, 90)] * 4, [("s", 0, 0), ("s", 0, 1)] * 20
+    play(members, events)
+    settle = RowLog.settle
+
+    def late(log: RowLog, request: Request) -> None:
+        request.lane ^= 1
+        settle(log, request)
+        request.lane ^= 1
+
+    monkeypatch.setattr(RowLog, "settle", late)
+    with pytest.raises((AssertionError, ValueError)):
+        play(members, events)
+
+
+def test_a_token_outside_of_the_log_takes_the_request_out_of_it() -> None:
+    log, request = RowLog(), decoding(0, 1, 9)
+    log.enter(request)
+    rows = make_rows(drawn(np.random.default_rng(0), 1, raw=False), Origin(1))
+    assert log.write([request], np.array([request.lane]), np.array([4], np.int32), rows) == []
+    assert not request.take_token(6, cells_of(rows)[0]) and request.log is None
+    assert request.output_token_ids.tolist() == [4, 6] and request.policy_versions.tolist() == [1, 1]
+    log.enter(request)
+    assert log.write([request], np.array([request.lane]), np.array([3], np.int32), rows) == [0]
+    log.leave(request)
+    assert not log._stop_ids, "nobody is left who stops"

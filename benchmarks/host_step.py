@@ -34,7 +34,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -191,18 +190,21 @@ def microseconds(engine: str, sequences: int, windows: int) -> dict[str, float]:
     scheduler = TimedScheduler(config, [KVCacheManager(blocks, BLOCK) for _ in range(size)])
     scheduler.timer = clock = Clock()
     scheduler.set_weights("policy", epoch=1, version=0)
-    loop: EngineLoop
 
     def begin(orders: Sequence[StepOrder]) -> Callable[[], list[StepResult]]:
         clock.spent["orders"] += time.thread_time() - scheduler.planned
         wait: Callable[[], list[StepResult]] = clock.timed("send", ranks.begin, orders)
         return lambda: clock.timed("take", wait)
 
-    weights = WeightSets(ranks, scheduler)
-    marks: deque[list[dict[str, Any]]] = deque()
-
     loop = EngineLoop(
-        scheduler, ranks, weights, StopStrings(None), BLOCK, lambda: None, begin_step=begin, after_step=clock.end_step
+        scheduler,
+        ranks,
+        WeightSets(ranks, scheduler),
+        StopStrings(None),
+        BLOCK,
+        lambda: None,
+        begin_step=begin,
+        after_step=clock.end_step,
     )
     numbers = np.random.default_rng(1)
     params = SamplingParams(max_tokens=steps, n=SAMPLES)
@@ -214,13 +216,13 @@ def microseconds(engine: str, sequences: int, windows: int) -> dict[str, float]:
             for i in range(SAMPLES)
         ]
     call = Call(groups)
-    marks.append(ranks.describe())
+    before = ranks.describe()
     loop.submit(call)
     loop.start()
     call.future.result()
-    marks.append(loop.at_boundary(ranks.describe).result())
+    after = loop.at_boundary(ranks.describe).result()
     loop.close()
-    found = summary(clock, marks, windows)
+    found = summary(clock, (before, after), windows)
     if not processes:
         del found["rank"]  # it has no thread of its own
     return found

@@ -69,44 +69,44 @@ class ResultIntake:
         self, plan: StepPlan, rank_plan: RankPlan, members: Members, sampled: SampleResult
     ) -> tuple[list[tuple[Request, End]], int]:
         """As `_take_each`, of all entries; the log takes the rows of those that have a lane."""
-        entries = rank_plan.entries
-        lanes = np.array([-1 if request is None else request.lane for request in members], np.int64)
-        logged = np.flatnonzero(lanes >= 0) if rank_plan.num_rows == len(entries) else lanes[:0]
-        ended, num_generated = list[tuple[Request, End]](), len(logged)
-        if len(logged) < len(entries):
-            has_lane = set(logged.tolist())
-            others = [None if index in has_lane else request for index, request in enumerate(members)]
-            rows = make_rows(sampled, _origin(plan, rank_plan, entries, others))
-            ended, num_drawn = self._take_each(entries, others, rows, sampled.tokens.tolist())
-            self._enter(others, ended)
-            num_generated += num_drawn
-        if len(logged):
-            ended_early, ended = ended, self._take_logged(plan, rank_plan, members, lanes, logged, sampled)
-            ended = _in_order(members, ended_early, ended) if ended_early else ended
-        return ended, num_generated
+        lanes = [-1 if request is None else request.lane for request in members]
+        logged = [request for request, lane in zip(members, lanes, strict=True) if request is not None and lane >= 0]
+        early, num_drawn = list[tuple[Request, End]](), 0
+        if len(logged) < len(members):
+            others = [None if lane >= 0 else request for request, lane in zip(members, lanes, strict=True)]
+            rows = make_rows(sampled, _origin(plan, rank_plan, rank_plan.entries, others))
+            early, num_drawn = self._take_each(rank_plan.entries, others, rows, sampled.tokens.tolist())
+            self._enter(others, early)
+        if not logged:
+            return early, num_drawn
+        ended = self._take_logged(plan, rank_plan, logged, np.array(lanes), sampled)
+        return _in_order(members, early, ended) if early else ended, len(logged) + num_drawn
 
     def _take_logged(
         self,
         plan: StepPlan,
         rank_plan: RankPlan,
-        members: Members,
+        logged: Sequence[Request],
         lanes: NDArray[np.int64],
-        logged: NDArray[np.intp],
         sampled: SampleResult,
     ) -> list[tuple[Request, End]]:
-        """Write the rows of the members `logged`, which decode and have these `lanes`; who ends with them."""
-        lane_list, tokens = lanes.tolist(), sampled.tokens
-        requests = [one for one, lane in zip(members, lane_list, strict=True) if one is not None and lane >= 0]
-        lanes = lanes[logged]
-        rows = make_rows(sampled, Origin(plan.policy_version, plan.step, DECODE, 0, rank_plan.rank))
-        if len(logged) < len(members):
-            rows, tokens = rows[logged], tokens[logged]
-        rows["cached_lens"] = self._log.cached_lens[lanes]
+        """Write the rows of these requests, those of all entries that have `lanes`: who ends with them.
+
+        All of them decode.
+        """
+        tokens, rows = sampled.tokens, make_rows(sampled, Origin(plan.policy_version, plan.step, DECODE, 0))
+        if len(logged) < len(lanes):
+            (index,) = np.nonzero(lanes >= 0)
+            counts = np.array([entry.num_rows for entry in rank_plan.entries])
+            assert (counts[index] == 1).all(), "a sequence that decodes has one row"
+            first_rows = (np.cumsum(counts) - counts)[index]
+            tokens, rows, lanes = tokens[first_rows], rows[first_rows], lanes[index]
+        rows["cached_lens"], rows["ranks"] = self._log.cached_lens[lanes], rank_plan.rank
         ended = []
-        for index in self._log.write(requests, lanes, tokens, rows):
-            end = find_end(requests[index], int(tokens[index]), self._stop_checker)
+        for place in self._log.write(logged, lanes, tokens, rows):
+            end = find_end(logged[place], int(tokens[place]), self._stop_checker)
             if end is not None:
-                ended.append((requests[index], end))
+                ended.append((logged[place], end))
         return ended
 
     def _enter(self, members: Members, ended: Sequence[tuple[Request, End]]) -> None:

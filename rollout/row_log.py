@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,9 @@ class RowLog:
             self._pending[lane] = 0
             request.store(self._tokens[lane, :pending], self._cells[lane, :pending])
 
-    def write(self, members: list[Request], lanes: NDArray[Any], tokens: NDArray[np.int32], rows: Rows) -> list[int]:
+    def write(
+        self, members: Sequence[Request], lanes: NDArray[Any], tokens: NDArray[np.int32], rows: Rows
+    ) -> list[int]:
         """A token and a row for each of these requests, whose lanes these are; all arrays are [n].
 
         Returns the places among them of those that may end with it, rising.

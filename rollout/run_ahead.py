@@ -34,7 +34,7 @@ def carried_first(entries: list[PlanEntry], requests: Mapping[str, Request]) -> 
         for entry, request in zip(entries, members, strict=True)
         if entry[1] != request.num_tokens or not request.sampling.is_constant
     ]
-    if others:
+    if others and entries[-len(others) :] != others:  # those that have just joined are the last ones
         left = set(others)
         entries[:] = [entry for entry in entries if entry not in left] + others
 

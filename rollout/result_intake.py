@@ -76,7 +76,7 @@ class ResultIntake:
             others = [None if lane >= 0 else request for request, lane in zip(members, lanes, strict=True)]
             rows = make_rows(sampled, _origin(plan, rank_plan, rank_plan.entries, others))
             early, num_drawn = self._take_each(rank_plan.entries, others, rows, sampled.tokens.tolist())
-            self._enter(others, early)
+            self._enter(rank_plan.entries, others, early)
         if not logged:
             return early, num_drawn
         ended = self._take_logged(plan, rank_plan, logged, np.array(lanes), sampled)
@@ -109,13 +109,12 @@ class ResultIntake:
                 ended.append((logged[place], end))
         return ended
 
-    def _enter(self, members: Members, ended: Sequence[tuple[Request, End]]) -> None:
-        """Those that drew a token, and go on, have a lane from the next step on."""
+    def _enter(self, entries: Sequence[PlanEntry], members: Members, ended: Sequence[tuple[Request, End]]) -> None:
+        """Those that have drawn a token, and go on, decode from here on: they get a lane."""
         gone = {request.request_id for request, _ in ended}
-        for request in members:
-            if request is None or not request.num_output_tokens or request.request_id in gone:
-                continue
-            if self._log.serves(request):
+        for entry, request in zip(entries, members, strict=True):
+            has_drawn = request is not None and entry[3] and request.request_id not in gone
+            if request is not None and has_drawn and self._log.serves(request):
                 self._log.enter(request)
 
     def _take_each(

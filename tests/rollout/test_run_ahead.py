@@ -21,6 +21,7 @@ from zerokl.rollout import run_ahead, step_inputs
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
+from zerokl.rollout.results import DECODE, PREFILL
 from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
@@ -307,6 +308,23 @@ def test_a_pool_without_room_for_the_next_step_waits_for_the_results():
     overlapped.run(*requests)
     assert_as_expected(requests, {"policy": 1})
     assert sum(request.num_preemptions for request in requests) > 0 < overlapped.device.num_ahead
+
+
+def test_a_preempted_request_computes_its_tokens_in_chunks_without_rows():
+    """Beside others that decode: its rows are told apart from theirs, and their phases."""
+    rig = Rig(num_blocks=128, max_num_batched_tokens=12)
+    overlapped = OverlappedRig(rig, late=True)
+    requests = plain(6, 4)
+    rig.add(*requests)
+    while requests[1].num_output_tokens < 9:
+        overlapped.step()
+    overlapped.steps.finish()
+    rig.scheduler.reset_prefix_cache()
+    assert rig.scheduler.preempt(requests[1].request_id)
+    overlapped.run()
+    overlapped.check_done(requests)
+    assert requests[1].num_preemptions == 1 and PREFILL in requests[1].phases[1:]
+    assert all(request.phases[1:].tolist() == [DECODE] * 39 for request in requests if not request.num_preemptions)
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------

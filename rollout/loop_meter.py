@@ -34,7 +34,7 @@ class LoopMeter:
             if self._last_end is not None:
                 self._pauses.observe(start - self._last_end)
         self._last_end = end if self._scheduler.num_unfinished else None
-        self._decode_tokens += sum(entry.num_tokens == 1 for rank in plan.ranks for entry in rank.entries)
+        self._decode_tokens += sum(rank.num_singles for rank in plan.ranks)
         self._steps.observe(end - start)
         self._plans.observe(plan_seconds)
         self._worker_seconds += worker_seconds

@@ -6,12 +6,11 @@ has one more token then, which the device has already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 
-from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
-from zerokl.rollout.step_plan import PlanEntry, RankPlan, StepPlan
+from zerokl.rollout.step_plan import RankPlan, StepPlan
 from zerokl.rollout.waiting_queue import WaitingQueue
 
 
@@ -25,12 +24,28 @@ class Progress:
         self._queue = queue
         self._leaders: list[Request] = []
 
-    def move(self, request: Request, entry: PlanEntry, kv_cache: KVCacheManager) -> None:
-        """The entry's tokens count as computed from here on; all of them are known."""
-        request.num_computed_tokens = entry.start + entry.num_tokens
-        kv_cache.publish(request)
-        if request.group_id is not None and self._has_computed_shared(request):
-            self._leaders.append(request)
+    def move(self, rank_plan: RankPlan, members: Sequence[Request | None]) -> None:
+        """What a rank's step computes counts as computed from here on; all of it is known.
+
+        `members`: the request of each entry, None for those that have left.
+        """
+        kv_cache, has_leaders = self._residents.kv_caches[rank_plan.rank], self._queue.has_leaders
+        block_size = kv_cache.block_size
+        for (_, start, num_tokens, _), request in zip(rank_plan.entries, members, strict=True):
+            if request is None:
+                continue
+            request.num_computed_tokens = end = start + num_tokens
+            if end // block_size > request.num_published_blocks:
+                kv_cache.publish(request)
+            if has_leaders and self._has_computed_shared(request):
+                self._leaders.append(request)
+
+    def note_moved(self, rank_plan: RankPlan, members: Sequence[Request | None], ended: Set[str]) -> None:
+        """After `move`, and once results are taken: what the next step computes of all but those that have `ended`."""
+        advance = self._residents.running[rank_plan.rank].advance
+        for request in members:
+            if request is not None and request.request_id not in ended:
+                advance(request)
 
     def release_groups(self) -> None:
         """Let the samples join that wait for a prompt which has been computed by now."""
@@ -44,26 +59,13 @@ class Progress:
 
         Blocks are published: who reads them does so in a later step. Those that end whatever the results are rest.
         """
+        left = self._residents.left  # their results will be dropped
         for rank_plan in plan.ranks:
-            self._foresee_rank(rank_plan, requests)
+            members = [None if entry[0] in left else requests[entry[0]] for entry in rank_plan.entries]
+            self.move(rank_plan, members)
+            self._residents.running[rank_plan.rank].foresee(plan.policy, rank_plan.entries, members)
         self.release_groups()
         self.foreseen_step = plan.step
-
-    def _foresee_rank(self, rank_plan: RankPlan, requests: Mapping[str, Request]) -> None:
-        left = self._residents.left
-        running, kv_cache = self._residents.running[rank_plan.rank], self._residents.kv_caches[rank_plan.rank]
-        for entry in rank_plan.entries:
-            if entry.request_id in left:
-                continue  # its result will be dropped
-            request = requests[entry.request_id]
-            self.move(request, entry, kv_cache)
-            end = request.num_computed_tokens
-            if entry.num_rows and request.kind == "generate" and end + 1 < request.max_num_tokens:
-                request.compute_target = end + 1  # the token that is drawn is one more to compute
-            if end < request.compute_target:
-                running.advance(request)
-            else:
-                running.rest(request)
 
     def _has_computed_shared(self, request: Request) -> bool:
         kv_cache = self._residents.kv_caches[0]

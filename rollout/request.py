@@ -9,18 +9,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zerokl.kernels.ops import SampleResult
-from zerokl.rollout.result_columns import ResultColumns
-from zerokl.rollout.results import Origin, ResultArrays, enlarged
+from zerokl.rollout.growing_tokens import GrowingTokens, RequestKind
 from zerokl.rollout.routing import RolloutRouting
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.sampling_state import SamplingState
 from zerokl.rollout.token_ids import as_token_ids
 
-RequestKind = Literal["generate", "score"]
 FinishReason = Literal["stop", "length", "abort"]
-
-FIRST_OUTPUT_CAPACITY = 64
 
 
 class RequestStatus(enum.Enum):
@@ -31,7 +26,7 @@ class RequestStatus(enum.Enum):
     FINISHED = "finished"
 
 
-class Request(ResultColumns):
+class Request(GrowingTokens):
     """A sequence to continue (generate) or whose given tokens are to be rated (score).
 
     Both are one thing to the scheduler: `num_computed_tokens` catches up with `compute_target`, and from position
@@ -44,46 +39,35 @@ class Request(ResultColumns):
     `num_output_tokens` counts results collected so far: for a score request they cover a prefix of the forced tokens.
     Results outlive a preemption; only keys and values are computed again, to the same bits.
 
-    Who writes: the scheduler progress and status, the KV cache manager the block fields, `record` the results, a
-    `RoutingStore` the routing of what was computed until the request last let go of its blocks.
+    Who writes: the scheduler progress and status, the KV cache manager the block fields, a `ResultIntake` the results,
+    a `RoutingStore` the routing of what was computed until the request last let go of its blocks.
     """
 
     __slots__ = (
-        "_tokens",
         "admission",
         "arrival",
         "arrival_time",
         "block_keys",
         "block_table",
-        "compute_target",
         "finish_reason",
         "gathers",
         "group_id",
         "has_older_kv",
         "key_root",
-        "kind",
-        "max_num_tokens",
         "num_blocks",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_kept_updates",
         "num_matched_tokens",
-        "num_output_tokens",
         "num_overtaken",
         "num_preemptions",
-        "num_prompt_tokens",
         "num_published_blocks",
         "num_restarts",
-        "num_tokens",
         "policy",
         "prompt_index",
         "rank",
-        "request_id",
-        "results",
         "routing",
         "sample_index",
-        "sampling",
-        "sampling_params",
         "seed",
         "status",
         "stop_reason",
@@ -121,27 +105,9 @@ class Request(ResultColumns):
             eos_token_ids=eos_token_ids,
         )
         self._begin_tokens(tokens, num_prompt_tokens)
+        self.routing: RolloutRouting | None = None
         self._begin_progress()
         self._begin_blocks()
-
-    def _begin_tokens(self, tokens: NDArray[np.int32], num_prompt_tokens: int) -> None:
-        sampling_params, kind = self.sampling_params, self.kind
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = len(tokens)
-        self.num_output_tokens = 0
-        self.max_num_tokens = len(tokens) + (sampling_params.max_tokens if kind == "generate" else 0)
-        """Prompt and output tokens at its longest."""
-        self.compute_target = len(tokens) if kind == "generate" else len(tokens) - 1
-        """Tokens to compute: those known, for a score request without the last one. While a step is under way that
-        draws the next token, that one too."""
-        if kind == "generate":
-            capacity = min(sampling_params.max_tokens, FIRST_OUTPUT_CAPACITY)
-            self._tokens: NDArray[np.int32] = np.concatenate([tokens, np.zeros(capacity, np.int32)])
-        else:
-            capacity = len(tokens) - num_prompt_tokens
-            self._tokens = tokens.copy()
-        self.results = ResultArrays(capacity, want_raw=sampling_params.raw_logprobs)
-        self.routing: RolloutRouting | None = None
 
     def _begin_progress(self) -> None:
         self.status = RequestStatus.WAITING
@@ -239,21 +205,6 @@ class Request(ResultColumns):
 
     # -- tokens and results ------------------------------------------------------------------------
     @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """[num_tokens] int32 view: prompt and output, or all tokens to score."""
-        return self._tokens[: self.num_tokens]
-
-    @property
-    def prompt_token_ids(self) -> NDArray[np.int32]:
-        """[num_prompt_tokens] int32 view."""
-        return self._tokens[: self.num_prompt_tokens]
-
-    @property
-    def output_token_ids(self) -> NDArray[np.int32]:
-        """[num_output_tokens] int32 view: sampled tokens, or the forced tokens scored so far."""
-        return self._tokens[self.num_prompt_tokens : self.num_prompt_tokens + self.num_output_tokens]
-
-    @property
     def next_row(self) -> int:
         """Position of the first token whose row of results is still wanted; keys before it may come from the cache."""
         return self.num_prompt_tokens + self.num_output_tokens - 1
@@ -263,39 +214,12 @@ class Request(ResultColumns):
         """Whether it has left the scheduler."""
         return self.status is RequestStatus.FINISHED
 
-    def record(self, result: SampleResult, first_row: int, num_rows: int, origin: Origin) -> None:
-        """Take rows first_row .. first_row + num_rows of a step's result; a generate request grows by its token."""
-        self.results.extend(result, first_row, num_rows, origin)
-        if self.kind == "generate":
-            assert num_rows == 1, f"{self.request_id} draws one token a step, got {num_rows} rows"
-            if self.num_tokens == len(self._tokens):
-                self._tokens = enlarged(self._tokens, 2 * len(self._tokens))
-            self._tokens[self.num_tokens] = result.tokens[first_row]
-            self.num_tokens += 1
-            self.compute_target = self.num_tokens
-        begin = self.num_prompt_tokens + self.num_output_tokens
-        self.num_output_tokens += num_rows
-        if self.sampling.history is not None:
-            for token in self._tokens[begin : begin + num_rows].tolist():
-                self.sampling.history.append(token)
-
-    def take_over(self, token_ids: NDArray[np.int32], results: ResultArrays) -> None:
-        """Go on after N tokens [N] that an earlier request sampled, with their results; before it is queued."""
-        assert self.kind == "generate" and not self.num_output_tokens, self.request_id
-        self._tokens = np.concatenate([self.prompt_token_ids, token_ids, np.zeros(FIRST_OUTPUT_CAPACITY, np.int32)])
-        self.results = results
-        self.num_output_tokens = len(token_ids)
-        self.num_tokens = self.compute_target = self.num_prompt_tokens + len(token_ids)
-        if self.sampling.history is not None:
-            for token in token_ids.tolist():
-                self.sampling.history.append(token)
-
     def restart(self) -> None:
         """Forget all results, of a request that holds no blocks: it is computed again from its first wanted row."""
         assert self.num_blocks == 0, f"{self.request_id} holds blocks"
         if self.kind == "generate":
             self.num_tokens = self.compute_target = self.num_prompt_tokens
-        self.num_output_tokens = self.results.size = 0
+        self.num_output_tokens = 0
         self.routing = None
         self.sampling.restart(self.prompt_token_ids)
         self.block_keys.clear()

@@ -108,6 +108,6 @@ class RequestLife:
 def _log(event: str, request: Request, **fields: object) -> None:
     if request.rank >= 0:
         fields["rank"] = request.rank
-    if request.results.size:
+    if request.num_output_tokens:
         fields["version"] = int(request.policy_versions[-1])
     _logger.debug(event, extra={"request_id": request.request_id, **fields})

@@ -86,6 +86,8 @@ class Residents:
     def stop(self, request: Request) -> None:
         """Take a running request's blocks, on both ranks if it is on its way."""
         self.left.add(request.request_id)
+        if request.log is not None:
+            request.log.leave(request)
         self.running[request.rank].remove(request)
         self.kv_caches[request.rank].release(request)
         moving = self._moving.pop(request.request_id, None)

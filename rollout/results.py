@@ -1,4 +1,4 @@
-"""Per-token results of one request: arrays that grow, no object per token."""
+"""Per-token results of one request: an array of rows that grows, no object per token."""
 
 from __future__ import annotations
 
@@ -19,76 +19,88 @@ class Origin(NamedTuple):
     policy_version: int
     step: int = 0
     """Number of the step."""
-    phase: int = PREFILL
-    cached_len: int = 0
+    phase: int | NDArray[Any] = PREFILL
+    cached_len: int | NDArray[Any] = 0
     """Tokens of the sequence whose keys and values came from the prefix cache in the forward that gave the rows."""
     rank: int = 0
     """Rank that computed them."""
 
 
-class ResultArrays:
-    """Columns of equal length `size`; the properties of `Request` show them."""
+ROW = np.dtype(
+    [
+        ("logprobs", np.float32),
+        ("policy_logprobs", np.float32),
+        ("entropy", np.float32),
+        ("raw_logprobs", np.float32),
+        ("policy_versions", np.int64),
+        ("steps", np.int64),
+        ("cached_lens", np.int32),
+        ("ranks", np.int16),
+        ("phases", np.uint8),
+    ],
+    align=True,
+)
+"""All that is kept of a token beside its id. One copy of so many bytes costs a ninth of nine numbers, one by one."""
 
-    __slots__ = (
-        "cached_lens",
-        "entropy",
-        "logprobs",
-        "phases",
-        "policy_logprobs",
-        "ranks",
-        "raw_logprobs",
-        "size",
-        "steps",
-        "versions",
-    )
+CELL = np.dtype((np.void, ROW.itemsize))
+"""The same bytes, of which NumPy knows no fields: it copies them several times as fast."""
+
+Rows = NDArray[np.void]
+"""[n] of type ROW."""
+
+
+def make_rows(result: SampleResult, origin: Origin) -> Rows:
+    """The rows of a step's result [n] with where they come from; phase and cached length may be arrays [n]."""
+    made = np.zeros(len(result.tokens), ROW)
+    made["logprobs"] = result.logprobs
+    made["policy_logprobs"] = result.policy_logprobs
+    made["entropy"] = result.entropy
+    if result.raw_logprobs is not None:
+        made["raw_logprobs"] = result.raw_logprobs
+    for name, value in zip(("policy_versions", "steps", "phases", "cached_lens", "ranks"), origin, strict=True):
+        made[name] = value
+    return made
+
+
+def cells_of(rows: Rows) -> list[Any]:
+    """Each row for an entry of `ResultArrays.cells`."""
+    return list(rows.view(CELL))
+
+
+class ResultArrays:
+    """Rows of a request, of which its first `num_output_tokens` are filled; its properties show their columns."""
+
+    __slots__ = ("_rows", "_want_raw", "capacity", "cells")
 
     def __init__(self, capacity: int, *, want_raw: bool) -> None:
-        self.size = 0
-        self.logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self.policy_logprobs: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self.entropy: NDArray[np.float32] = np.zeros(capacity, np.float32)
-        self.versions: NDArray[np.int64] = np.zeros(capacity, np.int64)
-        self.steps: NDArray[np.int64] = np.zeros(capacity, np.int64)
-        self.phases: NDArray[np.uint8] = np.zeros(capacity, np.uint8)
-        self.cached_lens: NDArray[np.int32] = np.zeros(capacity, np.int32)
-        self.ranks: NDArray[np.int16] = np.zeros(capacity, np.int16)
-        self.raw_logprobs: NDArray[np.float32] | None = np.zeros(capacity, np.float32) if want_raw else None
+        self._want_raw = want_raw
+        self._take(np.zeros(capacity, ROW))
 
-    def extend(self, result: SampleResult, first_row: int, num_rows: int, origin: Origin) -> None:
-        """Append rows first_row .. first_row + num_rows of a step's result."""
-        begin, end = self.size, self.size + num_rows
-        if end > len(self.logprobs):
-            self._grow(max(end, 2 * len(self.logprobs)))
-        if num_rows == 1:  # one index costs a fifth of a slice, and decoding is all single rows
-            self._copy(result, begin, first_row, origin)
-        else:
-            self._copy(result, slice(begin, end), slice(first_row, first_row + num_rows), origin)
-        self.size = end
+    def _take(self, rows: Rows) -> None:
+        self._rows = rows
+        self.cells = rows.view(CELL)
+        """[capacity]; an entry of `cells_of` may be assigned to one of these."""
+        self.capacity = len(rows)
 
-    def _copy(self, result: SampleResult, at: int | slice, rows: int | slice, origin: Origin) -> None:
-        self.logprobs[at] = result.logprobs[rows]
-        self.policy_logprobs[at] = result.policy_logprobs[rows]
-        self.entropy[at] = result.entropy[rows]
-        self.versions[at], self.steps[at], self.phases[at], self.cached_lens[at], self.ranks[at] = origin
-        if self.raw_logprobs is not None:
-            assert result.raw_logprobs is not None, "raw logprobs were asked for"
-            self.raw_logprobs[at] = result.raw_logprobs[rows]
+    def reserve(self, size: int) -> None:
+        """Have room for so many rows, and for as many again as there was room for."""
+        if size > self.capacity:
+            self._take(enlarged(self._rows, max(size, 2 * self.capacity)))
 
-    def _grow(self, capacity: int) -> None:
-        self.logprobs = enlarged(self.logprobs, capacity)
-        self.policy_logprobs = enlarged(self.policy_logprobs, capacity)
-        self.entropy = enlarged(self.entropy, capacity)
-        self.versions = enlarged(self.versions, capacity)
-        self.steps = enlarged(self.steps, capacity)
-        self.phases = enlarged(self.phases, capacity)
-        self.cached_lens = enlarged(self.cached_lens, capacity)
-        self.ranks = enlarged(self.ranks, capacity)
-        if self.raw_logprobs is not None:
-            self.raw_logprobs = enlarged(self.raw_logprobs, capacity)
+    def put(self, first: int, cells: NDArray[np.void]) -> None:
+        """Fill rows from `first` on; `cells`: of type CELL."""
+        end = first + len(cells)
+        if end > self.capacity:
+            self.reserve(end)
+        self.cells[first:end] = cells
+
+    def column(self, name: str) -> NDArray[Any] | None:
+        """A field of ROW of all rows there is room for, as a view; None for raw logprobs that nobody asked for."""
+        return None if name == "raw_logprobs" and not self._want_raw else self._rows[name]
 
 
 def enlarged(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """A copy of `array` with `size` entries, new ones 0."""
-    larger = np.zeros(size, array.dtype)
+    """A copy of `array` [n, ...] with `size` entries, new ones 0."""
+    larger = np.zeros((size, *array.shape[1:]), array.dtype)
     larger[: len(array)] = array
     return larger

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.outputs import Rollout
 from zerokl.rollout.request import Request
-from zerokl.rollout.results import ResultArrays
+from zerokl.rollout.results import CELL, ROW, ResultArrays
 from zerokl.rollout.routing import RolloutRouting
 
 
@@ -93,21 +95,13 @@ def resumed_request(
 def _results(name: str, rollout: Rollout) -> ResultArrays:
     size, want_raw = len(rollout.token_ids), rollout.sampling_params.raw_logprobs
     results = ResultArrays(size, want_raw=want_raw)
-    columns: dict[str, Any] = {
-        "logprobs": results.logprobs,
-        "policy_logprobs": results.policy_logprobs,
-        "entropy": results.entropy,
-        "policy_versions": results.versions,
-        "steps": results.steps,
-        "phases": results.phases,
-        "cached_lens": results.cached_lens,
-        "ranks": results.ranks,
-        **({} if results.raw_logprobs is None else {"raw_logprobs": results.raw_logprobs}),
-    }
-    for column, target in columns.items():
+    rows = np.zeros(size, ROW)
+    for column in ROW.names or ():
+        if column == "raw_logprobs" and not want_raw:
+            continue
         given = getattr(rollout, column)
         if given is None or len(given) != size:
             raise ValueError(f"{name}.{column} must have an entry for each of its {size} tokens")
-        target[:] = given
-    results.size = size
+        rows[column] = given
+    results.put(0, rows.view(CELL))
     return results

@@ -27,8 +27,14 @@ Ints = NDArray[np.int32]
 
 def carried_first(entries: list[PlanEntry], requests: Mapping[str, Request]) -> None:
     """Put first the entries that `order_ahead` takes from the order before."""
-    others = [entry for entry in entries if not _is_carried(entry, requests[entry.request_id])]
-    if others:
+    members = [requests[entry[0]] for entry in entries]
+    # `_is_carried` of each, without two calls for each.
+    others = [
+        entry
+        for entry, request in zip(entries, members, strict=True)
+        if entry[1] != request.num_tokens or not request.sampling.is_constant
+    ]
+    if others and entries[-len(others) :] != others:  # those that have just joined are the last ones
         left = set(others)
         entries[:] = [entry for entry in entries if entry not in left] + others
 
@@ -49,31 +55,40 @@ def order_ahead(
     """What a rank is told of `plan`, which follows `before_plan`; `before` is what it was told of that.
 
     Tokens under way are those of rows of the step before (`StepInputs.token_rows`). A step decodes a thousand sequences
-    that were in the one before: their arrays are made of its arrays.
+    that were in the one before: their arrays are made of its arrays, and what stays as it was is the same array.
     """
-    old_entries, rank_plan = before_plan.ranks[rank].entries, plan.ranks[rank]
-    num_rows = np.array([entry.num_rows for entry in old_entries], np.int32)
-    rows = (np.cumsum(num_rows, dtype=np.int32) - num_rows).tolist()
-    index_of = {entry.request_id: index for index, entry in enumerate(old_entries)}
+    old_plan, rank_plan = before_plan.ranks[rank], plan.ranks[rank]
     entries = rank_plan.entries
-    members = [requests[entry.request_id] for entry in entries]
     # `carried_first` has sorted them: a thousand need not be asked again.
-    count = bisect_left(range(len(entries)), True, key=lambda n: not _is_carried(entries[n], members[n]))
+    count = bisect_left(range(len(entries)), True, key=lambda n: not _is_carried(entries[n], requests[entries[n][0]]))
+    if count and count == len(entries) and _are_same(old_plan, entries):
+        carried = _carried(before.inputs, None, np.arange(count, dtype=np.int32), entries, requests, block_size)
+        return StepOrder(inputs=replace(carried, step=plan.step, policy=plan.policy))
+    num_rows = np.array([entry.num_rows for entry in old_plan.entries], np.int32)
+    rows = (np.cumsum(num_rows, dtype=np.int32) - num_rows).tolist()
+    index_of = {entry[0]: index for index, entry in enumerate(old_plan.entries)}
     parts: list[StepInputs] = []
     if count:
-        index = [index_of[entry.request_id] for entry in entries[:count]]
+        index = [index_of[entry[0]] for entry in entries[:count]]
         source_rows = np.array([rows[i] for i in index], np.int32)
-        carried = _carried(before.inputs, np.array(index), source_rows, entries[:count], members[:count], block_size)
+        carried = _carried(before.inputs, np.array(index), source_rows, entries[:count], requests, block_size)
         parts.append(replace(carried, step=plan.step, policy=plan.policy))
     if count < len(entries) or not entries:
         others = entries[count:]
         sources = [
-            rows[index_of[entry.request_id]] if is_under_way(entry, request) else -1
-            for entry, request in zip(others, members[count:], strict=True)
+            rows[index_of[entry.request_id]] if is_under_way(entry, requests[entry.request_id]) else -1
+            for entry in others
         ]
         part = RankPlan(rank, others, rank_plan.num_tokens - count, rank_plan.num_rows - count)
         parts.append(_with_sources(rank_inputs(plan, part, requests, block_size), others, sources))
     return StepOrder(inputs=parts[0] if len(parts) == 1 else joined(*parts))
+
+
+def _are_same(old: RankPlan, entries: Sequence[PlanEntry]) -> bool:
+    """Whether these are the requests of a step in which each had one token and one row, in the same order."""
+    if not len(entries) == len(old.entries) == old.num_tokens == old.num_rows:
+        return False
+    return [entry[0] for entry in entries] == [entry[0] for entry in old.entries]
 
 
 def _with_sources(inputs: StepInputs, entries: Sequence[PlanEntry], sources: Sequence[int]) -> StepInputs:
@@ -91,17 +106,28 @@ def _with_sources(inputs: StepInputs, entries: Sequence[PlanEntry], sources: Seq
 
 def _carried(
     old: StepInputs,
-    index: NDArray[np.intp],
+    index: NDArray[np.intp] | None,
     rows: Ints,
     entries: Sequence[PlanEntry],
-    members: Sequence[Request],
+    requests: Mapping[str, Request],
     block_size: int,
 ) -> StepInputs:
-    """Arrays for one more token of sequences of the step before: its sequences `index`, its rows `rows`."""
-    positions = np.array([entry.start for entry in entries], np.int32)
-    tables = _grown_tables(old.block_tables[index], members)
+    """Arrays for one more token of sequences of the step before: its sequences `index`, its rows `rows`.
+
+    None: all its sequences, of which each has one row.
+    """
+    positions = old.context_lens if index is None else old.context_lens[index]
+    tables = old.block_tables if index is None else old.block_tables[index]
+    grown = {row: requests[entries[row][0]] for row in np.flatnonzero(positions % block_size == 0).tolist()}
+    tables = _grown_tables(tables, int(positions.max()) // block_size + 1, grown)
     count = np.arange(len(entries), dtype=np.int32)
-    want_raw = old.sampling.want_raw and any(request.sampling.want_raw for request in members)
+    batch = old.sampling
+    if index is None:
+        sampling = replace(batch, position=(positions + 1).astype(np.uint32))
+    else:
+        sampling = _sampling(batch, rows, positions)
+    if batch.want_raw and not any(requests[entry[0]].sampling.want_raw for entry in entries):
+        sampling = replace(sampling, want_raw=False)
     return StepInputs(
         token_ids=np.zeros(len(entries), np.int32),
         positions=positions,
@@ -110,22 +136,25 @@ def _carried(
         context_lens=positions + 1,
         block_tables=tables,
         logit_rows=count,
-        sampling=replace(_sampling(old.sampling, rows, positions), want_raw=want_raw),
+        sampling=sampling,
         token_rows=rows,
     )
 
 
-def _grown_tables(tables: Ints, members: Sequence[Request]) -> Ints:
-    """Block tables of the step before, with the blocks that were added since, as wide as the longest one."""
-    known = (tables >= 0).sum(axis=1)
-    sizes = np.array([request.num_blocks for request in members])
-    widest = int(sizes.max())
-    if widest > tables.shape[1]:
-        tables = np.pad(tables, ((0, 0), (0, widest - tables.shape[1])), constant_values=-1)
-    for row in np.flatnonzero(sizes > known).tolist():
-        request = members[row]
-        tables[row, : request.num_blocks] = request.block_table[: request.num_blocks]
-    return np.ascontiguousarray(tables[:, :widest])
+def _grown_tables(tables: Ints, width: int, grown: Mapping[int, Request]) -> Ints:
+    """Block tables of the step before, `width` blocks wide, with the blocks that these rows' requests begin with this
+    one; the same array where nothing is another.
+
+    A sequence that decodes has blocks up to the token that it computes: the longest one says how wide they are.
+    """
+    if width == tables.shape[1] and not grown:
+        return tables
+    made = np.full((len(tables), width), -1, np.int32)
+    kept = min(width, tables.shape[1])
+    made[:, :kept] = tables[:, :kept]
+    for row, request in grown.items():
+        made[row, : request.num_blocks] = request.block_table[: request.num_blocks]
+    return made
 
 
 def _sampling(batch: SamplingBatch, rows: Ints, positions: Ints) -> SamplingBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from zerokl.rollout.request import Request
@@ -55,6 +55,30 @@ class RunningSet:
             if start == request.num_blocks * self._block_size:
                 self._short[request_id] = request
         self._by_policy[request.policy].next_entries[request_id] = entry
+
+    def foresee(self, policy: str, entries: Sequence[PlanEntry], members: Sequence[Request | None]) -> None:
+        """Note how far members of a weight set are once the step under way is over, of which these are the entries.
+
+        Their computed tokens say so already. Who samples in it has one more token then, to be computed next; who has
+        nothing more to compute rests. None for one that has left.
+        """
+        if policy not in self._by_policy:  # all have left
+            return
+        next_entries, block_size, short = self._by_policy[policy].next_entries, self._block_size, self._short
+        make = tuple.__new__
+        for (request_id, _, _, num_rows), request in zip(entries, members, strict=True):
+            if request is None:
+                continue
+            start = request.num_computed_tokens
+            if num_rows and start + 1 < request.max_num_tokens and request.kind == "generate":
+                request.compute_target = start + 1
+                next_entries[request_id] = make(PlanEntry, (request_id, start, 1, 1))
+                if start == request.num_blocks * block_size:
+                    short[request_id] = request
+            elif start < request.compute_target:
+                self.advance(request)
+            else:
+                self.rest(request)
 
     def rest(self, request: Request) -> None:
         """A member has nothing more to compute: it ends with the results that are under way."""

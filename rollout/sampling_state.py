@@ -60,6 +60,7 @@ class SamplingState:
         "_ban",
         "_bias",
         "constants",
+        "has_stop_strings",
         "history",
         "is_constant",
         "min_tokens",
@@ -92,6 +93,7 @@ class SamplingState:
         self.stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         )
+        self.has_stop_strings = bool(params.stop)
         self.min_tokens = params.min_tokens
         self.want_raw = params.raw_logprobs
         self.history = TokenHistory(prompt) if params.uses_penalties else None

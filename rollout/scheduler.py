@@ -8,20 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from zerokl.kernels.ops import SampleResult
-from zerokl.rollout.completion import End, StopChecker, find_end
+from zerokl.rollout.completion import End, StopChecker
 from zerokl.rollout.kv_cache.manager import KVCacheManager
 from zerokl.rollout.planning import plan as plan_step
 from zerokl.rollout.progress import Progress
 from zerokl.rollout.request import Request, RequestStatus
 from zerokl.rollout.residents import Residents
-from zerokl.rollout.results import DECODE, PREFILL, Origin
+from zerokl.rollout.result_intake import ResultIntake
 from zerokl.rollout.run_ahead import carried_first
 from zerokl.rollout.scheduler_config import SchedulerConfig
 from zerokl.rollout.scheduler_meter import SchedulerMeter
-from zerokl.rollout.snapshot import Decision, Join, Snapshot, WeightSet
+from zerokl.rollout.snapshot import Decision, Snapshot, WeightSet
 from zerokl.rollout.step_order import StepResult
-from zerokl.rollout.step_plan import Hold, PlanEntry, RankPlan, StepPlan
+from zerokl.rollout.step_plan import Hold, RankPlan, StepPlan
+from zerokl.rollout.transitions import Transitions
 from zerokl.rollout.waiting_queue import WaitingQueue
 from zerokl.rollout.weight_turns import WeightTurns
 
@@ -52,7 +52,6 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         """All unfinished requests by id; read only for others."""
         self._config = config
-        self._stop_checker = stop_checker
         self._queue = WaitingQueue(config.max_overtakes)
         self._residents = Residents(kv_caches)
         self._progress = Progress(self._residents, self._queue)
@@ -63,6 +62,8 @@ class Scheduler:
         self._num_arrivals = 0
         self.meter = SchedulerMeter(self._residents, clock)
         """Any thread may read it."""
+        self._transitions = Transitions(self._residents, self._queue, self.meter)
+        self._intake = ResultIntake(self._residents, self._progress, self.meter, stop_checker)
 
     # -- weight sets -------------------------------------------------------------------------------
     def set_weights(self, name: str, *, epoch: int, version: int, keep_running: bool = False) -> None:
@@ -148,13 +149,13 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is None or request.status is not RequestStatus.RUNNING:
             return False
-        self._preempt(request)
+        self._transitions.preempt(request)
         return True
 
     def preempt_all(self) -> None:
         """Preempt every running request; their order is kept."""
         for request in reversed(self._residents.in_order()):
-            self._preempt(request)
+            self._transitions.preempt(request)
 
     def lose_ranks(self, ranks: Collection[int]) -> None:
         """The KV pools of these ranks are empty now: preempt what runs there, or was to come from there.
@@ -162,7 +163,7 @@ class Scheduler:
         Between a step that failed and the next plan, or between any other two.
         """
         for request in reversed(self._residents.with_blocks_on(ranks)):
-            self._preempt(request)
+            self._transitions.preempt(request)
         for rank in ranks:
             self._residents.kv_caches[rank].reset()
 
@@ -227,55 +228,14 @@ class Scheduler:
         if plan.step != self._awaited_step:
             return []
         self._residents.release_copied(plan.step)
-        is_foreseen = plan.step == self._progress.foreseen_step
         left = self._residents.left if ahead is None else self._residents.left | self._residents.left_before
-        finished: list[Request] = []
-        for rank_plan, result in zip(plan.ranks, results, strict=True):
-            sampled = result.sampled
-            num_rows = len(sampled.tokens)
-            assert num_rows == rank_plan.num_rows, f"{num_rows} rows for a plan of {rank_plan.num_rows}"
-            kv_cache = self._residents.kv_caches[rank_plan.rank]
-            running = self._residents.running[rank_plan.rank]
-            tokens = sampled.tokens.tolist()
-            end_row = num_generated = 0
-            for entry in rank_plan.entries:
-                first_row, end_row = end_row, end_row + entry.num_rows
-                if entry.request_id in left:
-                    continue
-                request = self.requests[entry.request_id]
-                if not is_foreseen:
-                    self._progress.move(request, entry, kv_cache)
-                num_generated += entry.num_rows > 0 and request.kind == "generate"
-                if entry.num_rows and self._record(request, plan, entry, sampled, first_row, tokens[first_row]):
-                    finished.append(request)
-                elif not is_foreseen:
-                    running.advance(request)
-            self.meter.count_results(plan, rank_plan, num_generated)
+        ended = self._intake.take(plan, results, left, self.requests)
+        for request, end in ended:
+            self._residents.stop(request)
+            self._finish(request, end)
         self._awaited_step = 0 if ahead is None else ahead.step
         self._progress.release_groups()
-        return finished
-
-    def _record(
-        self, request: Request, plan: StepPlan, entry: PlanEntry, sampled: SampleResult, first_row: int, token: int
-    ) -> bool:
-        """Take an entry's rows from `first_row` on, whose token is `token`; whether they end the request."""
-        decodes = entry.num_tokens == 1 and request.kind == "generate" and entry.start >= request.num_prompt_tokens
-        origin = Origin(
-            plan.policy_version,
-            plan.step,
-            DECODE if decodes else PREFILL,
-            request.num_matched_tokens,
-            request.rank,
-        )
-        request.record(sampled, first_row, entry.num_rows, origin)
-        if request.num_output_tokens == 1 and request.kind == "generate":
-            self.meter.count_first_token(request)
-        end = find_end(request, token, self._stop_checker)
-        if end is None:
-            return False
-        self._residents.stop(request)
-        self._finish(request, end)
-        return True
+        return [request for request, _ in ended]
 
     def metrics(self) -> dict[str, int]:
         """Gauges and counters since the start; refusals are counted per step and cause."""
@@ -293,7 +253,7 @@ class Scheduler:
     def _commit(self, decision: Decision, policy: str) -> StepPlan:
         """`policy`: the decision's."""
         self._step += 1
-        self._change_residents(decision)
+        self._transitions.carry_out(decision)
         self.meter.count_refusals(decision, self.requests, self._queue.policies(), self._step)
         for tried in decision.left:
             self._queue.note_tried(tried)
@@ -311,37 +271,6 @@ class Scheduler:
             handovers=self._residents.handovers(self._step),
             preempted=tuple(request.request_id for rank in decision.ranks for request in rank.preempted),
         )
-
-    def _change_residents(self, decision: Decision) -> None:
-        self._residents.share(decision)
-        for number, rank in enumerate(decision.ranks):
-            for request in rank.preempted:
-                self._preempt(request)
-            self._residents.grow(number, rank.grown)
-        for move in decision.moves:
-            self._residents.move(move)
-            self.meter.count_handover()
-        for outcome in decision.outcomes:
-            if isinstance(outcome, Join):
-                self._start_running(outcome)
-            else:
-                self._queue.note_blocked(outcome.request)
-
-    def _start_running(self, join: Join) -> None:
-        request = join.request
-        self._residents.start(join)
-        self._queue.remove(request)
-        self._queue.note_joined(request)
-        if request.num_preemptions == 0:
-            request.num_cached_tokens = request.num_computed_tokens
-        self.meter.count_admission(request)
-
-    def _preempt(self, request: Request) -> None:
-        self._residents.stop(request)
-        request.status = RequestStatus.WAITING
-        request.num_preemptions += 1
-        self._queue.add_front(request)
-        self.meter.count_preemption(request)
 
     def _shareable_tokens(self, request: Request) -> int:
         return self._residents.kv_caches[0].shareable_tokens(request)

@@ -48,6 +48,13 @@ class RankPlan(NamedTuple):
     num_rows: int
 
     @property
+    def num_singles(self) -> int:
+        """Entries of one token."""
+        if self.num_tokens == len(self.entries):  # most steps: a thousand need not be looked at
+            return self.num_tokens
+        return sum(entry.num_tokens == 1 for entry in self.entries)
+
+    @property
     def is_dummy(self) -> bool:
         """Whether the rank has nothing to compute: it takes part only as the others need its experts."""
         return not self.entries

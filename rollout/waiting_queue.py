@@ -74,6 +74,11 @@ class WaitingQueue:
             self._aged = self._oldest_over_limit()
 
     # -- groups ------------------------------------------------------------------------------------
+    @property
+    def has_leaders(self) -> bool:
+        """Whether any request leads a group."""
+        return bool(self._leaders)
+
     def leads(self, request: Request) -> bool:
         """Whether siblings are parked, or would be, behind this request."""
         return request.group_id is not None and self._leaders.get(request.group_id) == request.request_id

@@ -17,6 +17,7 @@ import numpy as np
 from zerokl.kernels.ops import SampleResult, StepInputs
 from zerokl.rollout.kv_cache import KVCacheManager
 from zerokl.rollout.request import Request
+from zerokl.rollout.results import Origin, cells_of, make_rows
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.scheduler import Scheduler
 from zerokl.rollout.scheduler_config import Role, SchedulerConfig
@@ -50,6 +51,16 @@ def draw(past: int, banned: Iterable[int], seed: int, sample_index: int, positio
 def figure(past: int, token: int) -> np.float32:
     """The "logprob" of a token after a past."""
     return np.float32(-(mix(past, token, 7) % 10**6) / 1e5)
+
+
+def record(request: Request, result: SampleResult, first_row: int, num_rows: int, origin: Origin) -> None:
+    """Give a request rows first_row .. first_row + num_rows of a step's result."""
+    rows = make_rows(result, origin)
+    if request.kind == "generate":
+        assert num_rows == 1
+        request.take_token(int(result.tokens[first_row]), cells_of(rows)[first_row])
+    else:
+        request.take_rows(rows[first_row : first_row + num_rows])
 
 
 def history_hash(tokens: Sequence[int], counts: Sequence[int]) -> int:

@@ -38,12 +38,11 @@ def attention_tiles(seq_starts: Ints, context_lens: Ints, tokens_per_tile: int) 
     `share_prefixes` finds them.
     """
     counts = np.diff(seq_starts)
-    (single,) = np.nonzero(counts == 1)
+    (single,), (several,) = np.nonzero(counts == 1), np.nonzero(counts > 1)
     columns: list[NDArray[Any]] = [single, seq_starts[single], counts[single], context_lens[single] - 1, 0 * single]
     chunks = [
         (sequence, seq_starts[sequence] + at, min(tokens_per_tile, count - at), context_lens[sequence] - count + at, 0)
-        for sequence, count in enumerate(counts.tolist())
-        if count > 1
+        for sequence, count in zip(several.tolist(), counts[several].tolist(), strict=True)
         for at in range(0, count, tokens_per_tile)
     ]
     # Most keys first: the last programs to start should be short ones.

@@ -136,12 +136,16 @@ def _none(count: int) -> Ints:
 
 
 def _padded(values: NDArray[Any], length: int, fill: int) -> Ints:
+    if len(values) == length and values.dtype == np.int32:
+        return values  # read only: `_join` copies it
     out = np.full(length, fill, np.int32)
     out[: len(values)] = values
     return out
 
 
 def _padded_rows(values: NDArray[Any], rows: int) -> Ints:
+    if len(values) == rows and values.dtype == np.int32:
+        return values
     out = np.zeros((rows, *values.shape[1:]), np.int32)
     out[: len(values)] = values
     return out

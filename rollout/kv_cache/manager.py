@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 
@@ -163,9 +163,9 @@ class KVCacheManager:
         num_full = request.num_computed_tokens // self.block_size
         if num_full <= request.num_published_blocks or request.has_older_kv or not self._shares(request):
             return
-        keys = self._make_keys(request, num_full)
-        for index in range(request.num_published_blocks, num_full):
-            self._prefixes.insert(keys[index], int(request.block_table[index]))
+        keys, first, insert = self._make_keys(request, num_full), request.num_published_blocks, self._prefixes.insert
+        for key, block in zip(keys[first:num_full], request.block_table[first:num_full].tolist(), strict=True):
+            insert(key, block)
         request.num_published_blocks = num_full
 
     def keep_older(self, request: Request) -> None:
@@ -221,19 +221,23 @@ class KVCacheManager:
     def _shares(self, request: Request) -> bool:
         return self._enable_prefix_caching or request.group_id is not None
 
-    def _blocks_of_tokens(self, request: Request, begin: int, end: int) -> Iterator[bytes]:
+    def _blocks_of_tokens(self, request: Request, begin: int, end: int) -> Iterable[bytes]:
         """Token ids of blocks begin .. end of the request."""
         tokens = request.token_ids[begin * self.block_size : end * self.block_size].tobytes()
+        if end == begin + 1:  # as a rule, of a sequence that decodes
+            return (tokens,) if tokens else ()
         size = self.block_size * request.token_ids.itemsize
         return (tokens[start : start + size] for start in range(0, len(tokens), size))
 
     def _make_keys(self, request: Request, end: int) -> list[bytes]:
         """Keys of the request's blocks, at least up to `end`, whose tokens are known."""
         keys = request.block_keys
-        for tokens in self._blocks_of_tokens(request, len(keys), end):
+        if len(keys) < end:
             parent = keys[-1] if keys else request.key_root
             assert parent is not None, f"{request.request_id} was never matched"
-            keys.append(self._next_key(parent, tokens))
+            for tokens in self._blocks_of_tokens(request, len(keys), end):
+                parent = self._next_key(parent, tokens)
+                keys.append(parent)
         return keys
 
     def _next_key(self, parent: bytes, tokens: bytes) -> bytes:

@@ -1,6 +1,7 @@
-"""Modules of benchmarks/gpu are imported by their own names, as its scripts import each other."""
+"""Modules of benchmarks and benchmarks/gpu are imported by their own names, as their scripts import each other."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"))
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "gpu")]

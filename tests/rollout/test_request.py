@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scheduling_rig import record
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.admission import AdmissionLimits
@@ -33,7 +34,7 @@ def test_a_generate_request_grows_past_its_first_arrays():
     request = Request.generate("a", [1, 2, 3], SamplingParams(max_tokens=500, raw_logprobs=True), seed=5)
     for token in range(300):
         assert request.next_row == request.num_tokens - 1 == request.compute_target - 1
-        request.record(result([7, token, 9]), 1, 1, Origin(token // 100))
+        record(request, result([7, token, 9]), 1, 1, Origin(token // 100))
     assert request.output_token_ids.tolist() == list(range(300))
     assert request.token_ids.tolist() == [1, 2, 3, *range(300)]
     assert request.logprobs.tolist() == [1.0] * 300 and request.policy_logprobs[0] == 2.0
@@ -44,9 +45,9 @@ def test_a_generate_request_grows_past_its_first_arrays():
 def test_a_score_request_takes_rows_in_chunks():
     request = Request.score("s", [4, 5, 6, 7, 8], score_start=2)
     assert (request.num_tokens, request.compute_target, request.next_row) == (5, 4, 1)
-    request.record(result([6, 7]), 0, 2, Origin(3))
+    record(request, result([6, 7]), 0, 2, Origin(3))
     assert request.next_row == 3 and request.output_token_ids.tolist() == [6, 7]
-    request.record(result([9, 8]), 1, 1, Origin(3))
+    record(request, result([9, 8]), 1, 1, Origin(3))
     assert request.logprobs.tolist() == [0.0, 1.0, 1.0] and request.raw_logprobs is None
     assert request.num_tokens == 5
 
@@ -136,7 +137,7 @@ def test_derived_seeds_differ_and_repeat():
 
 def test_a_rollout_holds_copies_of_exact_length():
     request = Request.generate("a", [1, 2], SamplingParams(max_tokens=9), seed=11, sample_index=2, prompt_index=4)
-    request.record(result([5]), 0, 1, Origin(8))
+    record(request, result([5]), 0, 1, Origin(8))
     request.finish("stop", 5)
     rollout = Rollout.from_request(request, text="x")
     assert rollout.token_ids.tolist() == [5] and rollout.token_ids.base is None

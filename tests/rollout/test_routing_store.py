@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduling_rig import generate
+from scheduling_rig import generate, record
 
 from zerokl.kernels.ops import SampleResult
 from zerokl.rollout.config import EngineConfig
@@ -137,7 +137,7 @@ def test_results_keep_their_routing_over_any_stays_in_the_pool(
         if computed == known:
             draws = min(draws, 64 - had)
             for _ in range(draws):
-                request.record(result(), 0, 1, ORIGIN)
+                record(request, result(), 0, 1, ORIGIN)
             computed = known + max(draws - 1, 0) if draws else known - 1
         new = {position: 100 * stay + position for position in range(computed)}
         frozen = range(prompt - 1, prompt - 1 + had)
@@ -157,7 +157,7 @@ def test_results_keep_their_routing_over_any_stays_in_the_pool(
 
 def test_a_request_that_begins_anew_forgets_its_routing() -> None:
     request = running(generate("a", 10), [4, 0], 10)
-    request.record(result(), 0, 1, ORIGIN)
+    record(request, result(), 0, 1, ORIGIN)
     filled().keep(request)
     request.num_blocks = 0
     request.restart()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ from late_device import LateDevice, begin_on
 from scheduling_rig import VOCAB, FakeModel, Rig, assert_as_expected, generate
 from scheduling_workloads import DISTURBANCES, EXAMPLES, RIGS, disturb, workloads
 
+from zerokl.kernels.ops import StepInputs
 from zerokl.rollout import run_ahead, step_inputs
 from zerokl.rollout.admission import AdmissionLimits
 from zerokl.rollout.request import Request
 from zerokl.rollout.residents import Residents
+from zerokl.rollout.results import DECODE, PREFILL
 from zerokl.rollout.routing_store import NO_ROUTING
 from zerokl.rollout.sampling_params import SamplingParams
 from zerokl.rollout.step_order import StepOrder, StepResult
@@ -114,6 +117,60 @@ def play_overlapped(rig, workload, disturbances, late, drains):
             overlapped.step()
     overlapped.run()
     overlapped.check_done(added)
+
+
+def made_anew(
+    before_plan: StepPlan, plan: StepPlan, requests: Mapping[str, Request], block_size: int, rank: int
+) -> StepInputs:
+    """The plain definition of an order whose tokens are partly under way: all of it is made of the requests."""
+    entries, rows, row = plan.ranks[rank].entries, {}, 0
+    for entry in before_plan.ranks[rank].entries:
+        rows[entry.request_id] = row
+        row += entry.num_rows
+    sources = [
+        rows[entry.request_id] if step_inputs.is_under_way(entry, requests[entry.request_id]) else -1
+        for entry in entries
+    ]
+    inputs = step_inputs.rank_inputs(plan, plan.ranks[rank], requests, block_size)
+    return run_ahead._with_sources(inputs, entries, sources)
+
+
+def checked_order(
+    before: StepOrder, before_plan: StepPlan, plan: StepPlan, requests: Any, block_size: int, rank: int = 0
+) -> StepOrder:
+    """`order_ahead`, held to its plain definition; what it was given has not changed."""
+    given = deepcopy(before.inputs)
+    order = _ORDER_AHEAD(before, before_plan, plan, requests, block_size, rank)
+    pairs = ((order.inputs, made_anew(before_plan, plan, requests, block_size, rank)), (before.inputs, given))
+    for got, expected in pairs:
+        for one, other in ((got, expected), (got.sampling, expected.sampling)):
+            for field in fields(one):
+                value, wanted = getattr(one, field.name), getattr(other, field.name)
+                if isinstance(wanted, np.ndarray):
+                    assert value.dtype == wanted.dtype, field.name
+                    np.testing.assert_array_equal(value, wanted, field.name)
+                elif field.name != "sampling":
+                    assert value == wanted, field.name
+    return order
+
+
+@EXAMPLES
+@given(RIGS, workloads(), DISTURBANCES)
+def test_orders_made_of_the_orders_before_are_those_made_anew(rig, workload, disturbances):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zerokl.rollout.step_pipeline.order_ahead", checked_order)
+        play_overlapped(rig, workload, disturbances, late=True, drains=False)
+
+
+def test_orders_of_a_long_decode_are_those_made_anew(monkeypatch):
+    """Sequences begin blocks at different steps, and end one by one."""
+    monkeypatch.setattr("zerokl.rollout.step_pipeline.order_ahead", checked_order)
+    overlapped = OverlappedRig(Rig(num_blocks=256, max_num_seqs=12), late=True)
+    options = SamplingParams(max_tokens=90, stop_token_ids=(3,), temperature=0.7, top_p=0.9)
+    requests = [generate(f"{i}", 5 + 3 * i, params=options, group_id=None) for i in range(12)]
+    overlapped.run(*requests)
+    overlapped.check_done(requests)
+    assert len({request.num_output_tokens for request in requests}) > 3
 
 
 def on_ranks(rig: Rig, num_ranks: int, timeout: float, imbalance: float) -> Rig:
@@ -251,6 +308,23 @@ def test_a_pool_without_room_for_the_next_step_waits_for_the_results():
     overlapped.run(*requests)
     assert_as_expected(requests, {"policy": 1})
     assert sum(request.num_preemptions for request in requests) > 0 < overlapped.device.num_ahead
+
+
+def test_a_preempted_request_computes_its_tokens_in_chunks_without_rows():
+    """Beside others that decode: its rows are told apart from theirs, and their phases."""
+    rig = Rig(num_blocks=128, max_num_batched_tokens=12)
+    overlapped = OverlappedRig(rig, late=True)
+    requests = plain(6, 4)
+    rig.add(*requests)
+    while requests[1].num_output_tokens < 9:
+        overlapped.step()
+    overlapped.steps.finish()
+    rig.scheduler.reset_prefix_cache()
+    assert rig.scheduler.preempt(requests[1].request_id)
+    overlapped.run()
+    overlapped.check_done(requests)
+    assert requests[1].num_preemptions == 1 and PREFILL in requests[1].phases[1:]
+    assert all(request.phases[1:].tolist() == [DECODE] * 39 for request in requests if not request.num_preemptions)
 
 
 # -- planted faults ---------------------------------------------------------------------------------------------------

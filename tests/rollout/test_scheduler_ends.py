@@ -36,7 +36,7 @@ def test_stop_strings_are_left_to_the_checker_from_min_tokens_on():
             return "THIRD" if request.num_output_tokens % 3 == 0 else None
 
     rig = Rig()
-    rig.scheduler._stop_checker = EveryThird()
+    rig.scheduler._intake._stop_checker = EveryThird()
     done = rig.run(
         [
             generate("a", 5, params=SamplingParams(max_tokens=9, stop="x")),

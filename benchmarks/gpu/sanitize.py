@@ -27,7 +27,7 @@ BUDGET_S = 500.0
 _KERNELS = "cache_write or without_a_distribution or against_the_definition or against_float64"
 SELECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("test_bfloat16_kernels.py", _KERNELS, TOOLS),
-    ("test_shared_prefix.py", "empty_tiles", TOOLS),
+    ("test_shared_prefix.py", "empty_tiles or bits_of_own", TOOLS),
     ("test_general_sampling.py", "equal_logits or without_a_distribution", TOOLS),
     # For the copies of rows, which share no memory between threads.
     ("test_two_layer_model.py", "agrees and llama and bfloat16", ("memcheck",)),

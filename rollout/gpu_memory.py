@@ -43,7 +43,8 @@ def step_bytes(model: ModelConfig, dtype: str, config: EngineConfig) -> int:
     length = config.max_model_len or model.max_position_embeddings
     # Block tables have up to four times the width that is needed.
     num_states = min(MOST_STATES, max(16, ENOUGH_PROGRAMS // kv_heads) * -(-4 * length // SPLIT))
-    split_states = 4 * num_states * heads * (model.head_dim + 2)
+    # Steps of other sizes have half, a quarter, ... as many beside them.
+    split_states = 2 * 4 * num_states * heads * (model.head_dim + 2)
     return (tokens + 512) * per_token + logits + split_states
 
 

@@ -11,6 +11,7 @@ splits of sequences that begin with the same blocks are walked for all of them a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import triton
@@ -239,7 +240,7 @@ def attention(
     `norms.qkv_to_cache`.
 
     tables [S, max blocks] int32. A tile holds at most `tokens_per_tile(tile, spec)` tokens of one sequence; a tile of
-    no rows is skipped. With `partial`, a pair of float32 buffers [n, H, max splits, D] and [n, H, max splits, 2], every
+    no rows is skipped. With `partial`, a pair of float32 buffers of n H max splits rows of D and of 2 entries, every
     split has a program of its own; tiles must then hold one token each, at positions below max splits * SPLIT. With
     `shared` the splits that tiles of one token share are read once; without it tiles walk all of theirs.
     """
@@ -255,7 +256,7 @@ def attention(
     if shared is not None:
         buffer, state = shared.acc, shared.state
         _walk_shared(query, pool, where, shared, spec, constants)
-    max_splits = 1 if partial is None else buffer.shape[2]
+    max_splits = 1 if partial is None else math.prod(buffer.shape[:-1]) // (tile_list.shape[0] * heads)
     attention_kernel[(tile_list.shape[0], kv_heads, max_splits)](
         query, pool.keys, pool.values, tables, tile_list, out, buffer, state,
         spec.scale * LOG2_E, *where[1:], max_splits,

@@ -181,10 +181,16 @@ class SharedGpuMemory:
         """Memory of at least this size, the same one each time while it suffices."""
         known = self._results
         if known.size < size:
+            self._results = _Results(0, 0, 0)  # whatever fails below
             if known.size:
                 self._calls.free(known.address)
                 self._calls.free_pinned(known.host)
-            self._results = _Results(self._calls.allocate(2 * size), self._calls.allocate_pinned(2 * size), 2 * size)
+            host = self._calls.allocate_pinned(2 * size)
+            try:
+                self._results = _Results(self._calls.allocate(2 * size), host, 2 * size)
+            except RuntimeError:
+                self._calls.free_pinned(host)
+                raise
         return self._results
 
 

@@ -58,9 +58,12 @@ class StepLayout:
         here = self.sections.get(section, slice(0, 0))
         return int(here.stop - here.start)
 
-    def key(self) -> tuple[tuple[str, int], ...]:
-        """Equal for the steps of a bucket."""
-        return tuple((name, section.stop) for name, section in self.sections.items())
+    def key(self) -> tuple[Any, ...]:
+        """Equal for the steps of a bucket, whose launches have equal sizes: one section may be many narrow tables or
+        few wide ones.
+        """
+        ends = tuple((name, section.stop) for name, section in self.sections.items())
+        return self.num_tokens, self.num_rows, self.max_blocks, ends
 
 
 def lay_out(inputs: StepInputs, **lists: Ints) -> StepLayout:

@@ -89,9 +89,10 @@ class StepAttention:
 
     def _partial(self, count: int, spec: AttentionSpec) -> tuple[Tensor, Tensor] | None:
         """Buffers for a program per split of `count` single tokens, where a program per token and key head would leave
-        the chip idle."""
+        the chip idle. Layouts with as many splits in all have the same ones.
+        """
         context = self._step.layout.max_blocks * self._step.pool.block_size
         if not self._spreads_splits or not splits_pay(count, spec.num_kv_heads, context):
             return None
-        take, shape = self._step.take, (count, spec.num_heads, triton.cdiv(context, SPLIT))
-        return take(*shape, spec.head_dim, dtype="float32"), take(*shape, 2, dtype="float32")
+        take, states = self._step.take, count * triton.cdiv(context, SPLIT) * spec.num_heads
+        return take(states, spec.head_dim, dtype="float32"), take(states, 2, dtype="float32")

@@ -213,6 +213,38 @@ def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
     assert len(set(loaded)) <= 2 * 8
 
 
+@pytest.mark.parametrize("failing", ["allocate", "allocate_pinned"])
+def test_memory_for_results_that_cannot_be_had_leaves_none_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    memory, live = shared_memory(), list[int]()
+    calls = memory._calls
+    for taking, giving in (("allocate", "free"), ("allocate_pinned", "free_pinned")):
+        take, give = getattr(calls, taking), getattr(calls, giving)
+
+        def noted(size: int, take: Any = take) -> int:
+            live.append(take(size))
+            return live[-1]
+
+        def gone(address: int, give: Any = give) -> None:
+            live.remove(address)
+            give(address)
+
+        monkeypatch.setattr(calls, taking, noted)
+        monkeypatch.setattr(calls, giving, gone)
+    memory._results_of(100)
+    with monkeypatch.context() as full, pytest.raises(RuntimeError, match="out of memory"):
+        full.setattr(calls, failing, raise_out_of_memory)
+        memory._results_of(10_000)
+    assert live == []
+    results = memory._results_of(50)
+    assert sorted(live) == sorted([results.address, results.host])
+
+
+def raise_out_of_memory(size: int) -> int:
+    raise RuntimeError(f"out of memory: {size}")
+
+
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_what_is_not_finite_is_found_and_a_flipped_bit_changes_one_checksum(bench: Bench, case: int) -> None:
     source, placement = bench.sources[case], bench.placements[case]

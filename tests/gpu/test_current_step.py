@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton")
 
 from zerokl.kernels.gpu import current_step, norms, paged_attention
+from zerokl.kernels.gpu.attention_tiles import attention_tiles
 from zerokl.kernels.gpu.current_step import CurrentStep
 from zerokl.kernels.gpu.step_attention import StepAttention
-from zerokl.kernels.ops import AttentionSpec, KVPool, StepInputs
+from zerokl.kernels.ops import AttentionSpec, KVPool, StepInputs, neutral_sampling
 from zerokl.rollout.models.synthetic import step_inputs
 
 pytestmark = pytest.mark.gpu
@@ -56,6 +58,21 @@ def test_what_came_longest_ago_goes_and_comes_back_as_another(monkeypatch: pytes
     assert places[4] not in places[:4], "the first had to go for the third"
 
 
+def test_many_narrow_tables_are_not_a_few_wide_ones() -> None:
+    """Their sections are as long; launches are given the width."""
+    step, made = CurrentStep(rig.HostDevice(), "float32"), []
+    for sequences, length, width in ((16, 32, 32), (64, 8, 8)):
+        inputs = step_of([length] * sequences, width=width)
+        _, chunks = attention_tiles(inputs.seq_starts, inputs.context_lens, 8)
+        inputs = replace(inputs, logit_rows=np.arange(64, dtype=np.int32), sampling=neutral_sampling(64))
+        step.begin(inputs, POOL, {"chunk_tiles": chunks})
+        step.restart()
+        step.send()
+        made.append((step.place, step.layout.max_blocks, step.layout.sections))
+    assert made[0][2] == made[1][2] and made[0][1:2] != made[1][1:2]
+    assert made[0][0] != made[1][0]
+
+
 def test_a_step_of_many_tokens_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_step, "MOST_RECORDED_TOKENS", 64)
     step = CurrentStep(rig.HostDevice(), "float32")
@@ -77,4 +94,4 @@ def test_splits_of_single_tokens_take_no_memory_for_the_tokens_of_chunks(monkeyp
     norms_of: Any = SimpleNamespace(q_norm=None, k_norm=None)
     attention.attention(step.take(1024, 8 * 16), 0, norms_of, None, SPEC)
     states, of_chunks = given
-    assert of_chunks is None and [tensor.shape for tensor in states] == [(16, 4, 32, 16), (16, 4, 32, 2)]
+    assert of_chunks is None and [tensor.shape for tensor in states] == [(16 * 4 * 32, 16), (16 * 4 * 32, 2)]

@@ -68,8 +68,8 @@ class WeightMethods(HotSwapping):
 
         Where it does not wait, a score call in flight begins anew: its result is of one version.
 
-        `bucket_bytes`: of a published file, bytes that are in memory at a time, of weights in a GPU's memory bytes that
-        are copied at a time (64 MiB by default); other sources are read where they are.
+        `bucket_bytes`: of a published file, bytes that are in memory at a time (64 MiB by default), of weights in a
+        GPU's memory bytes that are copied at a time (256 MiB); other sources are read where they are.
 
         Raises ValueError for wrong options, tensors (a NaN or an infinity in one too) or version, HookError; the old
         version then goes on serving, as it does where Ctrl-C comes before the commit has begun.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 INT64_MAX = 2**63 - 1
 
+DEVICE_BUCKET_BYTES = 256 << 20
+"""More launches would cost the host, beside the thread that plans steps, more than a smaller one gains."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorWeights:
@@ -52,8 +55,8 @@ class DeviceWeights:
     """Weights that a trainer has in a GPU's memory, for an engine on a GPU of the same machine."""
 
     published: PublishedDeviceWeights
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    """Bytes that are copied at a time, between which steps may begin."""
+    bucket_bytes: int = DEVICE_BUCKET_BYTES
+    """Bytes that a launch copies. A step's programs go before those of a launch that has begun."""
     nearly_staged: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
     """Called in the thread that stages, when only the last bytes are awaited; not told to other processes."""
 
@@ -72,11 +75,11 @@ def weight_source(source: Any, version: int | None, bucket_bytes: int | None = N
     if version is not None:
         version = check_int("version", version, 0, INT64_MAX)
     if isinstance(source, (PublishedWeights, PublishedFile, PublishedShards, PublishedDeviceWeights)):
-        size = DEFAULT_BUCKET_BYTES if bucket_bytes is None else check_int("bucket_bytes", bucket_bytes, 1)
+        size: Any = {} if bucket_bytes is None else {"bucket_bytes": check_int("bucket_bytes", bucket_bytes, 1)}
         version = source.version if version is None else version
         if isinstance(source, PublishedDeviceWeights):
-            return DeviceWeights(published=source, bucket_bytes=size), version
-        return SharedWeights(published=source, bucket_bytes=size), version
+            return DeviceWeights(published=source, **size), version
+        return SharedWeights(published=source, **size), version
     if isinstance(source, (str, os.PathLike)):
         return FolderWeights(path=os.fspath(source)), version
     if isinstance(source, Mapping):

@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ from zerokl.rollout.sampling_params import SamplingParams
 Row = dict[str, Any]
 MakeOps = Callable[[Dtype], GpuOps]
 
-PAIR_TOKENS = 64
-NUM_BLOCKS = 4096
-"""Of each engine: 512 sequences with shared prompts need 3,072."""
+BLOCK = 16
+"""Tokens of a block of keys and values."""
 MOST_PREFILL = 8192
 
 
@@ -48,20 +48,25 @@ class Side:
 
     engine: RolloutEngine
     worker: TimedWorker
+    tokens: int
+    """New ones of each sequence."""
 
     def take_turn(self, sequences: int, seed: int) -> Row:
         """See `pairs.Side`."""
         self.worker.take(sequences)
-        seconds = load(self.engine, sequences, PAIR_TOKENS, seed)
+        seconds = load(self.engine, sequences, self.tokens, seed)
         return self.worker.take(sequences) | {"seconds": seconds}
 
 
-def cost_rows(models: Sequence[str], sizes: Sequence[int], folder: Path, pairs: int) -> list[Row]:
-    """A row for each product, then one for each cost and figure. Raises PartRefusedError without cuBLASLt."""
-    return [row for name in models for row in _of_model(name, sizes, folder, pairs)]
+def cost_rows(models: Sequence[str], sizes: Sequence[int], folder: Path, pairs: int, tokens: int) -> list[Row]:
+    """A row for each product, then one for each cost and figure, of calls of so many new tokens a sequence.
+
+    Raises PartRefusedError without cuBLASLt.
+    """
+    return [row for name in models for row in _of_model(name, sizes, folder, pairs, tokens)]
 
 
-def _of_model(name: str, sizes: Sequence[int], folder: Path, pairs: int) -> Iterator[Row]:
+def _of_model(name: str, sizes: Sequence[int], folder: Path, pairs: int, tokens: int) -> Iterator[Row]:
     path = model_folder(name, folder / name)
     config = ModelConfig.from_json(str(path))
     row_counts = sorted({bucket(size) for size in sizes} | {_prefill_rows(size) for size in sizes})
@@ -70,9 +75,10 @@ def _of_model(name: str, sizes: Sequence[int], folder: Path, pairs: int) -> Iter
     products = [{"model": name, **one.row()} for one in measured]
     print(table(products), flush=True)
     yield from products
-    with _side(path, max(sizes)) as plain:
+    make_side = partial(_side, path, max(sizes), tokens)
+    with make_side() as plain:
         for what, make_ops in _variants(config, measured, row_counts).items():
-            with _side(path, max(sizes), make_ops) as other:
+            with make_side(make_ops) as other:
                 differing = values_that_differ(plain.engine, other.engine)
                 for sequences in sizes:
                     for row in costs(what, take_turns(plain, other, sequences, pairs)):
@@ -94,13 +100,14 @@ def _variants(config: ModelConfig, measured: Sequence[Measured], row_counts: Seq
 
 
 @contextlib.contextmanager
-def _side(path: Path, sequences: int, make_ops: MakeOps | None = None) -> Iterator[Side]:
-    options: Row = {"num_blocks": NUM_BLOCKS, "weight_slots": 1, "max_num_seqs": sequences}
+def _side(path: Path, sequences: int, tokens: int, make_ops: MakeOps | None = None) -> Iterator[Side]:
+    num_blocks = sequences * (tokens // BLOCK + 2) + sequences // SAMPLES * PROMPT // BLOCK
+    options: Row = {"num_blocks": num_blocks, "block_size": BLOCK, "weight_slots": 1, "max_num_seqs": sequences}
     options["max_num_batched_tokens"] = MOST_PREFILL  # two engines of B leave no memory for more
     with contextlib.nullcontext() if make_ops is None else engines_use(make_ops):
         engine = make_engine(path, **options)
     with engine:
-        yield Side(engine, TimedWorker.latest)
+        yield Side(engine, TimedWorker.latest, tokens)
 
 
 def values_that_differ(one: RolloutEngine, other: RolloutEngine) -> Row:

@@ -1,7 +1,7 @@
 """The engine on one GPU: exactness, speed, what exactness costs, errors and memory checks, in parts of a few minutes.
 
     python benchmarks/gpu/run_all.py --part PART [--json] [--sizes N ...]
-        [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--gguf smollm2.gguf]
+        [--peer vllm_bench.py --peer-site FOLDER] [--models A B] [--pairs N] [--tokens N] [--gguf smollm2.gguf]
 
 Parts: exact, policy, speed_a, speed_b, c, arrivals, cost, reference, sanitize, sync, ranks.
 `sync.py` tells the last one; `--part sync --models A --sizes 0 --updates 1` is its short form.
@@ -104,7 +104,7 @@ def arrivals(args: argparse.Namespace, folder: Path) -> list[Row]:
 def cost(args: argparse.Namespace, folder: Path) -> list[Row]:
     from cost import cost_rows
 
-    return cost_rows(args.models, args.sizes, folder, args.pairs)
+    return cost_rows(args.models, args.sizes, folder, args.pairs, args.tokens)
 
 
 def reference(args: argparse.Namespace, folder: Path) -> list[Row]:
@@ -159,6 +159,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-site", type=Path)
     parser.add_argument("--models", nargs="+", help=f"of parts {', '.join(MODELS)}")
     parser.add_argument("--pairs", type=int, default=21, help="interleaved pairs of part cost")
+    parser.add_argument("--tokens", type=int, default=64, help="new ones a sequence in part cost")
     parser.add_argument("--updates", type=int, default=5, help="of part sync, for each number of sequences")
     kit = Path(os.environ.get("KIT", "/opt/kit"))
     parser.add_argument("--gguf", type=Path, default=kit / "smollm2.gguf", help="real weights of part reference")

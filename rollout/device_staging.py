@@ -45,11 +45,11 @@ class DeviceStaging:
         with self._mappings.lease(source.published) as lease:
             tensors = self._tensors_of(lease.mapped, session)
             session.begin_placed(lease.mapped.layout.with_version(source.published.version))
-            check_tied(lease.contents(EMBED, LM_HEAD), self._expected)
             try:
                 placed = runner.stage_device(tensors, self._placing(source), version)
-                lease.check_owner()
                 session.verify_placed(lease.checksums, placed)
+                check_tied(lease.contents(EMBED, LM_HEAD), self._expected)
+                lease.check_owner()
             except BaseException:
                 runner.discard_staged()
                 raise

@@ -1,6 +1,6 @@
 """A GPU of ordinary bytes: allocations are files that processes map, so that a test can play trainer and engine.
 
-Each process sees an allocation at another address. Kernels are NumPy, events are notes. It is a
+Each process sees an allocation at another address. Kernels are NumPy. It is a
 `zerokl.weight_sync.device_memory.DeviceMemory` with the `place` of `zerokl.kernels.gpu.shared_memory`.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -60,8 +59,9 @@ class FakeGpu:
         self.done: Counter[str] = Counter()
         self.after_copy = lambda: None
         """Called between the copy and the check of a set."""
+        self.before_checksums = lambda: None
+        """Called in the thread that waits for a publication's checksums."""
         self._maps: dict[int, tuple[mmap.mmap, str, int]] = {}
-        self._events: dict[int, str] = {}
 
     def put(self, values: NDArray[Any], dtype: str) -> FakeTensor:
         """A tensor with these patterns in an allocation of its own, not at its start."""
@@ -130,31 +130,8 @@ class FakeGpu:
         self.done["close"] += 1
         del self._maps[base]
 
-    def new_event(self) -> int:
-        event = len(self._events) + 1
-        self._events[event] = f"event-{os.getpid()}-{event}"
-        return event
-
-    def export_event(self, event: int) -> bytes:
-        return self._events[event].encode().ljust(64, b"\0")
-
-    def open_event(self, handle: bytes) -> int:
-        self.done["open_event"] += 1
-        event = len(self._events) + 1
-        self._events[event] = handle.rstrip(b"\0").decode()
-        if not self._events[event].startswith("event-"):
-            raise RuntimeError("CUDA: cudaErrorInvalidResourceHandle")
-        return event
-
-    def close_event(self, event: int) -> None:
-        self.done["close_event"] += 1
-
-    def wait(self, event: int) -> None:
-        assert (self.folder / self._events[event]).exists(), "an event that was not recorded"
-        self.done["wait"] += 1
-
-    def follow(self, stream: int | None) -> None:
-        self.done["follow"] += 1
+    def settle(self, stream: int | None) -> None:
+        self.done["settle"] += 1
 
     def download(self, host: int, address: int, size: int) -> None:
         ctypes.memmove(host, address, size)
@@ -165,10 +142,12 @@ class FakeGpu:
         self.done["plan"] += 1
         return CopyPlan.of_tensors(tensors, targets)
 
-    def checksums(self, plan: CopyPlan, event: int) -> NDArray[np.uint64]:
-        found = self.place(plan)[0]
-        (self.folder / self._events[event]).touch()
-        return found
+    def begin_checksums(self, plan: CopyPlan) -> Callable[[], NDArray[np.uint64]]:
+        def result() -> NDArray[np.uint64]:
+            self.before_checksums()
+            return self.place(plan)[0]
+
+        return result
 
     def place(
         self, plan: CopyPlan, bucket_bytes: int = 0, nearly_done: Callable[[], None] = lambda: None

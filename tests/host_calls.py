@@ -48,12 +48,7 @@ class HostCalls:
     def new_event(self) -> int:
         return 1
 
-    def export_event(self, event: int) -> bytes:
-        return bytes(64)
-
-    def record(self, event: int, stream: int) -> None: ...
-
-    def wait(self, event: int) -> None: ...
+    def record(self, event: int) -> None: ...
 
     def await_event(self, event: int) -> None: ...
 
@@ -68,12 +63,9 @@ class HostCalls:
 
     def synchronize(self) -> None: ...
 
+    def settle(self, stream: int) -> None: ...
+
     def open_memory(self, handle: bytes) -> int:
         raise RuntimeError("CUDA: cudaErrorInvalidContext")
 
     def close_memory(self, base: int) -> None: ...
-
-    def open_event(self, handle: bytes) -> int:
-        raise RuntimeError("CUDA: cudaErrorInvalidContext")
-
-    def close_event(self, event: int) -> None: ...

@@ -1,9 +1,10 @@
 """What a trainer says of weights in a GPU's memory: the publication that is passed on, and the descriptor behind it.
 
-The publication (segment, key, version, layout, checksums) may travel anywhere. Where the tensors are, and the handles
-that open them, stand in the shared memory segment, which is for this user's processes alone and whose lease is the
-lease of the memory. What stays as it is from one publication to the next, layout and descriptor, is encoded apart: a
-receiver that sees the same bytes again keeps what it made of them.
+The publication (segment, key, version, layout, segment of the checksums) may travel anywhere. Where the tensors are,
+and the handles that open them, stand in the shared memory segment, which is for this user's processes alone and whose
+lease is the lease of the memory. The checksums come to a segment of their own, which the publisher holds until they are
+known: a receiver copies meanwhile. What stays as it is from one publication to the next, layout and descriptor, is
+encoded apart: a receiver that sees the same bytes again keeps what it made of them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 
 from zerokl.weight_sync.device_checksums import CHECKSUM_KIND
-from zerokl.weight_sync.errors import ManifestError, SegmentBusyError
+from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError, SegmentBusyError
 from zerokl.weight_sync.manifest import FORMAT_VERSION, Manifest, require_version, unpack
 from zerokl.weight_sync.tensor_spec import MAX_INT, TensorSpec, is_integer
 
 _WORD = 8
 _HEAD = 2 * _WORD
 """Bytes before the encoded descriptor: its size, 0 where nothing is published, and the publication's key."""
+_FAILED = 1 << 63
+"""Added to the key in place of checksums: keys have 63 bits."""
 _HANDLE = 64
 """Bytes of a handle of the CUDA runtime."""
 _MAX_GPU = 64
@@ -44,34 +48,23 @@ class PublishedDeviceWeights:
     """Policy version, from 0."""
     layout: bytes
     """What `encode_layout` made of the tensors."""
-    checksums: bytes
-    """Of the tensors in their order, 8 bytes each, little-endian."""
+    checksums: str
+    """Name of the segment that their checksums come to: `read_checksums`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.segment, str) or not is_integer(self.key, MAX_INT):
             raise ManifestError(f"device weights: segment {self.segment!r:.200}, key {self.key!r} are none")
         require_version(self.version)
-        if not isinstance(self.layout, bytes) or not isinstance(self.checksums, bytes):
-            raise ManifestError("device weights: expected an encoded layout and the bytes of checksums")
+        if not isinstance(self.layout, bytes) or not isinstance(self.checksums, str):
+            raise ManifestError("device weights: expected an encoded layout and the name of a segment")
 
     @property
     def manifest(self) -> Manifest:
-        """All that is known of the set. Raises ManifestError as `decode_layout`, and where checksums do not fit."""
-        layout = decode_layout(self.layout).with_version(self.version)
-        specs = zip(layout.tensors, self.checksums_of(layout), strict=True)
-        return layout.with_checksums(tuple(spec.with_checksum(value) for spec, value in specs))
-
-    def checksums_of(self, layout: Manifest) -> list[int]:
-        """Those of a layout's tensors, in its order. Raises ManifestError where there are more or fewer."""
-        if len(self.checksums) != _WORD * len(layout.tensors):
-            raise ManifestError(
-                f"device weights: {len(self.checksums)} bytes of checksums for {len(layout.tensors)} tensors"
-            )
-        values: list[int] = np.frombuffer(self.checksums, "<u8").tolist()
-        return values
+        """Names, shapes and dtypes, without checksums. Raises ManifestError as `decode_layout`."""
+        return decode_layout(self.layout).with_version(self.version)
 
     def to_bytes(self) -> bytes:
-        """Encode as msgpack [format version, segment, key, version, layout, checksums]."""
+        """Encode as msgpack [format version, segment, key, version, layout, segment of checksums]."""
         fields = (self.segment, self.key, self.version, self.layout, self.checksums)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
         return encoded
@@ -130,6 +123,37 @@ def read(memory: mmap.mmap, published: PublishedDeviceWeights) -> bytes:
     return memory[_HEAD : _HEAD + size]
 
 
+def write_checksums(memory: mmap.mmap, key: int, checksums: NDArray[np.uint64] | None) -> None:
+    """Note the checksums of publication `key`, or that there are none, in their segment, which is held against readers
+    and large enough.
+    """
+    if checksums is not None:
+        encoded = checksums.astype("<u8").tobytes()
+        memory[_WORD : _WORD + len(encoded)] = encoded
+    state = key if checksums is not None else key | _FAILED
+    memory[:_WORD] = state.to_bytes(_WORD, "little")
+
+
+def read_checksums(memory: mmap.mmap, key: int, count: int) -> list[int]:
+    """The checksums of that many tensors of publication `key`, in its order.
+
+    Their segment is leased, and of the size for so many. Raises DeviceHandleError where there are none,
+    PublisherDiedError where nobody noted that: the lock of who would have has gone with it.
+    """
+    state = int.from_bytes(memory[:_WORD], "little")
+    if state == key | _FAILED:
+        raise DeviceHandleError("the publisher's GPU failed to compute the checksums of what it published")
+    if state != key:
+        raise PublisherDiedError("the publisher ended before its GPU had computed the checksums")
+    values: list[int] = np.frombuffer(memory[_WORD : checksums_size(count)], "<u8").tolist()
+    return values
+
+
+def checksums_size(count: int) -> int:
+    """Bytes of a segment for the checksums of so many tensors."""
+    return _WORD * (1 + count)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """Device memory that its process exports."""
@@ -145,33 +169,25 @@ class Descriptor:
 
     gpu: str
     """Where they are: `DeviceMemory.gpu`."""
-    event: bytes
-    """Handle of the event that is reached once the tensors have been written."""
-    local_event: int
-    """The event in the publisher's process."""
     allocations: tuple[Allocation, ...]
     places: tuple[tuple[int, int], ...]
     """In the layout's order: which allocation, and bytes from its first address."""
 
     def to_bytes(self) -> bytes:
-        """Encode as msgpack [format version, GPU, event, local event, rows of allocations, places]."""
+        """Encode as msgpack [format version, GPU, rows of allocations, places]."""
         allocations = [(allocation.handle, allocation.base) for allocation in self.allocations]
-        fields = (self.gpu, self.event, self.local_event, allocations, self.places)
+        fields = (self.gpu, allocations, self.places)
         encoded: bytes = msgpack.packb((FORMAT_VERSION, *fields))
         return encoded
 
     @staticmethod
     def from_bytes(encoded: bytes, layout: Manifest) -> Descriptor:
         """Inverse of `to_bytes`. Raises ManifestError for anything else, and where it does not fit the layout."""
-        gpu, event, local_event, allocations, places = unpack(encoded, "descriptor", 5)
+        gpu, allocations, places = unpack(encoded, "descriptor", 3)
         if not isinstance(gpu, str) or len(gpu) > _MAX_GPU:
             raise ManifestError(f"descriptor: {gpu!r:.200} is no name of a GPU")
-        if not _is_handle(event) or not is_integer(local_event, MAX_INT):
-            raise ManifestError("descriptor: the event is no handle and number")
         made = Descriptor(
             gpu=gpu,
-            event=event,
-            local_event=local_event,
             allocations=tuple(_allocation(row) for row in _rows("allocations", allocations)),
             places=tuple((index, offset) for index, offset in _rows("places", places)),
         )

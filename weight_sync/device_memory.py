@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ def as_rows(address: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
 class MappedMemory(Protocol):
     """One GPU as a process sees it that reads what others have on it, or on a peer.
 
-    Handles are bytes that another process of this machine may open; addresses and events are numbers of this process.
+    Handles are bytes that another process of this machine may open; addresses are numbers of this process.
     Every method raises RuntimeError naming what the driver says, where nothing else is said.
     """
 
@@ -54,18 +54,6 @@ class MappedMemory(Protocol):
 
     def close_memory(self, base: int) -> None:
         """Unmap what `open_memory` mapped."""
-        ...
-
-    def open_event(self, handle: bytes) -> int:
-        """Another process's event."""
-        ...
-
-    def close_event(self, event: int) -> None:
-        """Let go of what `open_event` gave."""
-        ...
-
-    def wait(self, event: int) -> None:
-        """Have all that is asked for from now on wait for the event, on the device; returns at once."""
         ...
 
 
@@ -104,24 +92,18 @@ class DeviceMemory(MappedMemory, Protocol):
         """Give back what `allocate` gave."""
         ...
 
-    def new_event(self) -> int:
-        """An event that other processes may wait for; for the life of the process."""
-        ...
-
-    def export_event(self, event: int) -> bytes:
-        """A handle of the event."""
-        ...
-
-    def follow(self, stream: int | None) -> None:
-        """Have it wait for what was launched on a stream of this process so far; None: the framework's current one."""
+    def settle(self, stream: int | None) -> None:
+        """Wait until what was launched on a stream of this process so far is done; None: on the framework's."""
         ...
 
     def plan(self, tensors: Sequence[StoredTensor], targets: Sequence[int] | None = None) -> Any:
         """How to read these tensors, and with `targets` copy each to an address: for any number of `checksums`."""
         ...
 
-    def checksums(self, plan: Any, event: int) -> NDArray[np.uint64]:
-        """Carry a plan out, once all that was asked for before is done: `device_checksum` of each tensor, of a copy as
-        it is where it was copied to. The event is reached behind it, and has been when this returns.
+    def begin_checksums(self, plan: Any) -> Callable[[], NDArray[np.uint64]]:
+        """Have the device carry a plan out; returns at once.
+
+        What it returns waits for it, in any thread, and gives `device_checksum` of each tensor, of a copy as it is
+        where it was copied to. It is called once, and before anything else is asked for here.
         """
         ...

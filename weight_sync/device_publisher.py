@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from zerokl.weight_sync.device_descriptor import (
     Allocation,
     Descriptor,
     PublishedDeviceWeights,
+    checksums_size,
     withdraw,
     write,
+    write_checksums,
 )
 from zerokl.weight_sync.device_memory import DeviceMemory
 from zerokl.weight_sync.errors import DeviceHandleError
@@ -40,6 +48,8 @@ class _Turn:
     """A descriptor's segment, and the buffer that it describes; without one it describes the trainer's memory."""
 
     segment: OwnedSegment
+    checksums: OwnedSegment
+    """For those of a publication, held against readers until they are known."""
     buffer: int = 0
     size: int = 0
     reading: _Reading | None = None
@@ -50,8 +60,9 @@ class DevicePublisher:
     """Publishes sets of weights that lie in a GPU's memory, for engines on the same machine.
 
     With `buffers` 0 the tensors are read where they are: a trainer must not write to them before `withdraw`, which
-    waits for readers. With more, `publish` copies them, on the GPU, into as many buffers in turn, and the trainer may
-    go on at once; as with `WeightPublisher` the latest of two is never overwritten. Example:
+    waits for readers. Their checksums are computed while receivers copy. With more, `publish` copies them, on the GPU,
+    into as many buffers in turn, and the trainer may write once it returns; as with `WeightPublisher` the latest of two
+    is never overwritten. Example:
 
         with DevicePublisher(device_memory("gpu")) as publisher:
             published = publisher.publish(model.named_parameters(), version=1)
@@ -63,7 +74,7 @@ class DevicePublisher:
     """
 
     def __init__(self, memory: DeviceMemory, name: str = "policy", *, buffers: int = 0) -> None:
-        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes it.
+        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes one for each.
 
         `name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _.
         """
@@ -76,8 +87,10 @@ class DevicePublisher:
         self._turns: list[_Turn | None] = [None] * max(1, buffers)
         self._next = 0
         self._closed = False
-        self._event = memory.new_event()
-        self._event_handle = memory.export_event(self._event)
+        self._thread = ThreadPoolExecutor(1, f"zerokl-{name}")
+        """Waits for checksums."""
+        self._owed: Future[None] | None = None
+        """Those of the last publication, from when it began."""
         self._handles: dict[tuple[int, int], bytes] = {}
         """Of the allocations that were described last, by address and number."""
         self._known: KnownTensors | None = None
@@ -91,29 +104,32 @@ class DevicePublisher:
         """Describe tensors, by name, for receivers; returns what these need to open them.
 
         Each is C-contiguous, on this publisher's GPU, float32 or bfloat16, with `data_ptr()`, `shape` and `dtype` as a
-        Paddle tensor has them. What was launched on `stream` (a handle; None: Paddle's current one) comes first, and
-        their checksums are computed there; this returns once they are known. `version` counts from 0. Raises
-        ManifestError for what cannot be published, DeviceHandleError for memory that cannot be exported,
-        BufferLeasedError while a reader has the next buffer (in place: the publication before) open; the latest one
-        then stays as it was. RuntimeError where the device fails.
+        Paddle tensor has them. What was launched on `stream` (a handle; None: Paddle's current one) is waited for. In
+        place this returns while the GPU computes the checksums, which receivers wait for once they have copied.
+        `version` counts from 0. Raises ManifestError for what cannot be published, DeviceHandleError for memory that
+        cannot be exported, BufferLeasedError while a reader has the next buffer (in place: the publication before)
+        open; the latest one then stays as it was. RuntimeError where the device fails, or has failed to compute
+        checksums: `withdraw` and `close` raise that, too.
         """
         if self._closed:
             raise ValueError(f"publisher {self._name!r} is closed")
         require_version(version)
+        self._await_owed()
         named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
         # A kernel that reads elsewhere would end the process.
         known = self._known = look_at(self._memory, named, self._known)
         reading = None if self._copies else self._read_in_place(known)
-        turn = self._next_turn(_SEGMENT_BYTES * (1 + len(named) // 256))
+        turn, key = self._next_turn(len(named)), secrets.randbits(63)
         with turn.segment.writing() as shared:
             withdraw(shared)
-            self._memory.follow(stream)
+            self._memory.settle(stream)
             if reading is None:
                 reading = self._read_into_buffer(turn, known)
             else:
                 self._held = [tensor for _, tensor in named]
-            checksums = self._memory.checksums(reading.plan, self._event)
-            key = secrets.randbits(63)
+            self._begin_checksums(turn, key, reading.plan)
+            if self._copies:
+                self._await_owed()
             write(shared, key, reading.descriptor)
         self._next = (self._next + 1) % len(self._turns)
         return PublishedDeviceWeights(
@@ -121,7 +137,7 @@ class DevicePublisher:
             key=key,
             version=version,
             layout=known.layout,
-            checksums=checksums.astype("<u8").tobytes(),
+            checksums=turn.checksums.name,
         )
 
     def withdraw(self, *, wait: bool = True) -> None:
@@ -130,6 +146,7 @@ class DevicePublisher:
         While a reader has one open it waits, or with wait=False raises BufferLeasedError at once. A reader that dies
         holds nothing up.
         """
+        self._await_owed()
         for turn in self._turns:
             if turn is not None:
                 with turn.segment.writing(wait=wait) as shared:
@@ -139,10 +156,14 @@ class DevicePublisher:
     def close(self) -> None:
         """Withdraw all publications and free the buffers; idempotent. Waits for readers."""
         self._closed = True
-        for turn in self._turns:
-            if turn is not None:
-                self._end(turn, wait=True)
-        self._held = []
+        try:
+            self._await_owed()
+        finally:
+            self._thread.shutdown()
+            for turn in self._turns:
+                if turn is not None:
+                    self._end(turn, wait=True)
+            self._held = []
 
     def __enter__(self) -> DevicePublisher:
         return self
@@ -176,14 +197,32 @@ class DevicePublisher:
             turn.reading = _Reading(known, self._memory.plan(known.stored, places), descriptor)
         return turn.reading
 
-    def _next_turn(self, size: int) -> _Turn:
-        """The turn to publish in, with a segment of at least this size."""
+    def _begin_checksums(self, turn: _Turn, key: int, plan: Any) -> None:
+        """Hold their segment until they are there, or are known not to come."""
+        with ExitStack() as failed:
+            shared = failed.enter_context(turn.checksums.writing(wait=True))
+            result = self._memory.begin_checksums(plan)
+            self._owed = self._thread.submit(_pay, failed.pop_all(), shared, key, result)
+
+    def _await_owed(self) -> None:
+        """From here on nothing reads what was published, but receivers."""
+        owed = self._owed
+        if owed is not None:
+            wait([owed])
+            self._owed = None  # and not before: Ctrl-C ends a wait
+            owed.result()
+
+    def _next_turn(self, count: int) -> _Turn:
+        """The turn to publish that many tensors in, with segments that are large enough."""
+        size = _SEGMENT_BYTES * (1 + count // 256)
         turn = self._turns[self._next]
         if turn is not None and turn.segment.size < size:
             self._end(turn)
             turn = None
         if turn is None:
-            turn = self._turns[self._next] = _Turn(OwnedSegment(self._name, size))
+            # In steps of as many tensors as the other's.
+            checksums = OwnedSegment(self._name, checksums_size(256 * (1 + count // 256)))
+            turn = self._turns[self._next] = _Turn(OwnedSegment(self._name, size), checksums)
         return turn
 
     def _end(self, turn: _Turn, *, wait: bool = False) -> None:
@@ -191,6 +230,7 @@ class DevicePublisher:
             withdraw(shared)
         self._turns[self._turns.index(turn)] = None
         turn.segment.close()
+        turn.checksums.close()
         if turn.buffer:
             self._memory.free(turn.buffer)
 
@@ -200,8 +240,6 @@ class DevicePublisher:
         self._handles = {key: self._handles.get(key) or self._export(key[0]) for key in keys}
         return Descriptor(
             gpu=self._memory.gpu,
-            event=self._event_handle,
-            local_event=self._event,
             allocations=tuple(Allocation(handle=self._handles[key], base=key[0]) for key in keys),
             places=tuple((numbers.get(base, 0), offset) for base, offset in located),
         ).to_bytes()
@@ -213,3 +251,14 @@ class DevicePublisher:
             raise DeviceHandleError(
                 f"memory at {base:#x} cannot be exported, as allocators other than cudaMalloc's cannot: {error}"
             ) from error
+
+
+def _pay(held: ExitStack, shared: mmap.mmap, key: int, result: Callable[[], NDArray[np.uint64]]) -> None:
+    """Note the checksums, or that there are none, in the memory that `held` holds."""
+    with held:
+        try:
+            checksums = result()
+        except RuntimeError:
+            write_checksums(shared, key, None)
+            raise
+        write_checksums(shared, key, checksums)

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from zerokl.weight_sync.device_descriptor import Descriptor, PublishedDeviceWeights, decode_layout, read
+from zerokl.weight_sync.device_descriptor import (
+    Descriptor,
+    PublishedDeviceWeights,
+    checksums_size,
+    decode_layout,
+    read,
+    read_checksums,
+)
 from zerokl.weight_sync.device_memory import DEVICE_DTYPES, MappedMemory
 from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError
 from zerokl.weight_sync.manifest import Manifest
@@ -41,15 +48,23 @@ class DeviceLease:
     def __init__(self, published: PublishedDeviceWeights, mapped: MappedTensors, owner: Owner) -> None:
         self.published = published
         self.mapped = mapped
-        values = published.checksums_of(mapped.layout)
-        self.checksums = dict(zip(mapped.addresses, values, strict=True))
-        """As published, by name."""
         self._owner = owner
 
-    @property
-    def manifest(self) -> Manifest:
-        """All that is known of the publication, made anew: see `PublishedDeviceWeights.manifest`."""
-        return self.published.manifest
+    @cached_property
+    def checksums(self) -> Mapping[str, int]:
+        """As published, by name; waits until the publisher's GPU has computed them, so ask once all is read.
+
+        Raises SegmentMissingError, SegmentTruncatedError, PublisherDiedError where the publisher ended before,
+        DeviceHandleError where its GPU failed.
+        """
+        addresses = self.mapped.addresses
+        shared = Attachment(self.published.checksums)
+        try:
+            memory = shared.lock(checksums_size(len(addresses)), wait=True)
+            values = read_checksums(memory, self.published.key, len(addresses))
+        finally:
+            shared.close()
+        return dict(zip(addresses, values, strict=True))
 
     @property
     def addresses(self) -> Mapping[str, int]:
@@ -71,7 +86,6 @@ class _Opened:
 
     layout: bytes
     descriptor: bytes
-    event: int | None
     extents: list[tuple[int, int]]
     """First address of each allocation, and bytes from there."""
     mapped: MappedTensors
@@ -87,7 +101,6 @@ class _Publisher:
     """Whether it is in this process, which cannot open its own handles."""
     handles: set[bytes] = field(default_factory=set)
     """Of its mapped allocations."""
-    events: dict[bytes, int] = field(default_factory=dict)
     opened: _Opened | None = None
     """The last publication, whose allocations are mapped."""
 
@@ -103,7 +116,7 @@ class DeviceMappings:
 
     @contextmanager
     def lease(self, published: PublishedDeviceWeights) -> Iterator[DeviceLease]:
-        """Map the tensors; what is asked of the memory from then on waits for the publisher's writes, on the device.
+        """Map the tensors, which have been written.
 
         The publisher cannot withdraw it before the block is left; by then what reads it must be done. Raises
         SegmentMissingError, SegmentBusyError, ManifestError, DeviceHandleError, PublisherDiedError.
@@ -116,14 +129,12 @@ class DeviceMappings:
             descriptor = read(memory, published)
             _check_owner(publisher.owner, published.version)
             opened = self._open(publisher, descriptor, published.layout)
-            lease = DeviceLease(published, opened.mapped, publisher.owner)
-            if opened.event is not None:
-                self._wait_for(opened.event)
-            yield lease
+            yield DeviceLease(published, opened.mapped, publisher.owner)
         finally:
             del memory
             publisher.attachment.unlock()
             reap_if_dead(name)
+            reap_if_dead(published.checksums)
             self.drop_gone()
 
     def drop_gone(self) -> None:
@@ -157,26 +168,23 @@ class DeviceMappings:
             raise DeviceHandleError(
                 f"the weights are on GPU {told.gpu}, which GPU {self._memory.gpu} has no peer access to"
             )
-        event, bases = self._open_all(publisher, told)
+        bases = self._open_all(publisher, told)
         extents = [self._extent(base) for base in bases]
         mapped = MappedTensors(decoded, _addresses(decoded, told, extents))
-        publisher.opened = _Opened(layout, descriptor, event, extents, mapped)
+        publisher.opened = _Opened(layout, descriptor, extents, mapped)
         return publisher.opened
 
     def _is_there(self, publisher: _Publisher, opened: _Opened) -> bool:
         """Whether the allocations are as they were: what is mapped stays until we unmap it, our own may be freed."""
         return not publisher.is_local or [self._extent(base) for base, _ in opened.extents] == opened.extents
 
-    def _open_all(self, publisher: _Publisher, told: Descriptor) -> tuple[int | None, list[int]]:
-        """The event, if there is one to wait for, and where each allocation begins here."""
+    def _open_all(self, publisher: _Publisher, told: Descriptor) -> list[int]:
+        """Where each allocation begins here."""
         if publisher.is_local:
-            return told.local_event, [allocation.base for allocation in told.allocations]
+            return [allocation.base for allocation in told.allocations]
         handles = [allocation.handle for allocation in told.allocations]
         self._unmap(publisher, publisher.handles.difference(handles))
-        bases = [self._open_memory(publisher, handle, told.gpu) for handle in handles]
-        if told.gpu != self._memory.gpu:  # of a peer's nothing is left to wait for: `publish` has done so
-            return None, bases
-        return self._open_event(publisher, told.event), bases
+        return [self._open_memory(publisher, handle, told.gpu) for handle in handles]
 
     def _open_memory(self, publisher: _Publisher, handle: bytes, gpu: str) -> int:
         if handle not in self._bases:
@@ -188,20 +196,6 @@ class DeviceMappings:
                 ) from error
         publisher.handles.add(handle)
         return self._bases[handle]
-
-    def _open_event(self, publisher: _Publisher, handle: bytes) -> int:
-        if handle not in publisher.events:
-            try:
-                publisher.events[handle] = self._memory.open_event(handle)
-            except RuntimeError as error:
-                raise DeviceHandleError(f"the publisher's event cannot be opened: {error}") from error
-        return publisher.events[handle]
-
-    def _wait_for(self, event: int) -> None:
-        try:
-            self._memory.wait(event)
-        except RuntimeError as error:
-            raise DeviceHandleError(f"the publisher's event cannot be waited for: {error}") from error
 
     def _extent(self, base: int) -> tuple[int, int]:
         """An address where an allocation begins, and bytes from there to its end."""
@@ -219,8 +213,6 @@ class DeviceMappings:
 
     def _close(self, publisher: _Publisher) -> None:
         self._unmap(publisher, set(publisher.handles))
-        for event in publisher.events.values():
-            self._memory.close_event(event)
         publisher.attachment.close()
 
 

@@ -1,8 +1,9 @@
 """Part `sync` of run_all.py: weights of a trainer's process through the GPU's memory into an engine that generates.
 
-An update takes from the trainer's call of `publish`, its values being written, to the end of `update_weights`: publish,
-transfer (encoded, through a pipe, decoded), stage (opened, copied, checked) and commit (between two steps). It is
-announced some time before the end of the staging, and no step launched ahead from then on (announced_before_ms). While
+An update takes from the trainer's call of `publish`, its values being written, to the end of `update_weights`: publish
+(in place the trainer's checksums are computed after it), transfer (encoded, through a pipe, decoded), stage (opened,
+copied, checked, the trainer's checksums awaited) and commit (between two steps). It is announced some time before the
+end of the staging, and no step launched ahead from then on (announced_before_ms). While
 sequences run, what generation loses is told by the device: the longest time between two steps around the commit, over
 the usual one. The floor is the bytes that have to move at the datasheet's bandwidth: published in place they are read
 by the trainer's checksum, read and written by the copy, and read by the engine's checksum; buffers add a copy.

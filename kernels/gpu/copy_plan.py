@@ -108,6 +108,11 @@ class CopyPlan:
         return CopyPlan(placements, copies=targets is not None)
 
     @cached_property
+    def num_bytes(self) -> int:
+        """That are read."""
+        return sum(one.rows * one.columns * SIZES[one.dtype] for one in self.placements)
+
+    @cached_property
     def groups(self) -> list[Group]:
         """`plan_groups` of the placements."""
         return plan_groups(self.placements)

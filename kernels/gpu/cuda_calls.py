@@ -101,35 +101,14 @@ class CudaCalls:
 
     # -- events --------------------------------------------------------------------------------------------------------
     def new_event(self) -> int:
-        """An event for other processes too."""
+        """An event."""
         self._enter()
-        flags = runtime.cudaEventInterprocess | runtime.cudaEventDisableTiming
-        return int(check(runtime.cudaEventCreateWithFlags(flags)))
+        return int(check(runtime.cudaEventCreateWithFlags(runtime.cudaEventDisableTiming)))
 
-    def export_event(self, event: int) -> bytes:
-        """A handle for other processes."""
+    def record(self, event: int) -> None:
+        """Have the event reached after what was launched on our stream so far."""
         self._enter()
-        return _bytes_of(check(runtime.cudaIpcGetEventHandle(event)))
-
-    def open_event(self, handle: bytes) -> int:
-        """Another process's event."""
-        self._enter()
-        return int(check(runtime.cudaIpcOpenEventHandle(_with_bytes(runtime.cudaIpcEventHandle_t(), handle))))
-
-    def close_event(self, event: int) -> None:
-        """Let go of an event."""
-        self._enter()
-        check(runtime.cudaEventDestroy(event))
-
-    def record(self, event: int, stream: int) -> None:
-        """Have the event reached after what was launched on a stream so far; 0: the default stream."""
-        self._enter()
-        check(runtime.cudaEventRecord(event, stream))
-
-    def wait(self, event: int) -> None:
-        """Have what is launched on our stream from now on wait for the event."""
-        self._enter()
-        check(runtime.cudaStreamWaitEvent(self.stream, event, 0))
+        check(runtime.cudaEventRecord(event, self.stream))
 
     def await_event(self, event: int) -> None:
         """Wait on the host; not at all for one that was never recorded."""
@@ -152,8 +131,12 @@ class CudaCalls:
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
+        self.settle(self.stream)
+
+    def settle(self, stream: int) -> None:
+        """Wait for all that was launched on any stream of this process; 0: the default stream."""
         self._enter()
-        check(runtime.cudaStreamSynchronize(self.stream))
+        check(runtime.cudaStreamSynchronize(stream))
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         self._enter()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 46
 """Bytes of a trainer's launch: all there are. It has no step of its own to let through."""
-_LAST_BYTES = 4 << 30
-"""So many are left to copy when a copy is nearly done: beside steps they take longer than a step."""
+_LAST_BYTES = 6 << 30
+"""So many are left to copy when a copy is nearly done: beside steps they take longer than the two steps under way."""
 _PLANS_KEPT = 8
 """Plans whose tables stay on the device: the same memory is read again, and copied into one of two places."""
 
@@ -64,7 +64,6 @@ class SharedGpuMemory:
         self._calls = calls
         self._launching_on = launching_on
         self._written_on = written_on
-        self._follows: list[int] = []
         self._loaded: dict[CopyPlan, _Loaded] = {}
         """The oldest first."""
         self._results = _Results(0, 0, 0)
@@ -80,77 +79,72 @@ class SharedGpuMemory:
         self.export_memory = calls.export_memory
         self.open_memory = calls.open_memory
         self.close_memory = calls.close_memory
-        self.new_event = calls.new_event
-        self.export_event = calls.export_event
-        self.open_event = calls.open_event
-        self.close_event = calls.close_event
-        self.wait = calls.wait
 
-    def follow(self, stream: int | None) -> None:
-        """See `DeviceMemory.follow`."""
-        streams = self._written_on() if stream is None else [stream]
-        while len(self._follows) < len(streams):
-            self._follows.append(self._calls.new_event())
-        for event, written_on in zip(self._follows, streams, strict=False):
-            self._calls.record(event, written_on)
-            self._calls.wait(event)
+    def settle(self, stream: int | None) -> None:
+        """See `DeviceMemory.settle`."""
+        for written_on in self._written_on() if stream is None else [stream]:
+            self._calls.settle(written_on)
 
     def plan(self, tensors: Sequence[tuple[int, int, int, str]], targets: Sequence[int] | None = None) -> CopyPlan:
         """See `DeviceMemory.plan`."""
         return CopyPlan.of_tensors(tensors, targets)
 
-    def checksums(self, plan: CopyPlan, event: int) -> NDArray[np.uint64]:
-        """See `DeviceMemory.checksums`. All is launched before anything is waited for, once.
-
-        Beside the work of another process each wait costs a slice of time.
+    def begin_checksums(self, plan: CopyPlan) -> Callable[[], NDArray[np.uint64]]:
+        """See `DeviceMemory.begin_checksums`. All is launched at once: beside the work of another process the device
+        comes to it in slices of time, and each wait costs one.
         """
-        found = self._carry_out(plan, _AT_ONCE, lambda: self._calls.record(event, self._calls.stream))
-        return np.array(found.sums)
+        try:
+            found = self._launch(plan, _AT_ONCE)
+        except BaseException:
+            self._calls.synchronize()  # what is read must not be written to under what was launched
+            raise
+
+        def result() -> NDArray[np.uint64]:
+            self._calls.synchronize()
+            return np.array(found.sums)
+
+        return result
 
     def place(
         self, plan: CopyPlan, bucket_bytes: int, nearly_done: Callable[[], None] = lambda: None
     ) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
         """Copy tensors to their places, `bucket_bytes` at a time, and wait.
 
-        `nearly_done` is called once everything is launched and only the last gigabytes are to be copied. Returns, for
-        each tensor, the checksum of its source as the place now tells it (of one that was rounded: of what was read),
-        and whether there is a NaN or an infinity in it, as a number above 0.
+        `nearly_done` is called once only the last gigabytes are to be copied, which may be all. Returns, for each
+        tensor, the checksum of its source as the place now tells it (of one that was rounded: of what was read), and
+        whether there is a NaN or an infinity in it, as a number above 0.
         """
+        are_last = plan.num_bytes <= _LAST_BYTES
         event = self._nearly_done = self._nearly_done or self._calls.new_event()
-
-        def await_most() -> None:
-            self._calls.await_event(event)
-            nearly_done()
-
-        found = self._carry_out(plan, bucket_bytes, await_most, event)
+        try:
+            if are_last:
+                nearly_done()
+            found = self._launch(plan, bucket_bytes, event)
+            if not are_last:
+                self._calls.await_event(event)
+                nearly_done()
+        finally:
+            self._calls.synchronize()  # a lease that ends now must not be read under any more
         return np.array(found.sums), np.array(found.broken)
 
     # -- inside --------------------------------------------------------------------------------------------------------
-    def _carry_out(
-        self, plan: CopyPlan, bucket_bytes: int, before_wait: Callable[[], None], nearly_done: int = 0
-    ) -> _Found:
-        """Launch a plan, call `before_wait`, and wait. The event `nearly_done` is reached before the last bytes."""
-        try:
-            found = self._launch(plan, bucket_bytes, nearly_done)
-            before_wait()
-        finally:
-            self._calls.synchronize()  # a lease that ends now must not be read under any more
-        return found
+    def _launch(self, plan: CopyPlan, bucket_bytes: int, nearly_done: int = 0) -> _Found:
+        """Launch a plan's kernels and the copy of what they find, which is there once that is done.
 
-    def _launch(self, plan: CopyPlan, bucket_bytes: int, nearly_done: int) -> _Found:
-        """Launch a plan's kernels and the copy of what they find, which is there once that is done."""
+        The event `nearly_done` is reached before the last bytes.
+        """
         count = len(plan.placements)
         if not plan.groups:
             return _Found(np.zeros(count, np.uint64), np.zeros(count, np.int32))
         loaded, results = self._load(plan), self._results_of(12 * count)
         self._calls.clear(results.address, 12 * count)
         there = results.address, results.address + 8 * count
-        left = sum(tables.num_pieces for tables in loaded.tables) * 8 * PIECE_WORDS
+        left = plan.num_bytes
         with self._launching_on(self._calls.stream):
             for group, tables in zip(plan.groups, loaded.tables, strict=True):
                 for first, some in buckets(tables.num_pieces, bucket_bytes):
                     if nearly_done and left <= _LAST_BYTES:
-                        self._calls.record(nearly_done, self._calls.stream)
+                        self._calls.record(nearly_done)
                         nearly_done = 0
                     _launch(group, first, some, tables.at(loaded.address), there, copies=plan.copies)
                     left -= some * 8 * PIECE_WORDS

@@ -114,10 +114,10 @@ def test_all_come_to_their_places_at_once(bench: Bench, bucket_bytes: int) -> No
 def test_checksums_alone(bench: Bench) -> None:
     stored = [placement[:4] for placement in bench.placements]
     plan = bench.memory.plan(stored)
-    event = bench.memory.new_event()
     for _ in range(2):
-        assert bench.memory.checksums(plan, event).tolist() == [device_checksum(source) for source in bench.sources]
-    assert bench.memory.checksums(bench.memory.plan([]), event).tolist() == []
+        found = bench.memory.begin_checksums(plan)()
+        assert found.tolist() == [device_checksum(source) for source in bench.sources]
+    assert bench.memory.begin_checksums(bench.memory.plan([]))().tolist() == []
 
 
 class NotedCalls:
@@ -147,33 +147,41 @@ def noted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> NotedCalls:
 
 
 def test_checksums_wait_once_behind_all_that_was_launched(bench: Bench, noted: NotedCalls) -> None:
-    """One launch for each way to read; the event others wait for is reached when a publisher goes on."""
+    """One launch for each way to read; who asks for them goes on before."""
     plan = bench.memory.plan([placement[:4] for placement in bench.placements])
-    event = bench.calls.new_event()
-    bench.memory.checksums(plan, event)
+    bench.memory.begin_checksums(plan)()
     noted.asked.clear()
-    bench.memory.checksums(plan, event)
-    kinds = len(plan.groups)
-    assert [word for word in noted.asked if word != "stream"] == [
-        "clear", *["launch"] * kinds, "download", "record", "synchronize",
-    ]  # fmt: skip
+    result = bench.memory.begin_checksums(plan)
+    begun = [word for word in noted.asked if word != "stream"]
+    assert begun == ["clear", *["launch"] * len(plan.groups), "download"]
+    result()
+    assert [word for word in noted.asked if word != "stream"] == [*begun, "synchronize"]
 
 
 def test_a_copy_says_when_only_its_last_bytes_are_awaited(
     bench: Bench, noted: NotedCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After its last launch, and before the wait for them all; the more of it that counts as the last, the earlier."""
-    places = []
-    for last_bytes in (0, 1 << 17, 4 << 30):
+    """After its last launch, and before the wait for them all; the more of it that counts as the last, the earlier.
+    Where all of it does, at once.
+    """
+
+    def asked_with(last_bytes: int) -> list[str]:
         monkeypatch.setattr(shared_memory_module, "_LAST_BYTES", last_bytes)
         noted.asked.clear()
         checksums, _ = bench.memory.place(bench.plan, 1 << 16, lambda: noted.asked.append("nearly done"))
         assert checksums.tolist() == [device_checksum(source) for source in bench.sources]
-        asked = [word for word in noted.asked if word != "stream"]
+        assert noted.asked.count("synchronize") == noted.asked.count("nearly done") == 1
+        return [word for word in noted.asked if word not in ("stream", "new_event")]
+
+    places = []
+    for last_bytes in (0, 1 << 17, bench.plan.num_bytes - 1):
+        asked = asked_with(last_bytes)
         assert asked[-4:] == ["download", "await_event", "nearly done", "synchronize"]
-        assert asked.count("synchronize") == asked.count("await_event") == asked.count("nearly done") == 1
+        assert asked.count("await_event") == 1
         places.append(asked.index("record") if "record" in asked else len(asked))
-    assert 1 == places[2] < places[1] < places[0], places
+    assert places[2] < places[1] < places[0], places
+    asked = asked_with(bench.plan.num_bytes)
+    assert asked[0] == "nearly done" and asked[-2:] == ["download", "synchronize"] and "await_event" not in asked
 
 
 def test_who_hears_of_it_may_fail_and_the_copy_is_awaited(bench: Bench, noted: NotedCalls) -> None:
@@ -190,7 +198,7 @@ def test_who_hears_of_it_may_fail_and_the_copy_is_awaited(bench: Bench, noted: N
 
 def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
     memory = shared_memory()
-    calls, sources, plans, event = memory._calls, [], [], memory.new_event()
+    calls, sources, plans = memory._calls, [], []
     for number in range(11):
         source = np.random.default_rng(number).integers(0, 1 << 16, (1 + number % 3, 24)).astype(np.uint16)
         address = calls.allocate(source.nbytes)
@@ -207,7 +215,7 @@ def test_tables_of_a_plan_stay_until_others_need_their_memory() -> None:
 
     calls.upload = counted
     for number in (0, 1, 0, 1, *range(11), *range(11), 10, 9, 3):
-        found = memory.checksums(plans[number], event).tolist()
+        found = memory.begin_checksums(plans[number])().tolist()
         assert found == [device_checksum(sources[number])] * len(plans[number].placements)
     assert len(loaded) == 2 + 9 + 11, "those of the last eight are there"
     assert len(set(loaded)) <= 2 * 8

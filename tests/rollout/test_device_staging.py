@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_publications import await_checksums
 from fake_gpu import FakeGpu, FakeTensor, converted
 from numpy.typing import NDArray
 from tiny_engine import tiny_options
@@ -258,6 +259,7 @@ def test_a_flipped_bit_is_found_and_the_old_set_stays(rig: Any, where: str) -> N
     one.stage(one.publish(1))
     expected, place = [leaf.copy() for leaf in one.live()], one.place
     published = one.publish(2)
+    await_checksums(one.gpu, published)
     name = next(name for name in one.tensors if name.endswith("up_proj.weight"))
     if where == "trainer's memory":
         flip(one, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_publications import await_checksums
 from fake_gpu import FakeGpu, FakeTensor
 from numpy.typing import NDArray
 from ranks_rig import each
@@ -219,7 +220,7 @@ def test_weights_from_a_gpu_are_kept_as_they_were_published(tmp_path: Path) -> N
 
     def reader() -> FakeGpu:
         made.append(threading.current_thread().name)
-        return gpu  # the publisher is of this process, whose events are its own
+        return gpu  # the publisher is of this process, whose memory is its own
 
     kept, tensors = KeptWeights(MODEL, reader), tensors_on(gpu)
     with DevicePublisher(gpu) as publisher:
@@ -241,6 +242,7 @@ def test_weights_from_a_gpu_are_kept_as_they_were_published(tmp_path: Path) -> N
             kept.commit()
         assert len(made) == 1 and made[0] != threading.current_thread().name, "the caller's current GPU stays"
         published = publisher.publish(tensors, 3)
+        await_checksums(gpu, published)
         tensors["b"].values[4] ^= 1
         with pytest.raises(ChecksumError, match="'b' of version 3"):
             kept.keep(DeviceWeights(published=published), 3)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, FakeTensor, elements
-from leftovers import segments_of, wait_for_end
-from numpy.typing import NDArray
+from device_publications import SHAPES, Trainer, assert_equal, copies_of, seen, tensors_on, trainers_on
+from fake_gpu import FakeGpu, FakeTensor
+from leftovers import segments_of
 
 from zerokl.weight_sync import (
     BufferLeasedError,
@@ -29,20 +24,11 @@ from zerokl.weight_sync import (
     SegmentBusyError,
     SegmentMissingError,
 )
-from zerokl.weight_sync.device_checksums import CHECKSUM_KIND, device_checksum
+from zerokl.weight_sync.device_checksums import device_checksum
 from zerokl.weight_sync.device_descriptor import Descriptor, encode_layout
 from zerokl.weight_sync.device_host import copied_to_host
-from zerokl.weight_sync.device_receiver import DeviceLease, DeviceMappings
+from zerokl.weight_sync.device_receiver import DeviceMappings
 from zerokl.weight_sync.manifest import Manifest
-
-SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
-    "embed": ((50, 24), "bfloat16"),
-    "norm": ((7,), "float32"),
-    "scalar": ((), "float32"),
-    "empty": ((0, 4), "bfloat16"),
-    "deep": ((2, 3, 5), "bfloat16"),
-}
-Copies = dict[str, NDArray[Any]]
 
 
 @pytest.fixture
@@ -50,84 +36,12 @@ def gpu(tmp_path: Path) -> FakeGpu:
     return FakeGpu(tmp_path)
 
 
-def tensors_on(gpu: FakeGpu, seed: int = 0) -> dict[str, FakeTensor]:
-    random = np.random.default_rng(seed)
-    made = {}
-    for name, (shape, dtype) in SHAPES.items():
-        bits = random.standard_normal(shape).astype(np.float32).view(np.uint32)
-        made[name] = gpu.put((bits >> 16).astype(np.uint16) if dtype == "bfloat16" else bits, dtype)
-    return made
-
-
-def copies_of(tensors: dict[str, FakeTensor]) -> Copies:
-    return {name: tensor.values.copy() for name, tensor in tensors.items()}
-
-
-def seen(lease: DeviceLease) -> Copies:
-    return {
-        spec.name: elements(lease.addresses[spec.name], spec.shape, spec.dtype).copy()
-        for spec in lease.manifest.tensors
-    }
-
-
-def assert_equal(actual: Copies, expected: Copies) -> None:
-    assert actual.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_array_equal(actual[name], values, err_msg=name)
-
-
-class Trainer:
-    """The process of `device_trainer.py`."""
-
-    def __init__(self, folder: Path, buffers: int = 0) -> None:
-        script = str(Path(__file__).with_name("device_trainer.py"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", script, str(folder), str(buffers),
-             json.dumps(SHAPES)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.published = self._published()
-
-    def _published(self) -> PublishedDeviceWeights:
-        assert self.process.stdout is not None
-        return PublishedDeviceWeights.from_bytes(bytes.fromhex(json.loads(self.process.stdout.readline())["published"]))
-
-    def tell(self, order: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{order}\n")
-        self.process.stdin.flush()
-
-    def wait(self) -> None:
-        assert self.process.stdout is not None
-        assert json.loads(self.process.stdout.readline()) is None
-
-    def publish(self) -> PublishedDeviceWeights:
-        self.tell("publish")
-        return self._published()
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        assert wait_for_end(self.process.pid)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 PEER, STRANGER = "0000:02:00.0", "0000:03:00.0"
 
 
 @pytest.fixture
 def start_trainer(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    trainers: list[Trainer] = []
-
-    def start(buffers: int = 0) -> Trainer:
-        trainers.append(Trainer(tmp_path, buffers))
-        return trainers[-1]
-
-    yield start
-    for trainer in trainers:
-        trainer.end()
+    yield from trainers_on(tmp_path)
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
@@ -137,16 +51,15 @@ def test_what_is_leased_is_what_was_published(gpu: FakeGpu, buffers: int) -> Non
     expected = copies_of(tensors)
     with DevicePublisher(gpu, buffers=buffers) as publisher:
         published = PublishedDeviceWeights.from_bytes(publisher.publish(tensors, 3).to_bytes())
-        assert published.version == 3 and published.manifest.checksum_kind == CHECKSUM_KIND
+        assert published.version == published.manifest.version == 3
         with mappings.lease(published) as lease:
             assert_equal(seen(lease), expected)
             if buffers:
                 tensors["embed"].values[...] = 0
                 assert_equal(seen(lease), expected)
-        for spec in published.manifest.tensors:
-            assert spec.checksum == device_checksum(expected[spec.name])
+            assert lease.checksums == {name: device_checksum(values) for name, values in expected.items()}
     assert gpu.done["open"] == 0, "a process does not open its own handles"
-    assert gpu.done["follow"] == gpu.done["wait"] == 1
+    assert gpu.done["settle"] == 1
 
 
 def test_publishing_again_takes_the_buffers_in_turn(gpu: FakeGpu) -> None:
@@ -240,8 +153,6 @@ def test_false_publications_are_refused(gpu: FakeGpu, monkeypatch: pytest.Monkey
             (replace(good, layout=b""), "not msgpack"),
             (replace(good, layout=good.layout[:-1]), "not msgpack"),
             (replace(good, layout=Manifest(version=0, tensors=(), total_bytes=0).to_bytes()), "checksums of kind"),
-            (replace(good, checksums=good.checksums[:-8]), "32 bytes of checksums for 5 tensors"),
-            (replace(good, checksums=good.checksums[:-1]), "39 bytes of checksums for 5 tensors"),
             (replace(good, layout=short), "5 places for 4 tensors"),
         ):
             with pytest.raises(ManifestError, match=text), mappings.lease(false):
@@ -251,6 +162,8 @@ def test_false_publications_are_refused(gpu: FakeGpu, monkeypatch: pytest.Monkey
                 replace(good, **{field: value})
         with pytest.raises(SegmentMissingError), mappings.lease(replace(good, segment="/etc/passwd")):
             pass
+        with mappings.lease(replace(good, checksums="/etc/passwd")) as lease, pytest.raises(SegmentMissingError):
+            assert lease.checksums
         with mappings.lease(good) as lease:
             assert_equal(seen(lease), copies_of(tensors))
         found = Descriptor.from_bytes
@@ -284,18 +197,17 @@ def test_another_process_reads_through_handles_that_stay_open(
         assert published.version == version
         with mappings.lease(published) as lease:
             copies = seen(lease)
+            assert lease.checksums == {name: device_checksum(values) for name, values in copies.items()}
             lease.check_owner()
-        assert all(device_checksum(copies[spec.name]) == spec.checksum for spec in published.manifest.tensors)
         if version < 3:
             published = trainer.publish()
     opened = 2 if buffers else sum(1 for shape, _ in SHAPES.values() if np.prod(shape))
     assert gpu.done["open"] == opened and gpu.done["close"] == 0
-    assert gpu.done["wait"] == 3
     trainer.tell("close")
     trainer.wait()
     with pytest.raises(SegmentMissingError), mappings.lease(published):
         pass
-    assert gpu.done["close"] == opened and gpu.done["open_event"] == gpu.done["close_event"]
+    assert gpu.done["close"] == opened
     mappings.release()
 
 
@@ -304,7 +216,7 @@ def test_a_trainer_of_another_process_waits_too(gpu: FakeGpu, start_trainer: Cal
     with mappings.lease(trainer.published) as lease:
         trainer.tell("write")
         copies = seen(lease)
-        assert all(device_checksum(copies[s.name]) == s.checksum for s in trainer.published.manifest.tensors)
+        assert lease.checksums == {name: device_checksum(values) for name, values in copies.items()}
     trainer.wait()
     with pytest.raises(SegmentBusyError, match="withdrawn"), mappings.lease(trainer.published):
         pass
@@ -344,24 +256,19 @@ def test_a_wrong_handle_is_told(
         patch.setattr(Descriptor, "from_bytes", wrong)
         with pytest.raises(DeviceHandleError, match="InvalidResourceHandle"), mappings.lease(trainer.published):
             pass
-        patch.setattr(Descriptor, "from_bytes", lambda *given: replace(found(*given), event=bytes(64)))
-        with pytest.raises(DeviceHandleError, match="event cannot be opened"), mappings.lease(trainer.published):
-            pass
     with mappings.lease(trainer.published) as lease:
         assert len(seen(lease)) == len(SHAPES)
     mappings.release()
 
 
-def test_a_peer_reads_and_waits_for_no_event_of_another_gpu(
-    tmp_path: Path, start_trainer: Callable[..., Trainer]
-) -> None:
+def test_a_peer_reads_what_is_on_another_gpu(tmp_path: Path, start_trainer: Callable[..., Trainer]) -> None:
     trainer, peer = start_trainer(), FakeGpu(tmp_path, PEER)
     mappings = DeviceMappings(peer)
     with mappings.lease(trainer.published) as lease:
         first = seen(lease)
     with mappings.lease(trainer.publish()) as lease:
         assert (seen(lease)["embed"] != first["embed"]).any()
-    assert peer.done["open"] == len(SHAPES) - 1 and peer.done["open_event"] == peer.done["wait"] == 0
+    assert peer.done["open"] == len(SHAPES) - 1
     mappings.release()
     assert peer.done["close"] == peer.done["open"]
 

@@ -1,7 +1,7 @@
 """Whether somebody is about to ask for what is done between steps: a change that finds two under way waits for both.
 
-update      staging ..... announce() . last bytes . commit asked for | applied: is_near is False again
-steps       k | k + 1 ahead | k + 2 ahead | k + 3          | k + 4   | k + 5 ahead ...
+update      staging ..... announce() . last bytes, checks . commit asked for | applied: is_near is False again
+steps       k | k + 1 ahead | k + 2 ahead | k + 3                  | k + 4   | k + 5 ahead ...
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ class AwaitedBoundary:
         """Whether steps are to be taken one by one."""
 
     def announce(self) -> None:
-        """The boundary will be asked for in about a step's time."""
+        """The boundary will be asked for in a few steps' time."""
         self.is_near = True

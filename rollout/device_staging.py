@@ -47,9 +47,10 @@ class DeviceStaging:
             session.begin_placed(lease.mapped.layout.with_version(source.published.version))
             try:
                 placed = runner.stage_device(tensors, self._placing(source), version)
-                session.verify_placed(lease.checksums, placed)
+                checksums = lease.checksums  # known once they are copied, as a rule
+                lease.check_owner()  # of memory that is gone anything can have come
+                session.verify_placed(checksums, placed)
                 check_tied(lease.contents(EMBED, LM_HEAD), self._expected)
-                lease.check_owner()
             except BaseException:
                 runner.discard_staged()
                 raise

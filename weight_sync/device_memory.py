@@ -97,7 +97,7 @@ class DeviceMemory(MappedMemory, Protocol):
         ...
 
     def plan(self, tensors: Sequence[StoredTensor], targets: Sequence[int] | None = None) -> Any:
-        """How to read these tensors, and with `targets` copy each to an address: for any number of `checksums`."""
+        """How to read these tensors, and with `targets` copy each to an address: for any number of times."""
         ...
 
     def begin_checksums(self, plan: Any) -> Callable[[], NDArray[np.uint64]]:

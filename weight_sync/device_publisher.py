@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from zerokl.weight_sync.device_descriptor import (
     Allocation,
@@ -21,12 +15,12 @@ from zerokl.weight_sync.device_descriptor import (
     checksums_size,
     withdraw,
     write,
-    write_checksums,
 )
 from zerokl.weight_sync.device_memory import DeviceMemory
-from zerokl.weight_sync.errors import DeviceHandleError
+from zerokl.weight_sync.errors import BufferLeasedError, DeviceHandleError
 from zerokl.weight_sync.known_tensors import KnownTensors, Located, look_at
 from zerokl.weight_sync.manifest import require_version
+from zerokl.weight_sync.owed_checksums import OwedChecksums
 from zerokl.weight_sync.segments import OwnedSegment, reap_dead_segments
 
 _SEGMENT_BYTES = 1 << 16
@@ -74,7 +68,8 @@ class DevicePublisher:
     """
 
     def __init__(self, memory: DeviceMemory, name: str = "policy", *, buffers: int = 0) -> None:
-        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes one for each.
+        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes it. It is this
+        publisher's alone: another one needs its own.
 
         `name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _.
         """
@@ -87,10 +82,7 @@ class DevicePublisher:
         self._turns: list[_Turn | None] = [None] * max(1, buffers)
         self._next = 0
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, f"zerokl-{name}")
-        """Waits for checksums."""
-        self._owed: Future[None] | None = None
-        """Those of the last publication, from when it began."""
+        self._owed = OwedChecksums(memory, name)
         self._handles: dict[tuple[int, int], bytes] = {}
         """Of the allocations that were described last, by address and number."""
         self._known: KnownTensors | None = None
@@ -114,7 +106,7 @@ class DevicePublisher:
         if self._closed:
             raise ValueError(f"publisher {self._name!r} is closed")
         require_version(version)
-        self._await_owed()
+        self._owed.finish()
         named = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
         # A kernel that reads elsewhere would end the process.
         known = self._known = look_at(self._memory, named, self._known)
@@ -127,9 +119,9 @@ class DevicePublisher:
                 reading = self._read_into_buffer(turn, known)
             else:
                 self._held = [tensor for _, tensor in named]
-            self._begin_checksums(turn, key, reading.plan)
+            self._owed.begin(turn.checksums, key, reading.plan)
             if self._copies:
-                self._await_owed()
+                self._owed.finish()
             write(shared, key, reading.descriptor)
         self._next = (self._next + 1) % len(self._turns)
         return PublishedDeviceWeights(
@@ -143,23 +135,27 @@ class DevicePublisher:
     def withdraw(self, *, wait: bool = True) -> None:
         """End all publications: who comes later is refused, and the tensors may be written to once this returns.
 
-        While a reader has one open it waits, or with wait=False raises BufferLeasedError at once. A reader that dies
-        holds nothing up.
+        While a reader has one open, or the GPU computes the checksums, it waits, or with wait=False raises
+        BufferLeasedError at once. A reader that dies holds nothing up. Raises RuntimeError where the GPU failed; they
+        are withdrawn then.
         """
-        self._await_owed()
-        for turn in self._turns:
-            if turn is not None:
-                with turn.segment.writing(wait=wait) as shared:
-                    withdraw(shared)
+        if not wait and not self._owed.are_computed:
+            raise BufferLeasedError(f"publisher {self._name!r}: checksums of what it published are being computed")
+        try:
+            self._owed.finish()
+        finally:
+            for turn in self._turns:
+                if turn is not None:
+                    with turn.segment.writing(wait=wait) as shared:
+                        withdraw(shared)
         self._held = []
 
     def close(self) -> None:
         """Withdraw all publications and free the buffers; idempotent. Waits for readers."""
         self._closed = True
         try:
-            self._await_owed()
+            self._owed.close()
         finally:
-            self._thread.shutdown()
             for turn in self._turns:
                 if turn is not None:
                     self._end(turn, wait=True)
@@ -196,21 +192,6 @@ class DevicePublisher:
             descriptor = self._describe(located, bases, self._memory.allocation_ids(bases))
             turn.reading = _Reading(known, self._memory.plan(known.stored, places), descriptor)
         return turn.reading
-
-    def _begin_checksums(self, turn: _Turn, key: int, plan: Any) -> None:
-        """Hold their segment until they are there, or are known not to come."""
-        with ExitStack() as failed:
-            shared = failed.enter_context(turn.checksums.writing(wait=True))
-            result = self._memory.begin_checksums(plan)
-            self._owed = self._thread.submit(_pay, failed.pop_all(), shared, key, result)
-
-    def _await_owed(self) -> None:
-        """From here on nothing reads what was published, but receivers."""
-        owed = self._owed
-        if owed is not None:
-            wait([owed])
-            self._owed = None  # and not before: Ctrl-C ends a wait
-            owed.result()
 
     def _next_turn(self, count: int) -> _Turn:
         """The turn to publish that many tensors in, with segments that are large enough."""
@@ -251,14 +232,3 @@ class DevicePublisher:
             raise DeviceHandleError(
                 f"memory at {base:#x} cannot be exported, as allocators other than cudaMalloc's cannot: {error}"
             ) from error
-
-
-def _pay(held: ExitStack, shared: mmap.mmap, key: int, result: Callable[[], NDArray[np.uint64]]) -> None:
-    """Note the checksums, or that there are none, in the memory that `held` holds."""
-    with held:
-        try:
-            checksums = result()
-        except RuntimeError:
-            write_checksums(shared, key, None)
-            raise
-        write_checksums(shared, key, checksums)

@@ -6,10 +6,13 @@ let go once the publisher has closed, died, or published other memory.
 
 from __future__ import annotations
 
+import mmap
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, repeat
 
 from zerokl.weight_sync.device_descriptor import (
     Descriptor,
@@ -20,9 +23,12 @@ from zerokl.weight_sync.device_descriptor import (
     read_checksums,
 )
 from zerokl.weight_sync.device_memory import DEVICE_DTYPES, MappedMemory
-from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError
+from zerokl.weight_sync.errors import DeviceHandleError, ManifestError, PublisherDiedError, SegmentBusyError
 from zerokl.weight_sync.manifest import Manifest
 from zerokl.weight_sync.segments import Attachment, Owner, current_owner, is_dead, owner_of, reap_if_dead
+
+_SOON, _LATER = 0.0002, 0.01
+"""Seconds between two looks whether checksums are there: for a tenth of a second, and then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +66,25 @@ class DeviceLease:
         addresses = self.mapped.addresses
         shared = Attachment(self.published.checksums)
         try:
-            memory = shared.lock(checksums_size(len(addresses)), wait=True)
+            memory = self._locked(shared, checksums_size(len(addresses)))
             values = read_checksums(memory, self.published.key, len(addresses))
         finally:
             shared.close()
         return dict(zip(addresses, values, strict=True))
+
+    def _locked(self, shared: Attachment, size: int) -> mmap.mmap:
+        """The mapping of a segment once its publisher lets go of it.
+
+        Asked for again and again: a lock outlives its owner in the processes that this one forked.
+        """
+        never = threading.Event()
+        for pause in chain(repeat(_SOON, 500), repeat(_LATER)):
+            try:
+                return shared.lock(size)
+            except SegmentBusyError:
+                self.check_owner()
+            never.wait(pause)
+        raise AssertionError("it does not end")
 
     @property
     def addresses(self) -> Mapping[str, int]:

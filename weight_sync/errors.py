@@ -63,7 +63,7 @@ class DiskFullError(WeightSyncError):
 
 
 class DeviceHandleError(WeightSyncError, ValueError):
-    """Memory or an event of another process cannot be exported or opened, or is not what its descriptor says."""
+    """Memory of another process cannot be exported or opened or is not as described, or its GPU has failed."""
 
 
 class PublisherDiedError(WeightSyncError, ValueError):

@@ -22,7 +22,7 @@ from zerokl.weight_sync.tensor_spec import ALIGNMENT, MAX_INT, Spans, TensorSpec
 if TYPE_CHECKING:
     from zerokl.weight_sync.transport import Lease
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Raised with every change of the encoded form; a receiver refuses any other."""
 
 XXH3 = "xxh3_64"

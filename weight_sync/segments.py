@@ -151,14 +151,13 @@ class Attachment:
         self._fd: int = shared.fd
         self._memory: mmap.mmap | None = None
 
-    def lock(self, size: int, *, wait: bool = False) -> mmap.mmap:
+    def lock(self, size: int) -> mmap.mmap:
         """Take the shared lease and give the mapping.
 
-        Raises SegmentTruncatedError when there are fewer than `size` bytes. When its owner is writing it raises
-        SegmentBusyError at once, or waits: for an owner that dies no longer.
+        Raises SegmentTruncatedError when there are fewer than `size` bytes, SegmentBusyError when its owner is writing.
         """
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_SH | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SegmentBusyError(f"segment {self.name} is being overwritten by a later publication") from error
         actual = os.fstat(self._fd).st_size

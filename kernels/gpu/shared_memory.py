@@ -67,6 +67,8 @@ class SharedGpuMemory:
         self._loaded: dict[CopyPlan, _Loaded] = {}
         """The oldest first."""
         self._results = _Results(0, 0, 0)
+        self._is_awaited = False
+        """Whether checksums that were begun have not been taken yet."""
         self._nearly_done = 0
         """An event, once there is use for one."""
         self.gpu = calls.gpu
@@ -98,10 +100,14 @@ class SharedGpuMemory:
         except BaseException:
             self._calls.synchronize()  # what is read must not be written to under what was launched
             raise
+        self._is_awaited = True
 
         def result() -> NDArray[np.uint64]:
-            self._calls.synchronize()
-            return np.array(found.sums)
+            try:
+                self._calls.synchronize()
+                return np.array(found.sums)
+            finally:
+                self._is_awaited = False
 
         return result
 
@@ -134,12 +140,14 @@ class SharedGpuMemory:
         The event `nearly_done` is reached before the last bytes.
         """
         count = len(plan.placements)
+        if self._is_awaited:  # what they are found in is the next plan's
+            raise RuntimeError("this memory computes checksums: each publisher, and each engine, needs one of its own")
         if not plan.groups:
             return _Found(np.zeros(count, np.uint64), np.zeros(count, np.int32))
         loaded, results = self._load(plan), self._results_of(12 * count)
         self._calls.clear(results.address, 12 * count)
         there = results.address, results.address + 8 * count
-        left = plan.num_bytes
+        left = sum(tables.num_pieces for tables in loaded.tables) * 8 * PIECE_WORDS
         with self._launching_on(self._calls.stream):
             for group, tables in zip(plan.groups, loaded.tables, strict=True):
                 for first, some in buckets(tables.num_pieces, bucket_bytes):

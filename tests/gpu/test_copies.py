@@ -158,6 +158,17 @@ def test_checksums_wait_once_behind_all_that_was_launched(bench: Bench, noted: N
     assert [word for word in noted.asked if word != "stream"] == [*begun, "synchronize"]
 
 
+def test_checksums_that_are_owed_are_not_overwritten(bench: Bench) -> None:
+    """By another publisher's of the same memory, say."""
+    plan = bench.memory.plan([placement[:4] for placement in bench.placements])
+    result = bench.memory.begin_checksums(plan)
+    for again in (lambda: bench.memory.begin_checksums(plan), bench.place):
+        with pytest.raises(RuntimeError, match="needs one of its own"):
+            again()
+    assert result().tolist() == [device_checksum(source) for source in bench.sources]
+    bench.memory.begin_checksums(plan)()
+
+
 def test_a_copy_says_when_only_its_last_bytes_are_awaited(
     bench: Bench, noted: NotedCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,35 @@ def test_a_trainer_that_ends_meanwhile_leaves_the_old_set(rig: Any, monkeypatch:
         one.stage(published)
     one.check_is(expected)
     one.stage(one.publish(3))
+    one.check()
+
+
+def test_what_came_of_a_trainer_that_has_ended_is_not_judged(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory may be gone while its checksums are there: that it ended is what is told, not that bits differ."""
+    one = rig()
+    published = one.publish(1)
+    await_checksums(one.gpu, published)
+
+    def gone(lease: DeviceLease) -> None:
+        raise PublisherDiedError("gone")
+
+    flip(one, "model.norm.weight")
+    monkeypatch.setattr(DeviceLease, "check_owner", gone)
+    with pytest.raises(PublisherDiedError):
+        one.stage(published)
+
+
+def test_tensors_are_copied_while_their_checksums_are_computed(rig: Any) -> None:
+    one, copied, go_on = rig(), threading.Event(), threading.Event()
+    one.gpu.before_checksums = lambda: go_on.wait(20)
+    published = one.publish(1)
+    one.gpu.after_copy = copied.set
+    staging = threading.Thread(target=one.stage, args=(published,))
+    staging.start()
+    assert copied.wait(10), "it waits for checksums before it copies"
+    assert staging.is_alive()
+    go_on.set()
+    staging.join()
     one.check()
 
 

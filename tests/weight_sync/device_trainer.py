@@ -1,8 +1,8 @@
 """A trainer with tensors in a fake GPU, in a process of its own: python device_trainer.py FOLDER BUFFERS
 
 Publishes version 1, says {"pid", "published"} and then does what it is told, a line each: "publish" (other values, the
-next version), "publish, no checksums" (they never come), "write" (to its tensors), "close". It is killed by whoever
-started it.
+next version), "publish, no checksums" (they never come), "publish, no checksums, fork" (there is a child that lives
+until the input ends), "write" (to its tensors), "close". It is killed by whoever started it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ def main() -> None:
     while order != "close":
         if order.startswith("publish"):
             version += 1
-            if order == "publish, no checksums":
+            if order.startswith("publish, no checksums"):
                 gpu.before_checksums = threading.Event().wait
             fill(tensors, version)
             published = publisher.publish(tensors, version)
+            if order.endswith("fork") and not os.fork():
+                os.read(0, 1)
+                os._exit(0)
             print(json.dumps({"pid": os.getpid(), "published": published.to_bytes().hex()}), flush=True)
         elif order == "write":
             publisher.withdraw()

@@ -145,7 +145,7 @@ def test_false_publications_are_refused(gpu: FakeGpu, monkeypatch: pytest.Monkey
         Manifest(version=0, tensors=(), total_bytes=0, checksum_kind="crc")
     with DevicePublisher(gpu) as publisher:
         good = publisher.publish(tensors, 1)
-        for false in (b"", b"\x93\x06\xa1a", good.to_bytes()[:-1], good.manifest.to_bytes(), good.layout):
+        for false in (b"", b"\x93\x07\xa1a", good.to_bytes()[:-1], good.manifest.to_bytes(), good.layout):
             with pytest.raises(ManifestError):
                 PublishedDeviceWeights.from_bytes(false)
         short = encode_layout(good.manifest.tensors[:-1], good.manifest.total_bytes)

@@ -117,27 +117,27 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_malformed_tables_name_tensor_field_and_value(rows: Any, message: str) -> None:
     table = [list(entry.values()) if isinstance(entry, dict) else entry for entry in rows] if rows != "w" else rows
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_bytes(msgpack.packb([6, 0, 128, None, None, "float32", False, "xxh3_64", table]))
+        Manifest.from_bytes(msgpack.packb([7, 0, 128, None, None, "float32", False, "xxh3_64", table]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 0, 0, []], "format version 1 is not 6"),
+        ([1, 0, 0, []], "format version 1 is not 7"),
         ([], "expected a list"),
         ({"format": 1}, "expected a list, got dict"),
-        ([6, 0, 0], "expected 9 fields, got 3"),
-        ([6, -1, 0, None, None, "float32", False, "xxh3_64", []], "version -1 is not an integer from 0"),
-        ([6, True, 0, None, None, "float32", False, "xxh3_64", []], "version True is not"),
-        ([6, 2**63, 0, None, None, "float32", False, "xxh3_64", []], "is not an integer from 0"),
-        ([6, 0, -1, None, None, "float32", False, "xxh3_64", []], "total_bytes -1 is not"),
-        ([6, 0, "0", None, None, "float32", False, "xxh3_64", []], "total_bytes '0' is not"),
-        ([6, 1, 0, 0, None, "float32", False, "xxh3_64", []], "belong together"),
-        ([6, 1, 0, -1, 7, "float32", False, "xxh3_64", []], "not a version and a checksum"),
-        ([6, 1, 0, None, None, "float32", 0, "xxh3_64", []], "inexact 0 is not a bool"),
-        ([6, 1, 0, 0, 7, "float16", False, "xxh3_64", []], "result_dtype 'float16' is not float32 or bfloat16"),
-        ([6, 1, 0, None, None, "float32", False, "crc", []], "checksum_kind 'crc' is not one of"),
-        ([6, 1, 0, 0, 7, "float32", False, "splitmix64_sum", []], "must be 'xxh3_64' of a delta"),
+        ([7, 0, 0], "expected 9 fields, got 3"),
+        ([7, -1, 0, None, None, "float32", False, "xxh3_64", []], "version -1 is not an integer from 0"),
+        ([7, True, 0, None, None, "float32", False, "xxh3_64", []], "version True is not"),
+        ([7, 2**63, 0, None, None, "float32", False, "xxh3_64", []], "is not an integer from 0"),
+        ([7, 0, -1, None, None, "float32", False, "xxh3_64", []], "total_bytes -1 is not"),
+        ([7, 0, "0", None, None, "float32", False, "xxh3_64", []], "total_bytes '0' is not"),
+        ([7, 1, 0, 0, None, "float32", False, "xxh3_64", []], "belong together"),
+        ([7, 1, 0, -1, 7, "float32", False, "xxh3_64", []], "not a version and a checksum"),
+        ([7, 1, 0, None, None, "float32", 0, "xxh3_64", []], "inexact 0 is not a bool"),
+        ([7, 1, 0, 0, 7, "float16", False, "xxh3_64", []], "result_dtype 'float16' is not float32 or bfloat16"),
+        ([7, 1, 0, None, None, "float32", False, "crc", []], "checksum_kind 'crc' is not one of"),
+        ([7, 1, 0, 0, 7, "float32", False, "splitmix64_sum", []], "must be 'xxh3_64' of a delta"),
     ],
 )
 def test_malformed_heads_are_refused(content: Any, message: str) -> None:

@@ -68,8 +68,8 @@ class DevicePublisher:
     """
 
     def __init__(self, memory: DeviceMemory, name: str = "policy", *, buffers: int = 0) -> None:
-        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes it. It is this
-        publisher's alone: another one needs its own.
+        """`memory` is the GPU that the tensors are on; `zerokl.kernels.dispatch.device_memory` makes it. One thread
+        may use it at a time.
 
         `name` stands in the segments' names, for people: 1 to 32 of a-z, 0-9 and _.
         """

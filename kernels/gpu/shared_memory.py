@@ -45,10 +45,11 @@ class _Results(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a plan finds, by placement; there once the device is done, and until the next plan."""
+    """What a plan finds, by placement; there once the device is done, and until its memory is given to another."""
 
     sums: NDArray[np.uint64]
     broken: NDArray[np.int32]
+    results: _Results
 
 
 class SharedGpuMemory:
@@ -66,9 +67,8 @@ class SharedGpuMemory:
         self._written_on = written_on
         self._loaded: dict[CopyPlan, _Loaded] = {}
         """The oldest first."""
-        self._results = _Results(0, 0, 0)
-        self._is_awaited = False
-        """Whether checksums that were begun have not been taken yet."""
+        self._spare: list[_Results] = []
+        """Of plans whose results have been taken. One that was launched has its own until then."""
         self._nearly_done = 0
         """An event, once there is use for one."""
         self.gpu = calls.gpu
@@ -100,14 +100,10 @@ class SharedGpuMemory:
         except BaseException:
             self._calls.synchronize()  # what is read must not be written to under what was launched
             raise
-        self._is_awaited = True
 
         def result() -> NDArray[np.uint64]:
-            try:
-                self._calls.synchronize()
-                return np.array(found.sums)
-            finally:
-                self._is_awaited = False
+            self._calls.synchronize()
+            return self._taken(found)[0]
 
         return result
 
@@ -131,7 +127,7 @@ class SharedGpuMemory:
                 nearly_done()
         finally:
             self._calls.synchronize()  # a lease that ends now must not be read under any more
-        return np.array(found.sums), np.array(found.broken)
+        return self._taken(found)
 
     # -- inside --------------------------------------------------------------------------------------------------------
     def _launch(self, plan: CopyPlan, bucket_bytes: int, nearly_done: int = 0) -> _Found:
@@ -140,10 +136,8 @@ class SharedGpuMemory:
         The event `nearly_done` is reached before the last bytes.
         """
         count = len(plan.placements)
-        if self._is_awaited:  # what they are found in is the next plan's
-            raise RuntimeError("this memory computes checksums: each publisher, and each engine, needs one of its own")
         if not plan.groups:
-            return _Found(np.zeros(count, np.uint64), np.zeros(count, np.int32))
+            return _Found(np.zeros(count, np.uint64), np.zeros(count, np.int32), _Results(0, 0, 0))
         loaded, results = self._load(plan), self._results_of(12 * count)
         self._calls.clear(results.address, 12 * count)
         there = results.address, results.address + 8 * count
@@ -158,7 +152,14 @@ class SharedGpuMemory:
                     left -= some * 8 * PIECE_WORDS
         self._calls.download(results.host, results.address, 12 * count)
         found = np.ctypeslib.as_array((ctypes.c_uint8 * (12 * count)).from_address(results.host))
-        return _Found(found[: 8 * count].view(np.uint64), found[8 * count :].view(np.int32))
+        return _Found(found[: 8 * count].view(np.uint64), found[8 * count :].view(np.int32), results)
+
+    def _taken(self, found: _Found) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+        """Copies of what was found, whose memory is for other plans then."""
+        copies = np.array(found.sums), np.array(found.broken)
+        if found.results.size:
+            self._spare.append(found.results)
+        return copies
 
     def _load(self, plan: CopyPlan) -> _Loaded:
         """The plan's tables on the device, where they stay for the next time."""
@@ -180,20 +181,19 @@ class SharedGpuMemory:
         return self._calls.allocate(size), size
 
     def _results_of(self, size: int) -> _Results:
-        """Memory of at least this size, the same one each time while it suffices."""
-        known = self._results
-        if known.size < size:
-            self._results = _Results(0, 0, 0)  # whatever fails below
-            if known.size:
-                self._calls.free(known.address)
-                self._calls.free_pinned(known.host)
-            host = self._calls.allocate_pinned(2 * size)
-            try:
-                self._results = _Results(self._calls.allocate(2 * size), host, 2 * size)
-            except RuntimeError:
-                self._calls.free_pinned(host)
-                raise
-        return self._results
+        """Memory of at least this size, one that is spare where it suffices."""
+        while self._spare:
+            known = self._spare.pop()
+            if known.size >= size:
+                return known
+            self._calls.free(known.address)
+            self._calls.free_pinned(known.host)
+        host = self._calls.allocate_pinned(2 * size)
+        try:
+            return _Results(self._calls.allocate(2 * size), host, 2 * size)
+        except RuntimeError:
+            self._calls.free_pinned(host)
+            raise
 
 
 def _launch(group: Group, first: int, count: int, tables: Tables, results: tuple[int, int], *, copies: bool) -> None:

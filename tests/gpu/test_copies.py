@@ -158,15 +158,18 @@ def test_checksums_wait_once_behind_all_that_was_launched(bench: Bench, noted: N
     assert [word for word in noted.asked if word != "stream"] == [*begun, "synchronize"]
 
 
-def test_checksums_that_are_owed_are_not_overwritten(bench: Bench) -> None:
-    """By another publisher's of the same memory, say."""
-    plan = bench.memory.plan([placement[:4] for placement in bench.placements])
-    result = bench.memory.begin_checksums(plan)
-    for again in (lambda: bench.memory.begin_checksums(plan), bench.place):
-        with pytest.raises(RuntimeError, match="needs one of its own"):
-            again()
-    assert result().tolist() == [device_checksum(source) for source in bench.sources]
-    bench.memory.begin_checksums(plan)()
+def test_checksums_that_are_owed_stay_what_they_are(bench: Bench, noted: NotedCalls) -> None:
+    """Whatever is launched before they are taken, another publisher's of the same memory say; or if they never are."""
+    plans = [bench.memory.plan([one[:4] for one in some]) for some in (bench.placements, bench.placements[:3])]
+    expected = [device_checksum(source) for source in bench.sources]
+    bench.memory.begin_checksums(plans[0])  # Ctrl-C: nobody takes them
+    first, second = (bench.memory.begin_checksums(plan) for plan in plans)
+    assert bench.place()[0] == expected
+    assert second().tolist() == expected[:3] and first().tolist() == expected
+    noted.asked.clear()
+    for _ in range(3):
+        assert bench.memory.begin_checksums(plans[0])().tolist() == expected
+    assert "allocate" not in noted.asked, "memory for results is used again"
 
 
 def test_a_copy_says_when_only_its_last_bytes_are_awaited(
@@ -251,7 +254,7 @@ def test_memory_for_results_that_cannot_be_had_leaves_none_that_is_gone(
 
         monkeypatch.setattr(calls, taking, noted)
         monkeypatch.setattr(calls, giving, gone)
-    memory._results_of(100)
+    memory._spare.append(memory._results_of(100))
     with monkeypatch.context() as full, pytest.raises(RuntimeError, match="out of memory"):
         full.setattr(calls, failing, raise_out_of_memory)
         memory._results_of(10_000)
